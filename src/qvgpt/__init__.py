@@ -1,0 +1,1 @@
+"""qvgpt: a GPT with Q- and V-functions."""

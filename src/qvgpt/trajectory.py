@@ -1,0 +1,132 @@
+"""Tokens, actions and rewards, and the one time convention every other file relies on.
+
+    tokens      p  p  a  a  o  o  a  a       p prompt, a action, o observation
+    is_action   0  0  1  1  0  0  1  1
+    reward      0  0  0  0  0 -1  0  1       received on emitting that token
+
+A decision is the choice of one action token; its state is the token just before it.
+Losses see decisions only, so step k+1 follows step k even across an observation:
+
+    decision          0  1        2  3       the four a's
+    state_index       1  2        5  6  7    the token before each; then the one that ends the text
+    reward            0 -1        0  1       what an observation brings belongs to the decision before
+    ends_turn         0  1        0  1
+
+Truncated is not terminated. Where a text was cut in the middle of a turn, its last state has a
+value to bootstrap from. Where it was cut right after a turn's end token, the next observation was
+never seen, so that decision has no target and is masked.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from qvgpt.errors import QvgptError
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode, in tokens. The four lists' meaning is drawn at the head of this file."""
+
+    tokens: Sequence[int]
+    is_action: Sequence[bool]
+    reward: Sequence[float]
+    terminated: bool
+    """False if the episode was cut short, so that its last state still has a value."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first action: samples with the same prompt form a group."""
+        first = next((i for i, a in enumerate(self.is_action) if a), len(self.tokens))
+        return tuple(self.tokens[:first])
+
+    @property
+    def total_reward(self) -> float:
+        """The undiscounted return of the whole text."""
+        return float(sum(self.reward))
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """Padded episodes: tokens in token time, all else in decision time."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    action: Int[Tensor, "batch steps"]
+    reward: Float[Tensor, "batch steps"]
+    nonterminal: Float[Tensor, "batch steps"]  # 1 where the next state has a value, else 0
+    ends_turn: Bool[Tensor, "batch steps"]
+    mask: Bool[Tensor, "batch steps"]
+    state_index: Int[Tensor, "batch steps+1"]  # into time; the last one ends the episode
+
+    def to(self, device: torch.device | str) -> "TrajectoryBatch":
+        """The same batch on another device."""
+        return TrajectoryBatch(**{k: v.to(device) for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy answered to one prompt."""
+
+    tokens: list[int]
+    """The sampled tokens, the end token included where one was sampled."""
+    terminated: bool
+    """True if an end token was sampled, False if the length limit cut the text."""
+
+
+def collate(
+    trajectories: Sequence[Trajectory], pad_id: int = 0, end_ids: Collection[int] = ()
+) -> TrajectoryBatch:
+    """Pad a list of episodes to a batch, on the right.
+
+    `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
+    cut in the middle of it. Raises `QvgptError` for a text without an action, one whose first
+    token is an action, or a reward before the first decision.
+    """
+    if not trajectories:
+        raise QvgptError("an empty batch: there is no trajectory to learn from")
+    rows = [_to_decision_time(t, end_ids) for t in trajectories]
+    tokens, states, actions, rewards, nonterminals, ends, masks = map(list, zip(*rows, strict=True))
+    return TrajectoryBatch(
+        tokens=pad_sequence(tokens, batch_first=True, padding_value=pad_id),
+        attention_mask=_length_mask(torch.tensor([len(t) for t in tokens])),
+        action=pad_sequence(actions, batch_first=True),
+        reward=pad_sequence(rewards, batch_first=True),
+        nonterminal=pad_sequence(nonterminals, batch_first=True),
+        ends_turn=pad_sequence(ends, batch_first=True),
+        mask=pad_sequence(masks, batch_first=True),
+        state_index=pad_sequence(states, batch_first=True),
+    )
+
+
+def _to_decision_time(t: Trajectory, end_ids: Collection[int]) -> tuple[Tensor, ...]:
+    """Tokens, states, actions, rewards, nonterminal, ends_turn and mask of one episode."""
+    tokens, is_action = torch.tensor(t.tokens), torch.tensor(t.is_action)
+    position = is_action.nonzero().squeeze(-1)
+    if len(position) == 0 or position[0] == 0:
+        raise QvgptError("a trajectory needs a token before its first action, and an action")
+    reward = torch.tensor(t.reward, dtype=torch.float32)
+    if not bool(reward[: int(position[0])].eq(0).all()):
+        raise QvgptError("a reward before the first action belongs to no decision")
+    decision_of_token = is_action.cumsum(0)[int(position[0]) :] - 1
+    credited = torch.zeros(len(position)).index_add_(0, decision_of_token, reward[position[0] :])
+    last = len(tokens) - 1
+    next_is_action = torch.cat([is_action[1:], torch.tensor([False])])[position]
+    ends_turn = ~next_is_action
+    mask = torch.ones(len(position), dtype=torch.bool)
+    nonterminal = torch.ones(len(position))
+    if t.terminated:
+        nonterminal[-1] = 0.0
+    elif bool(is_action[last]):
+        turn_is_whole = int(tokens[last]) in end_ids
+        mask[-1], ends_turn[-1] = not turn_is_whole, turn_is_whole
+    states = torch.cat([position - 1, torch.tensor([last])])
+    return tokens, states, tokens[position], credited, nonterminal, ends_turn, mask
+
+
+def _length_mask(length: Int[Tensor, "batch"]) -> Bool[Tensor, "batch longest"]:
+    return torch.arange(int(length.max())) < length[:, None]
