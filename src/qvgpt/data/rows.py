@@ -1,0 +1,367 @@
+"""Rows of JSONL, CSV or `datasets` → `Trajectory`; `FORMS` lists what a row may look like.
+
+A fault is one line: file and row, column, what was expected. Columns that are neither known nor
+nearly so are metadata, which environments and rewards read from `Row.fields`.
+"""
+
+import csv
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.errors import QvgptError, nearest
+from qvgpt.trajectory import Trajectory
+
+_PROMPT = {"prompt", "prompt_ids", "truncated", "references"}
+FORMS: dict[str, set[str]] = {
+    "chosen": _PROMPT | {"chosen", "rejected", "completion_ids"},
+    "completions": _PROMPT | {"completions", "rewards", "completion_ids", "token_rewards"},
+    "steps": _PROMPT | {"steps", "rewards"},
+    "completion": _PROMPT | {"completion", "reward", "label", "completion_ids", "token_rewards"},
+    "messages": {"messages", "reward", "truncated", "references"},
+    "text": {"text", "reward", "token_rewards", "truncated", "references", "label"},
+}
+"""The column that makes each form, first match first, and the known columns that go with it."""
+_KNOWN = frozenset().union(*FORMS.values())
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_LISTS = _KNOWN - {"prompt", "completion", "text", "chosen", "rejected", "reward", "label"}
+
+
+class DataError(QvgptError):
+    """A fault in the data: `where` (file and row), `column` (None: the row), `problem`."""
+
+    def __init__(self, where: str, column: str | None, problem: str):
+        self.where, self.column, self.problem = where, column, problem
+        named = "" if column is None else f"column {column!r}: "
+        super().__init__(f"{where}: {named}{problem}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as read, with its nulls left out."""
+
+    where: str
+    """File and line, as in `file.jsonl:17`."""
+    fields: dict[str, Any]
+
+    def fault(self, column: str | None, problem: str) -> DataError:
+        """The error to raise for this row."""
+        return DataError(self.where, column, problem)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did, to be shown: nothing is left out silently."""
+
+    rows: int
+    trajectories: int
+    """How many are kept."""
+    longest: int
+    """In tokens, before any cut."""
+    too_long: int
+    """How many were longer than `max_length`: those cut and those dropped."""
+    cut: int
+    dropped: int
+
+
+def load_trajectories(
+    paths: str | Path | Iterable[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    on_too_long: Literal["error", "drop", "cut"] = "error",
+) -> tuple[list[Trajectory], LoadReport]:
+    """All texts of `paths` in tokens, each at most `max_length` of them.
+
+    A longer one is an error, or is dropped, or cut on the right and so truncated. One whose
+    reward or whose every action lies beyond the cut is dropped instead.
+    Raises `DataError` at the first faulty row (`check` finds them all).
+    """
+    every: list[Trajectory] = []
+    rows = 0
+    for path in path_list(paths):
+        for row in read_rows(path):
+            rows += 1
+            every += row_to_trajectories(row, tokenizer)
+    limit = sys.maxsize if max_length is None else max_length
+    kept = [t for t in every if len(t.tokens) <= limit]
+    longest = max((len(t.tokens) for t in every), default=0)
+    too_long = len(every) - len(kept)
+    if too_long and on_too_long == "error":
+        raise QvgptError(
+            f"{too_long} of {len(every)} texts are longer than max_length {max_length} (the longest"
+            f" has {longest} tokens): raise max_length, or set on_too_long to 'drop' or 'cut'"
+        )
+    cut = 0
+    if too_long and on_too_long == "cut":
+        kept = [c for t in every if (c := _cut(t, limit)) is not None]
+        cut = len(kept) - (len(every) - too_long)
+    return kept, LoadReport(rows, len(kept), longest, too_long, cut, too_long - cut)
+
+
+def _cut(t: Trajectory, limit: int) -> Trajectory | None:
+    if len(t.tokens) <= limit:
+        return t
+    if any(t.reward[limit:]) or not any(t.is_action[:limit]):
+        return None
+    return Trajectory(t.tokens[:limit], t.is_action[:limit], t.reward[:limit], terminated=False)
+
+
+def path_list(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """One path or several, as a list."""
+    return [paths] if isinstance(paths, str | Path) else list(paths)
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a JSONL or CSV file or a `datasets` directory; `DataError` at the first fault."""
+    for row in scan_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row
+
+
+def scan_rows(path: str | Path) -> Iterator[Row | DataError]:
+    """As `read_rows`, but a faulty row is handed on as its error and reading goes on."""
+    file, found = Path(path), False
+    if file.is_dir():
+        rows = _scan_dataset(file)
+    elif not file.is_file():
+        rows = iter([DataError(str(path), None, "no such file")])
+    elif file.suffix == ".csv":
+        rows = _scan_csv(file)
+    elif file.suffix in (".jsonl", ".ndjson", ".json"):
+        rows = _scan_jsonl(file)
+    else:
+        expected = "expected .jsonl, .csv or a directory that `datasets` saved"
+        rows = iter([DataError(str(path), None, f"unknown kind of file: {expected}")])
+    for row in rows:
+        found = True
+        yield row
+    if not found:
+        yield DataError(str(path), None, "the file is empty: expected one row a line")
+
+
+def _scan_jsonl(file: Path) -> Iterator[Row | DataError]:
+    with file.open("rb") as lines:  # bytes, so that one line that is not UTF-8 spoils no other
+        for number, line in enumerate(lines, 1):
+            where = f"{file}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                fields = json.loads(text) if text else None
+            except UnicodeDecodeError:
+                yield DataError(where, None, "not UTF-8: save the file in that encoding")
+                continue
+            except json.JSONDecodeError as error:
+                yield DataError(where, None, f"not JSON: {error.msg} at character {error.pos + 1}")
+                continue
+            if text and not isinstance(fields, dict):
+                kind = _kind(fields)
+                yield DataError(where, None, f"expected one JSON object a line, found {kind}")
+            elif text:
+                yield _row(where, fields)
+
+
+def _scan_csv(file: Path) -> Iterator[Row | DataError]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long text
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader, start = csv.DictReader(lines, strict=True), 2
+        try:
+            for cells in reader:
+                where, start = f"{file}:{start}", reader.line_num + 1
+                if None in cells or None in cells.values():
+                    columns = len(reader.fieldnames or ())
+                    yield DataError(where, None, f"expected {columns} cells, as in the header")
+                else:
+                    yield _row(where, {k: _cell(k, v) for k, v in cells.items()})
+        except (csv.Error, UnicodeDecodeError) as error:
+            yield DataError(f"{file}:{start}", None, f"not CSV in UTF-8: {error}")
+
+
+def _cell(column: str, text: str) -> Any:
+    """A cell of a known column, typed; text that does not parse stays text, to be reported."""
+    if text == "" and column in _KNOWN - {"prompt", "completion", "text"}:
+        return None
+    if column in ("label", "truncated") and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    try:
+        return float(text) if column == "reward" else json.loads(text) if column in _LISTS else text
+    except ValueError:
+        return text
+
+
+def _scan_dataset(folder: Path) -> Iterator[Row | DataError]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        yield DataError(str(folder), None, f"holds several splits: name one of {splits} after a /")
+        return
+    if not (folder / "dataset_info.json").is_file():
+        yield DataError(str(folder), None, "a directory, but not one that `datasets` saved")
+        return
+    try:
+        from datasets import load_from_disk  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        yield DataError(str(folder), None, "to read this, `pip install datasets`")
+        return
+    for number, fields in enumerate(load_from_disk(str(folder)), 1):
+        yield _row(f"{folder}:{number}", dict(fields))
+
+
+def _row(where: str, fields: dict[str, Any]) -> Row | DataError:
+    present = {k: v for k, v in fields.items() if v is not None}
+    for column in present:
+        meant = _meant(column)
+        if meant is not None and meant not in present:
+            hint = nearest(meant, _KNOWN)
+            return DataError(where, column, f"unknown{hint}: rename it, or name it less alike")
+    return Row(where, present)
+
+
+@lru_cache(maxsize=1000)
+def _meant(column: str) -> str | None:
+    """The known column that an unknown one nearly spells."""
+    if column in _KNOWN or column == "prompt_id":  # common in public data sets: a row's key
+        return None
+    plain = column.strip().lower()
+    return next(iter(difflib.get_close_matches(plain, sorted(_KNOWN), 1, cutoff=0.85)), None)
+
+
+def row_to_trajectories(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
+    """The one text of a row, or the K samples; raises `DataError`.
+
+    The end token is an action; a truncated text gets none, and is not terminated. Rewards stand
+    on the last token of what they are given for, and are 0 where none is given.
+    """
+    form = _form(row)
+    for column in row.fields:
+        if column in _KNOWN and column not in FORMS[form]:
+            fits = next(f for f in FORMS if column in FORMS[f])
+            hint = f"; it belongs to {fits!r}" if fits != column else ""
+            raise row.fault(column, f"does not go with {form!r}{hint}: rename or remove it")
+    try:
+        if form == "chosen":
+            return _preference(row, tokenizer)
+        if form == "completions":
+            return _samples(row, tokenizer)
+        single = {"steps": _steps, "messages": _dialogue, "text": _text, "completion": _completion}
+        return [single[form](row, tokenizer)]
+    except DataError:
+        raise
+    except QvgptError as error:
+        raise row.fault(form, str(error)) from error
+
+
+def _form(row: Row) -> str:
+    fields = row.fields
+    if "rejected" in fields:
+        return "chosen"
+    for form in FORMS:
+        if form in fields:
+            return form
+    ids = fields.get("completion_ids")
+    if ids is not None:
+        return "completions" if isinstance(ids, list) and _all(ids, list) else "completion"
+    expected = "expected text, messages, or prompt with completion, completions, steps or chosen"
+    raise row.fault(None, f"nothing to train on: {expected}, found {sorted(fields)}")
+
+
+def _text(row: Row, tokenizer: Tokenizer) -> Trajectory:
+    end = [] if _truncated(row) else [tokenizer.template.eos]
+    tokens = [*tokenizer.encode(_string(row, "text")), *end]
+    return _finish(row, [tokenizer.template.bos, *tokens], [False] + [True] * len(tokens))
+
+
+def _completion(row: Row, tokenizer: Tokenizer) -> Trajectory:
+    fields = row.fields
+    if "label" in fields:
+        if not isinstance(fields["label"], bool):
+            raise row.fault("label", f"expected true or false, found {fields['label']!r}")
+        if "reward" in fields or "token_rewards" in fields:
+            raise row.fault("label", "a row with a reward needs no label: remove one of them")
+        row = Row(row.where, {**fields, "reward": 1.0 if fields["label"] else -1.0})
+    if isinstance(fields.get("completion"), list) and "completion_ids" not in fields:
+        return _conversation(row, tokenizer)
+    prompt = _prompt(row, tokenizer)
+    if "completion_ids" in fields:
+        tokens = _ids(row, "completion_ids", tokenizer)
+    else:
+        end = [] if _truncated(row) else [tokenizer.template.eos]
+        if isinstance(fields.get("prompt"), list) and "prompt_ids" not in fields:
+            return _conversation(row, tokenizer)
+        tokens = [*tokenizer.encode(_string(row, "completion")), *end]
+    return _finish(row, [*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens))
+
+
+def _conversation(row: Row, tokenizer: Tokenizer) -> Trajectory:
+    """Prompt and completion as messages: the assistant's in the completion are the actions."""
+    if "prompt_ids" in row.fields:
+        raise row.fault("prompt_ids", "needs completion_ids where the completion is of messages")
+    before = _messages(row, "prompt", "user") if "prompt" in row.fields else []
+    after = _messages(row, "completion", "assistant")
+    return _encode_dialogue(row, "completion", before + after, len(before), tokenizer)
+
+
+def _dialogue(row: Row, tokenizer: Tokenizer) -> Trajectory:
+    return _encode_dialogue(row, "messages", _messages(row, "messages", ""), 0, tokenizer)
+
+
+def _encode_dialogue(
+    row: Row, column: str, messages: list[dict[str, Any]], first: int, tokenizer: Tokenizer
+) -> Trajectory:
+    """Tokens of a dialogue whose assistant messages from index `first` on are actions."""
+    if not any(m["role"] == "assistant" for m in messages[first:]):
+        raise row.fault(column, "no assistant message: there is nothing to learn from")
+    tokens, is_action, owner = tokenizer.encode_messages(messages)
+    is_action = [a and o >= first for a, o in zip(is_action, owner, strict=True)]
+    if _truncated(row) and messages[-1]["role"] == "assistant":
+        while not is_action[-1] or tokens[-1] in tokenizer.template.end_ids:
+            was_action = is_action[-1]
+            for column_of_tokens in (tokens, is_action, owner):
+                column_of_tokens.pop()
+            if was_action or owner[-1] not in (-1, len(messages) - 1):
+                break
+    reward = [0.0] * len(tokens)
+    for i, message in enumerate(messages):
+        given = _number(row, f"{column}[{i - first}].reward", message.get("reward", 0))
+        if given == 0:
+            continue
+        # A template may render several observations as one: the reward stands on its last token.
+        owned = [k for k, o in enumerate(owner) if o >= i]
+        last = max((k for k in owned if owner[k] == owner[owned[0]]), default=-1)
+        if not any(is_action[: last + 1]):
+            raise row.fault(f"{column}[{i - first}].reward", "stands before the first action")
+        reward[last] += given
+    return _finish(row, tokens, is_action, reward)
+
+
+def _messages(row: Row, column: str, role: str) -> list[dict[str, Any]]:
+    """A checked list of messages; a plain string is one message of `role`."""
+    value = row.fields.get(column)
+    if isinstance(value, str) and role:
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise row.fault(column, f"expected a list of messages, found {_kind(value)}")
+    for i, message in enumerate(value):
+        at = f"{column}[{i}]"
+        if not isinstance(message, dict):
+            raise row.fault(at, f"expected an object with role and content, found {_kind(message)}")
+        for key in message:
+            if key not in ("role", "content", "reward") and difflib.get_close_matches(
+                key.lower(), ("role", "content", "reward"), cutoff=0.85
+            ):
+                hint = nearest(key.lower(), ("role", "content", "reward"))
+                raise row.fault(f"{at}.{key}", f"unknown{hint}")
+        if message.get("role") not in ROLES:
+            hint = nearest(str(message.get("role")), ROLES)
+            found = repr(message.get("role"))
+            raise row.fault(f"{at}.role", f"expected one of {', '.join(ROLES)}, found {found}{hint}")
+        if not isinstance(message.get("content"), str):
+            kind = _kind(message.get("content"))
+            raise row.fault(f"{at}.content", f"expected text, found {kind}")
+    return [{k: v for k, v in m.items() if v is not None} for m in value]

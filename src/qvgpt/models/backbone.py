@@ -1,0 +1,46 @@
+"""What a trunk must offer to carry value heads."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens read so far, for a batch of rows."""
+
+    length: Int[Tensor, "batch"]
+    longest: int
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "Cache": ...  # noqa: D102
+
+    def insert(self, rows: Int[Tensor, "rows"], other: Any) -> None: ...  # noqa: D102
+
+
+class Backbone(Protocol):
+    """A causal language model seen as hidden states and an output matrix. `GPT` is one."""
+
+    embed_dim: int
+    vocab_size: int
+    seq_len: int
+    output_weight: Float[Tensor, "vocab embed"]
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """States after the last norm: logits = hidden @ output_weight.T."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of at most `capacity` tokens."""
+        ...
+
+
+def as_module(backbone: Any) -> nn.Module:
+    """A backbone is always a torch module too; protocols cannot say so."""
+    assert isinstance(backbone, nn.Module)
+    return backbone

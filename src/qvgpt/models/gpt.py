@@ -1,0 +1,388 @@
+"""The GPT: GPT-2's architecture in one file, with its KV cache and its way to and from disk.
+
+Token and position embedding, pre-layer-norm blocks of causal softmax attention and a GELU MLP,
+residuals, a final layer norm and a tied or untied head (Radford et al., 2019). Directories are
+Hugging Face's GPT-2 directories, read and written exactly.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qvgpt.errors import QvgptError
+
+_BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, one static buffer a layer.
+
+    Slot i of a row holds that row's i-th real token: padding, left or right, is never stored,
+    so rows of any length sit in one batch and slot = position. One slot more than `capacity`
+    takes what padding would write.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: Int[Tensor, "batch"]):
+        self.keys = keys  # per layer [batch, capacity+1, heads, head_dim]
+        self.values = values
+        self.length = length
+        self.longest = 0  # an upper bound of `length`, kept on the host to spare a device sync
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row can hold."""
+        return self.keys[0].size(1) - 1
+
+    def slots(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+        """Where the next tokens go; the last slot for padding."""
+        slot = self.length[:, None] + mask.cumsum(1) - 1
+        return slot.where(mask, self.capacity)
+
+    def write(
+        self,
+        layer: int,
+        slot: Int[Tensor, "batch time"],
+        key: Float[Tensor, "batch time heads head_dim"],
+        value: Float[Tensor, "batch time heads head_dim"],
+    ) -> None:
+        """Store the keys and values of new tokens."""
+        row = torch.arange(slot.size(0), device=slot.device)[:, None]
+        self.keys[layer][row, slot] = key.to(self.keys[layer].dtype)
+        self.values[layer][row, slot] = value.to(self.values[layer].dtype)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "KVCache":
+        """A copy with the given rows, in the given order; a row may be taken more than once."""
+        cut = min(self.longest, self.capacity)
+        picked = KVCache(
+            [_pick(k, rows, cut) for k in self.keys],
+            [_pick(v, rows, cut) for v in self.values],
+            self.length[rows],
+        )
+        picked.longest = self.longest
+        return picked
+
+    def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:
+        """Overwrite the given rows with those of another cache of no larger capacity."""
+        cut = min(other.longest, self.capacity)
+        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+            mine[rows, :cut] = theirs[:, :cut]
+        self.length[rows] = other.length
+        self.longest = max(self.longest, other.longest)
+
+
+def _pick(buffer: Tensor, rows: Tensor, cut: int) -> Tensor:
+    picked = buffer.new_zeros((len(rows), *buffer.shape[1:]))
+    picked[:, :cut] = buffer[rows, :cut]
+    return picked
+
+
+class Attention(nn.Module):
+    """Causal multi-head softmax attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time embed"],
+        visible: Bool[Tensor, "batch 1 time keys"] | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        slot: Int[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """Each token looks at the `visible` ones; None means all before it and itself."""
+        batch, time, embed = x.shape
+        # [batch, time, 3·embed] → 3 × [batch, time, heads, head_dim]
+        query, key, value = self.qkv(x).view(batch, time, 3, self.num_heads, -1).unbind(2)
+        if cache is not None:
+            assert slot is not None and visible is not None
+            cache.write(layer, slot, key, value)
+            key = cache.keys[layer][:, : visible.size(-1)].to(x.dtype)
+            value = cache.values[layer][:, : visible.size(-1)].to(x.dtype)
+            query = query.to(x.dtype)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=visible,
+            is_causal=visible is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # [batch, heads, time, head_dim]
+        return self.out(attended.transpose(1, 2).reshape(batch, time, embed))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, num_heads, dropout)
+        self.norm_2 = nn.LayerNorm(embed_dim)
+        self.up = nn.Linear(embed_dim, 4 * embed_dim)
+        self.down = nn.Linear(4 * embed_dim, embed_dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "batch time embed"], *where: Any) -> Tensor:
+        """One layer; `where` is handed to the attention."""
+        x = x + self.drop(self.attention(self.norm_1(x), *where))
+        hidden = F.gelu(self.up(self.norm_2(x)), approximate="tanh")
+        return x + self.drop(self.down(hidden))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model; `model(tokens)` gives next-token logits."""
+
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        embed_dim: int = 768,
+        num_heads: int = 12,
+        num_layers: int = 12,
+        seq_len: int = 1024,
+        dropout: float = 0.0,
+        tied: bool = True,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise QvgptError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+        self.shape = {
+            "vocab_size": vocab_size,
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "seq_len": seq_len,
+            "dropout": dropout,
+            "tied": tied,
+        }
+        self.vocab_size, self.embed_dim, self.seq_len = vocab_size, embed_dim, seq_len
+        self.num_heads = num_heads
+        self.token_embedding = nn.Embedding(vocab_size, embed_dim)
+        self.position_embedding = nn.Embedding(seq_len, embed_dim)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, dropout) for _ in range(num_layers)]
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, vocab_size, bias=False)
+        self.apply(_init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):  # GPT-2 scales these by depth
+                nn.init.normal_(parameter, std=0.02 / (2 * num_layers) ** 0.5)
+        if tied:
+            self.head.weight = self.token_embedding.weight
+
+    @property
+    def output_weight(self) -> Float[Tensor, "vocab embed"]:
+        """The LM head's matrix: logits = hidden @ output_weight.T."""
+        return self.head.weight
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch time vocab"]:
+        """Logits of each next token. Arguments as for `hidden`."""
+        return self.head(self.hidden(tokens, mask, positions, cache))
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """Hidden states after the last norm.
+
+        `mask` is False on padding, left or right (None: no padding, or right padding whose
+        output nobody reads). `positions` count the real tokens unless given. With a `cache`
+        the tokens continue what it holds, and it grows by the real ones.
+        """
+        if mask is None and cache is not None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        slot = visible = None
+        if cache is not None:
+            assert mask is not None
+            slot = cache.slots(mask)
+            cache.longest = min(cache.longest + tokens.size(1), cache.capacity)
+            extent = min(-(-cache.longest // _BUCKET) * _BUCKET, cache.capacity)
+            # [batch, 1, time, extent]: a token sees the slots up to its own
+            visible = (torch.arange(extent, device=tokens.device) <= slot[:, :, None])[:, None]
+            positions = slot.clamp(max=self.seq_len - 1) if positions is None else positions
+        elif mask is not None:
+            visible = self._causal(mask)
+        if positions is None:
+            positions = _default_positions(tokens, mask)
+        x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, visible, cache, layer, slot)
+        if cache is not None and mask is not None:
+            cache.length = cache.length + mask.sum(1)
+        return self.norm(x)
+
+    @staticmethod
+    def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+        """Real tokens up to one's own; padding sees itself, so that no softmax is empty."""
+        time = mask.size(1)
+        lower = torch.ones(time, time, dtype=torch.bool, device=mask.device).tril()
+        itself = torch.eye(time, dtype=torch.bool, device=mask.device)
+        return ((lower & mask[:, None, :]) | itself)[:, None]
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens."""
+        if capacity > self.seq_len:
+            raise QvgptError(f"{capacity} tokens do not fit the context of {self.seq_len}")
+        weight = self.token_embedding.weight
+        # whole buckets, so that attention over the cache always sees aligned slices
+        capacity = -(-capacity // _BUCKET) * _BUCKET
+        size = (batch, capacity + 1, self.num_heads, self.embed_dim // self.num_heads)
+        layers = range(len(self.blocks))
+        dtype = dtype or weight.dtype
+        return KVCache(
+            [torch.zeros(size, dtype=dtype, device=weight.device) for _ in layers],
+            [torch.zeros(size, dtype=dtype, device=weight.device) for _ in layers],
+            torch.zeros(batch, dtype=torch.long, device=weight.device),
+        )
+
+    def save(self, path: str | Path, **config: Any) -> None:
+        """Write a Hugging Face GPT-2 directory; `config` adds keys such as eos_token_id."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {k: v.contiguous() for k, v in _to_hugging_face(self.state_dict()).items()}
+        if self.shape["tied"]:
+            del state["lm_head.weight"]
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        hf = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "n_embd": self.embed_dim,
+            "n_head": self.num_heads,
+            "n_layer": len(self.blocks),
+            "n_positions": self.seq_len,
+            "vocab_size": self.vocab_size,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": self.shape["tied"],
+            **{f"{place}_pdrop": self.shape["dropout"] for place in ("attn", "embd", "resid")},
+            "torch_dtype": str(self.token_embedding.weight.dtype).removeprefix("torch."),
+            **config,
+        }
+        (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "GPT":
+        """Read a Hugging Face GPT-2 directory; raises `QvgptError` where it is none."""
+        path = Path(path)
+        hf = read_json(path / "config.json")
+        if hf.get("model_type") != "gpt2":
+            raise QvgptError(f"{path}: a GPT-2 directory was expected, not {hf.get('model_type')!r}")
+        tied = hf.get("tie_word_embeddings", True)
+        model = cls(
+            vocab_size=hf["vocab_size"],
+            embed_dim=hf["n_embd"],
+            num_heads=hf["n_head"],
+            num_layers=hf["n_layer"],
+            seq_len=hf["n_positions"],
+            dropout=hf.get("resid_pdrop", 0.0),
+            tied=tied,
+        )
+        state = _from_hugging_face(load_tensors(path / "model.safetensors"), tied)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
+        return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `QvgptError` that names it."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise QvgptError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QvgptError(f"{path}: broken JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise QvgptError(f"{path}: a JSON object was expected")
+    return content
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or a `QvgptError` that names it. Pickles are never read."""
+    if not path.exists():
+        raise QvgptError(f"{path}: no such file (weights are read from safetensors only)")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise QvgptError(f"{path}: no readable safetensors file: {error}") from None
+
+
+def _default_positions(
+    tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"] | None
+) -> Int[Tensor, "batch time"]:
+    if mask is None:
+        return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+_NAMES = (  # ours, Hugging Face's
+    ("token_embedding.", "transformer.wte."),
+    ("position_embedding.", "transformer.wpe."),
+    ("blocks.", "transformer.h."),
+    (".norm_1.", ".ln_1."),
+    (".norm_2.", ".ln_2."),
+    (".attention.qkv.", ".attn.c_attn."),
+    (".attention.out.", ".attn.c_proj."),
+    (".up.", ".mlp.c_fc."),
+    (".down.", ".mlp.c_proj."),
+    ("head.", "lm_head."),
+)
+
+
+def _rename(name: str, backwards: bool) -> str:
+    if not backwards and name.startswith("norm."):
+        return "transformer.ln_f." + name.removeprefix("norm.")
+    if backwards and name.startswith("transformer.ln_f."):
+        return "norm." + name.removeprefix("transformer.ln_f.")
+    for ours, theirs in _NAMES:
+        name = name.replace(theirs, ours) if backwards else name.replace(ours, theirs)
+    return name
+
+
+def _is_conv1d(theirs: str) -> bool:
+    return ".c_" in theirs and theirs.endswith("weight")  # GPT-2 stores these [in, out]
+
+
+def _to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {_rename(k, backwards=False): v for k, v in state.items()}
+    return {k: v.t() if _is_conv1d(k) else v for k, v in renamed.items()}
+
+
+def _from_hugging_face(state: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    state = {
+        k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v
+        for k, v in state.items()
+        if not k.endswith((".attn.bias", ".attn.masked_bias"))  # buffers of old checkpoints
+    }
+    if tied:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return {_rename(k, True): v.t() if _is_conv1d(k) else v for k, v in state.items()}

@@ -1,0 +1,143 @@
+"""Q and V heads on hidden states, and their slow copies.
+
+Every Q head has the same form, whatever its kind:
+
+    Q(s, a) = b(s) + (wₐ − w̄) · f(s)          w̄ = meanₐ wₐ
+
+with features f(s) = h (linear), P·h (low rank) or relu(U·h) (mlp). It is a dueling head with a
+centred advantage: linear in h wherever f is, so that it folds into the LM head. The centring
+cures a trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards
+are negative that makes them the best ones. The last layers are zero at the start, so guidance
+begins as a no-op. Heads and slow copies stay in fp32.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qvgpt.errors import QvgptError
+from qvgpt.models.vocab import gather_dot, logsumexp
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """What the value heads look like."""
+
+    kind: Literal["linear", "low_rank", "mlp"] = "linear"
+    """linear and low_rank fold into an ordinary checkpoint; mlp is ILQL's."""
+    rank: int = 64
+    """Rank of a low_rank head."""
+    num_q: int = 2
+    """Q heads: 2 are twins, whose minimum curbs overestimation."""
+    v: Literal["linear", "mlp"] = "mlp"
+    """The head of V, and of the baseline b of Q."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist."""
+        if self.kind not in ("linear", "low_rank", "mlp") or self.v not in ("linear", "mlp"):
+            raise QvgptError(f"heads: unknown kind in {self}")
+        if self.num_q < 1 or self.rank < 1:
+            raise QvgptError("heads: num_q and rank must be at least 1")
+
+
+class StateHead(nn.Module):
+    """A number per state: V(s), or the baseline b(s)."""
+
+    def __init__(self, embed_dim: int, kind: Literal["linear", "mlp"]):
+        super().__init__()
+        last = nn.Linear(embed_dim if kind == "linear" else 2 * embed_dim, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        first = [] if kind == "linear" else [nn.Linear(embed_dim, 2 * embed_dim), nn.ReLU()]
+        self.layers = nn.Sequential(*first, last)
+
+    def forward(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
+        """[.., embed] → [..]."""
+        return self.layers(hidden).squeeze(-1)
+
+
+class QHead(nn.Module):
+    """Q(s, ·) over the vocabulary; see the head of this file."""
+
+    def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
+        super().__init__()
+        self.kind = config.kind
+        width = {"linear": embed_dim, "low_rank": config.rank, "mlp": 2 * embed_dim}[config.kind]
+        self.baseline = StateHead(embed_dim, config.v)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+        if config.kind == "low_rank":
+            self.project = nn.Linear(embed_dim, width, bias=False)
+        elif config.kind == "mlp":
+            self.project = nn.Linear(embed_dim, width)
+
+    def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
+        """f(s): the part that does not depend on the token."""
+        if self.kind == "linear":
+            return hidden
+        projected = self.project(hidden)
+        return projected.relu() if self.kind == "mlp" else projected
+
+    def centred_weight(self) -> Float[Tensor, "vocab features"]:
+        """wₐ − w̄."""
+        return self.weight - self.weight.mean(0)
+
+    def of(
+        self, hidden: Float[Tensor, "rows embed"], token: Int[Tensor, "rows"]
+    ) -> Float[Tensor, "rows"]:
+        """Q of one token per row, reading only that token's weights (and their mean)."""
+        f = self.features(hidden)
+        return self.baseline(hidden) + gather_dot(f, self.weight, token) - f @ self.weight.mean(0)
+
+    def of_many(
+        self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates"]:
+        """Q of several candidate tokens per row."""
+        f = self.features(hidden)
+        taken = torch.einsum("rf,rcf->rc", f, self.weight[tokens])
+        return taken + (self.baseline(hidden) - f @ self.weight.mean(0))[:, None]
+
+    def forward(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows vocab"]:
+        """Q of every token."""
+        f = self.features(hidden)
+        return f @ self.centred_weight().T + self.baseline(hidden)[:, None]
+
+    def logsumexp(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows"]:
+        """log Σₐ exp Q(s, a), in chunks."""
+        f = self.features(hidden)
+        return logsumexp(f, self.weight) - f @ self.weight.mean(0) + self.baseline(hidden)
+
+    def folded(self) -> Float[Tensor, "vocab embed"]:
+        """The matrix F with A(s, a) = Fₐ · h up to a number per state, where there is one."""
+        if self.kind == "mlp":
+            raise QvgptError(
+                "an mlp Q head is not linear in the hidden state and does not fold: "
+                "train with heads.kind linear or low_rank"
+            )
+        centred = self.centred_weight()
+        return centred @ self.project.weight if self.kind == "low_rank" else centred
+
+
+class ValueHeads(nn.Module):
+    """V, one or more Q heads, and slow copies of the Q heads."""
+
+    def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
+        super().__init__()
+        self.config = config
+        self.v = StateHead(embed_dim, config.v)
+        self.q = nn.ModuleList([QHead(embed_dim, vocab_size, config) for _ in range(config.num_q)])
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_targets(self, tau: float) -> None:
+        """Q̄ ← (1 − τ) Q̄ + τ Q, once per optimizer step."""
+        for slow, fast in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
+            slow.lerp_(fast, tau)
+
+    @torch.no_grad()
+    def folded(self) -> Float[Tensor, "vocab embed"]:
+        """The mean of the slow Q heads as one matrix: logits + β·A = (W + β·folded) h."""
+        return torch.stack([head.folded() for head in self.target_q]).mean(0)  # type: ignore[operator]

@@ -1,0 +1,192 @@
+"""A trunk with value heads: what objectives read, and the artefact on disk.
+
+The directory is the trunk in its own Hugging Face format, so that
+`AutoModelForCausalLM.from_pretrained(dir)` gives the plain language model, and beside it
+`value_config.json` and `value_heads.safetensors`.
+"""
+
+import json
+from collections.abc import Set
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Backbone, as_module
+from qvgpt.models.gpt import GPT, load_tensors, read_json
+from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.vocab import log_prob
+from qvgpt.objectives import NEEDS, Values
+from qvgpt.trajectory import TrajectoryBatch
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ValueInfo:
+    """What an artefact says about its values, beside the heads' shape."""
+
+    objectives: list[dict[str, Any]] = field(default_factory=list)
+    """What it was trained with, as `parse_objectives` reads it."""
+    gamma: float = 1.0
+    """Discount the values were learned with."""
+    recommended_guidance: dict[str, Any] | None = None
+    """Chosen on validation data; what `generate` uses when nothing is said."""
+
+
+class ValueModel(nn.Module):
+    """A causal language model that also knows Q and V. `heads` is None for a plain LM."""
+
+    def __init__(
+        self,
+        trunk: Backbone,
+        heads: HeadsConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        freeze_trunk: bool = False,
+    ):
+        super().__init__()
+        if tokenizer is not None and tokenizer.vocab_size > trunk.vocab_size:
+            raise QvgptError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{trunk.vocab_size}: they do not belong together"
+            )
+        self.trunk: Any = as_module(trunk)
+        self.heads = ValueHeads(trunk.embed_dim, trunk.vocab_size, heads) if heads else None
+        self.tokenizer = tokenizer
+        self.info = ValueInfo()
+        self.trunk_is_frozen = freeze_trunk
+        self.trunk.requires_grad_(not freeze_trunk)
+
+    def train(self, mode: bool = True) -> "ValueModel":
+        """A frozen trunk stays in evaluation mode: no dropout under the heads."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.trunk.output_weight.device
+
+    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS) -> Values:
+        """Only what `needs` names is computed, and only at decisions that count."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
+            hidden = self.trunk.hidden(batch.tokens)
+        at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
+        states = hidden.gather(1, at)  # [batch, steps+1, embed]
+        taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
+        found: dict[str, Tensor] = {}
+        if "logprob" in needs:
+            flat = log_prob(taken, self.trunk.output_weight, action)
+            found["logprob"] = _scatter(flat, batch.mask)
+        if "token_logprob" in needs:
+            real = batch.attention_mask[:, 1:]
+            rows, token = hidden[:, :-1][real], batch.tokens[:, 1:][real]
+            found["token_logprob"] = _scatter(log_prob(rows, self.trunk.output_weight, token), real)
+        if needs & {"q", "target_q", "v", "q_logsumexp"}:
+            with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
+                found |= self._values(states.float(), taken.float(), action, batch.mask, needs)
+        return Values(**found)
+
+    def _values(
+        self,
+        states: Float[Tensor, "batch steps+1 embed"],
+        taken: Float[Tensor, "rows embed"],
+        action: Int[Tensor, "rows"],
+        mask: Bool[Tensor, "batch steps"],
+        needs: Set[str],
+    ) -> dict[str, Tensor]:
+        if self.heads is None:
+            raise QvgptError("this model has no value heads; give it some to learn Q and V")
+        heads, found = self.heads, {}
+        if "q" in needs:
+            q = [_scatter(head.of(taken, action), mask) for head in heads.q]  # type: ignore[operator]
+            found["q"] = torch.stack(q)
+        if "target_q" in needs:
+            with torch.no_grad():
+                q = [_scatter(head.of(taken, action), mask) for head in heads.target_q]  # type: ignore[operator]
+            found["target_q"] = torch.stack(q)
+        if "v" in needs:
+            found["v"] = heads.v(states)
+        if "q_logsumexp" in needs:
+            q = [_scatter(head.logsumexp(taken), mask) for head in heads.q]  # type: ignore[operator]
+            found["q_logsumexp"] = torch.stack(q)
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the artefact described at the head of this file."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        extra = {}
+        if self.tokenizer is not None:
+            template = self.tokenizer.template
+            extra = {
+                "bos_token_id": template.bos,
+                "eos_token_id": template.eos,
+                "pad_token_id": template.pad,
+            }
+            self.tokenizer.save(path)
+            generation = extra | {"eos_token_id": sorted(template.end_ids)}
+            (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        self.trunk.save(path, **extra)
+        if self.heads is None:
+            return
+        state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
+        save_file(state, path / "value_heads.safetensors")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "heads": asdict(self.heads.config),
+            "trunk": "shared",
+            **asdict(self.info),
+            "reward_scale": 1.0,
+        }
+        if self.tokenizer is not None:
+            config["template"] = asdict(self.tokenizer.template)
+            config["end_ids"] = sorted(self.tokenizer.template.end_ids)
+            config["tokenizer_sha256"] = self.tokenizer.sha256
+        (path / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, freeze_trunk: bool = False) -> "ValueModel":
+        """Read an artefact, or a plain GPT-2 directory (then without heads)."""
+        path = Path(path)
+        if not path.is_dir():
+            raise QvgptError(f"{path}: no such directory; a model directory was expected")
+        trunk, tokenizer = GPT.load(path), Tokenizer.load(path)
+        if not (path / "value_config.json").exists():
+            return cls(trunk, None, tokenizer, freeze_trunk)
+        config = read_json(path / "value_config.json")
+        if config.get("format_version") != FORMAT_VERSION:
+            found = config.get("format_version")
+            raise QvgptError(f"{path}: value format {found!r}; this qvgpt reads {FORMAT_VERSION}")
+        if config.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+            raise QvgptError(
+                f"{path}: tokenizer.json is not the one the values were learned with; "
+                "restore it, or train the values again"
+            )
+        model = cls(trunk, HeadsConfig(**config["heads"]), tokenizer, freeze_trunk)
+        known = ValueInfo.__dataclass_fields__
+        model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
+        model._load_heads(path / "value_heads.safetensors")
+        return model
+
+    def _load_heads(self, path: Path) -> None:
+        assert self.heads is not None
+        try:
+            self.heads.load_state_dict(load_tensors(path))
+        except RuntimeError as error:
+            raise QvgptError(f"{path}: does not fit value_config.json: {error}") from None
+
+
+def _scatter(
+    flat: Float[Tensor, "rows"], mask: Bool[Tensor, "batch steps"]
+) -> Float[Tensor, "batch steps"]:
+    """Rows back to their places; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

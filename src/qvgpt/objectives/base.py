@@ -1,0 +1,81 @@
+"""What an objective is given and what it gives back.
+
+One frozen dataclass per method: its fields are the hyper-parameters, its call is the formula.
+No tensor here has a vocabulary axis; `models/` has already reduced it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qvgpt.losses import masked_mean
+from qvgpt.trajectory import TrajectoryBatch
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a model says about the decisions of a batch; what no objective needs is None."""
+
+    q: Float[Tensor, "heads batch steps"] | None = None
+    """Q of the action taken."""
+    target_q: Float[Tensor, "heads batch steps"] | None = None
+    """Q of the action taken by the slow copy, without gradient."""
+    v: Float[Tensor, "batch steps+1"] | None = None
+    """V of each state; the last one is the state the text ended in."""
+    q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
+    """log Σₐ exp Q(s, a)."""
+    logprob: Float[Tensor, "batch steps"] | None = None
+    """log π(a|s) of the action taken."""
+    token_logprob: Float[Tensor, "batch time-1"] | None = None
+    """log π of every token but the first, prompts included."""
+
+
+NEEDS = frozenset(Values.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar to minimise, and its parts for the log."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+
+
+class Objective(Protocol):
+    """Anything that turns values and a batch into a loss; `needs` names the `Values` it reads."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss: ...  # noqa: D102
+
+
+def weighted_loss(
+    mask: Bool[Tensor, "batch steps"], **terms: tuple[float, Float[Tensor, "batch steps"]]
+) -> Loss:
+    """Σ weight · mean over the masked decisions; the unweighted means are the parts."""
+    means = {name: (weight, masked_mean(x, mask)) for name, (weight, x) in terms.items()}
+    total = torch.stack([weight * mean for weight, mean in means.values()]).sum()
+    return Loss(total, {name: mean.detach() for name, (_, mean) in means.items()})
+
+
+def sum_losses(losses: Iterable[tuple[str, float, Loss]]) -> Loss:
+    """Several objectives at once: (name, weight, loss) → their weighted sum, parts prefixed."""
+    losses = list(losses)
+    total = torch.stack([weight * loss.total for _, weight, loss in losses]).sum()
+    parts = {f"{n}/{k}": v for n, _, loss in losses for k, v in loss.parts.items()}
+    return Loss(total, parts)
+
+
+def discount(batch: TrajectoryBatch, gamma: float, per_turn: bool) -> Float[Tensor, "batch steps"]:
+    """γ where the episode goes on and 0 where it ended.
+
+    Per turn, γ applies at the ends of turns only, so that a long utterance costs no more
+    than a short one.
+    """
+    if not per_turn:
+        return gamma * batch.nonterminal
+    return batch.nonterminal * torch.where(batch.ends_turn, gamma, 1.0)

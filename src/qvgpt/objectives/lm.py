@@ -1,0 +1,57 @@
+"""Objectives of the language model itself."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from qvgpt.errors import QvgptError
+from qvgpt.losses import awac_weight
+from qvgpt.objectives.base import Loss, Values, weighted_loss
+from qvgpt.trajectory import TrajectoryBatch
+
+
+@dataclass(frozen=True)
+class LM:
+    """Next-token prediction: −log π, on what the model wrote or on everything."""
+
+    on: Literal["completions", "all"] = "completions"
+    """completions: the actions only (fine-tuning). all: every token (pre-training)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logprob", "token_logprob"})
+
+    def __post_init__(self) -> None:
+        """Ask the model for the one tensor that is read."""
+        if self.on not in ("completions", "all"):
+            raise QvgptError(f"LM: `on` is 'completions' or 'all', not {self.on!r}")
+        need = "logprob" if self.on == "completions" else "token_logprob"
+        object.__setattr__(self, "needs", frozenset({need}))
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Mean of −log π per decision, or per token."""
+        if self.on == "all":
+            assert values.token_logprob is not None
+            mask = batch.attention_mask[:, 1:]
+            return weighted_loss(mask, nll=(1.0, -values.token_logprob))
+        assert values.logprob is not None
+        return weighted_loss(batch.mask, nll=(1.0, -values.logprob))
+
+
+@dataclass(frozen=True)
+class AWAC:
+    """Advantage-weighted cloning: −exp(A / temperature)·log π, A = min Q̄ − V  (Nair et al., 2020).
+
+    Needs a value objective beside it to learn Q and V.
+    """
+
+    temperature: float = 1.0
+    """In units of reward. Large: plain cloning. Small: only the best actions count."""
+    max_weight: float = 20.0
+    """Clamp of the weight."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logprob", "target_q", "v"})
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Mean weighted −log π per decision; the weights carry no gradient."""
+        assert values.logprob is not None and values.target_q is not None and values.v is not None
+        advantage = values.target_q.amin(dim=0) - values.v[:, :-1]
+        weight = awac_weight(advantage, self.temperature, self.max_weight)
+        return weighted_loss(batch.mask, nll=(1.0, -weight * values.logprob))
