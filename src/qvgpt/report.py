@@ -378,7 +378,7 @@ def coloured_text(
     sizes = (abs(_float(token.advantage)) for token in tokens if token.is_action)
     sizes = sorted(filter(math.isfinite, sizes)) or [0.0]
     # Where nearly all advantages are 0, the percentile is too: then the largest sets the scale.
-    full = scale or sizes[math.ceil(0.95 * len(sizes)) - 1] or sizes[-1] or 1.0
+    full = float(scale or sizes[math.ceil(0.95 * len(sizes)) - 1] or sizes[-1] or 1.0)
     spans = "".join(_token(token, full) for token in tokens)
     key = (
         f'<div class="key"><span>A ≤ −{_number(full)}</span><span class="ramp"></span>'
@@ -407,6 +407,7 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
     return path
 
 
+# The page's style stays beside the code that writes its classes, at the price of a longer file.
 # The policy forbids every load, so that the page stays self-contained whatever a section holds.
 # Colours: Okabe and Ito's palette (legible to the colour-blind), brightened for the dark ground.
 _HEAD = """<!DOCTYPE html>
@@ -434,7 +435,7 @@ section{border-top:1px solid var(--rule);padding:20px 0 12px}
 figcaption{font-weight:600;margin-bottom:2px}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;margin-bottom:6px}
 .legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{width:26px;height:14px}
-.chart>svg{display:block;width:100%}.chart text{font-size:13px;fill:var(--soft)}
+.chart>svg{display:block;width:100%}.chart text{font-size:13.5px;fill:var(--soft)}
 @container(max-width:440px){.chart text{font-size:18px}}
 .chart .name,.chart .label{fill:var(--ink)}.chart .mid{text-anchor:middle}
 .chart .label{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -164,7 +164,7 @@ def _scan_jsonl(file: Path) -> Iterator[Row | DataError]:
             if text and not isinstance(fields, dict):
                 kind = _kind(fields)
                 yield DataError(where, None, f"expected one JSON object a line, found {kind}")
-            elif text:
+            elif isinstance(fields, dict):
                 yield _row(where, fields)
 
 
@@ -238,7 +238,7 @@ def row_to_trajectories(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
     The end token is an action; a truncated text gets none, and is not terminated. Rewards stand
     on the last token of what they are given for, and are 0 where none is given.
     """
-    form = _form(row)
+    form = row_form(row)
     for column in row.fields:
         if column in _KNOWN and column not in FORMS[form]:
             fits = next(f for f in FORMS if column in FORMS[f])
@@ -257,7 +257,8 @@ def row_to_trajectories(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
         raise row.fault(form, str(error)) from error
 
 
-def _form(row: Row) -> str:
+def row_form(row: Row) -> str:
+    """The key of `FORMS` that a row takes; raises `DataError` where it takes none."""
     fields = row.fields
     if "rejected" in fields:
         return "chosen"
@@ -320,22 +321,21 @@ def _encode_dialogue(
     tokens, is_action, owner = tokenizer.encode_messages(messages)
     is_action = [a and o >= first for a, o in zip(is_action, owner, strict=True)]
     if _truncated(row) and messages[-1]["role"] == "assistant":
-        while not is_action[-1] or tokens[-1] in tokenizer.template.end_ids:
-            was_action = is_action[-1]
-            for column_of_tokens in (tokens, is_action, owner):
-                column_of_tokens.pop()
-            if was_action or owner[-1] not in (-1, len(messages) - 1):
-                break
+        # Take back the end token, never emitted, and what the template puts after it.
+        length = max((k + 1 for k, a in enumerate(is_action) if a), default=0)
+        length -= tokens[length - 1] in tokenizer.template.end_ids
+        tokens, is_action, owner = tokens[:length], is_action[:length], owner[:length]
     reward = [0.0] * len(tokens)
     for i, message in enumerate(messages):
-        given = _number(row, f"{column}[{i - first}].reward", message.get("reward", 0))
+        at = f"prompt[{i}].reward" if i < first else f"{column}[{i - first}].reward"
+        given = _number(row, at, message.get("reward", 0))
         if given == 0:
             continue
         # A template may render several observations as one: the reward stands on its last token.
-        owned = [k for k, o in enumerate(owner) if o >= i]
-        last = max((k for k in owned if owner[k] == owner[owned[0]]), default=-1)
+        shown = next((o for o in owner if o >= i), None)
+        last = max((k for k, o in enumerate(owner) if o == shown), default=-1)
         if not any(is_action[: last + 1]):
-            raise row.fault(f"{column}[{i - first}].reward", "stands before the first action")
+            raise row.fault(at, "a reward before the first action belongs to no decision")
         reward[last] += given
     return _finish(row, tokens, is_action, reward)
 
@@ -360,8 +360,170 @@ def _messages(row: Row, column: str, role: str) -> list[dict[str, Any]]:
         if message.get("role") not in ROLES:
             hint = nearest(str(message.get("role")), ROLES)
             found = repr(message.get("role"))
-            raise row.fault(f"{at}.role", f"expected one of {', '.join(ROLES)}, found {found}{hint}")
+            raise row.fault(
+                f"{at}.role", f"expected one of {', '.join(ROLES)}, found {found}{hint}"
+            )
         if not isinstance(message.get("content"), str):
             kind = _kind(message.get("content"))
             raise row.fault(f"{at}.content", f"expected text, found {kind}")
     return [{k: v for k, v in m.items() if v is not None} for m in value]
+
+
+def _preference(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
+    """As two samples of rewards +1 and -1; a prompt not given is the messages both begin with."""
+    pair, fields = ("chosen", "rejected"), dict(row.fields)
+    for column, other in (pair, pair[::-1]):
+        if column not in fields:
+            raise row.fault(column, f"missing: a row with {other!r} needs both")
+    both = [fields.pop(column) for column in pair]
+    if "prompt" not in fields and "prompt_ids" not in fields and _all(both, list):
+        same = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), None)
+        shared = min(map(len, both)) - 1 if same is None else same
+        fields["prompt"] = both[0][:shared]
+        both = [messages[shared:] for messages in both]
+    inner = {**fields, "completions": both, "rewards": [1.0, -1.0]}
+    try:
+        return _samples(Row(row.where, inner), tokenizer)
+    except DataError as error:
+        for i, column in enumerate(pair):
+            if error.column and error.column.startswith(at := f"completions[{i}]"):
+                raise row.fault(column + error.column[len(at) :], error.problem) from None
+        raise
+
+
+def _samples(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
+    """K samples of one prompt, each as a row of its own."""
+    singular = {
+        "completions": "completion",
+        "rewards": "reward",
+        "completion_ids": "completion_ids",
+        "token_rewards": "token_rewards",
+    }
+    counted = "completions" if "completions" in row.fields else "completion_ids"
+    number = len(_list(row, counted))
+    if number == 0:
+        raise row.fault(counted, "expected at least one sample, found none")
+    shared = {k: v for k, v in row.fields.items() if k not in singular and k != "truncated"}
+    each: list[dict[str, Any]] = [dict(shared) for _ in range(number)]
+    for column in [*singular, "truncated"]:
+        value = row.fields.get(column)
+        if isinstance(value, bool) and column == "truncated":
+            value = [value] * number
+        if value is None:
+            continue
+        row = Row(row.where, {**row.fields, column: value})
+        for fields, part in zip(each, _list(row, column, number, counted), strict=True):
+            fields[singular.get(column, column)] = part
+    plural = {one: many for many, one in singular.items()} | {"truncated": "truncated"}
+    trajectories: list[Trajectory] = []
+    for i, fields in enumerate(each):
+        try:
+            trajectories.append(_completion(Row(row.where, fields), tokenizer))
+        except DataError as error:
+            column, bracket, rest = (error.column or singular[counted]).partition("[")
+            named = f"{plural[column]}[{i}]" if column in plural else column
+            raise row.fault(named + bracket + rest, error.problem) from None
+    return trajectories
+
+
+def _steps(row: Row, tokenizer: Tokenizer) -> Trajectory:
+    """One completion in steps, joined with nothing between; each is rewarded on its last token."""
+    steps = _list(row, "steps")
+    rewards = _list(row, "rewards", len(steps), "steps") if "rewards" in row.fields else []
+    tokens = _prompt(row, tokenizer)
+    prompt = len(tokens)
+    credit: dict[int, float] = {}
+    for i, step in enumerate(steps):
+        added = tokenizer.encode(_string(row, f"steps[{i}]", step))
+        if not added:
+            raise row.fault(f"steps[{i}]", "an empty step has no token to reward")
+        tokens += added
+        credit[len(tokens) - 1] = _number(row, f"rewards[{i}]", rewards[i]) if rewards else 0.0
+    if not _truncated(row):
+        tokens.append(tokenizer.template.eos)
+    is_action = [i >= prompt for i in range(len(tokens))]
+    return _finish(row, tokens, is_action, [credit.get(i, 0.0) for i in range(len(tokens))])
+
+
+def _prompt(row: Row, tokenizer: Tokenizer) -> list[int]:
+    """The tokens before the completion."""
+    if "prompt_ids" in row.fields:
+        return _ids(row, "prompt_ids", tokenizer)
+    if isinstance(row.fields.get("prompt"), list):
+        messages = _messages(row, "prompt", "user")
+        return tokenizer.encode_messages(messages, add_generation_prompt=True)[0]
+    return tokenizer.encode_prompt(_string(row, "prompt"))
+
+
+def _finish(
+    row: Row, tokens: list[int], is_action: list[bool], reward: Sequence[float] | None = None
+) -> Trajectory:
+    """Add what the row says of rewards, and check that something can be learnt."""
+    actions = [i for i, a in enumerate(is_action) if a]
+    if not actions:
+        raise row.fault(None, "no action: a truncated text needs a token to learn from")
+    if actions[0] == 0:
+        raise row.fault("prompt_ids", "expected a token or more before the first action")
+    total = [0.0] * len(tokens) if reward is None else list(reward)
+    if "token_rewards" in row.fields:
+        if "reward" in row.fields:
+            raise row.fault("token_rewards", "holds all the reward: remove the column of totals")
+        given = _list(row, "token_rewards", len(actions), "the completion's tokens, end included")
+        for i, value in zip(actions, given, strict=True):
+            total[i] += _number(row, "token_rewards", value)
+    total[actions[-1]] += _number(row, "reward", row.fields.get("reward", 0.0))
+    if not isinstance(row.fields.get("references", []), list):
+        raise row.fault("references", f"expected a list, found {_kind(row.fields['references'])}")
+    return Trajectory(tokens, is_action, total, terminated=not _truncated(row))
+
+
+def _string(row: Row, column: str, value: Any = None) -> str:
+    value = row.fields.get(column) if value is None else value
+    if not isinstance(value, str):
+        raise row.fault(column, f"expected text, found {_kind(value)}")
+    return value
+
+
+def _number(row: Row, column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise row.fault(column, f"expected a number, found {_kind(value)}")
+    if not math.isfinite(value):
+        raise row.fault(column, f"expected a finite number, found {value}")
+    return float(value)
+
+
+def _list(row: Row, column: str, length: int | None = None, of: str = "") -> list[Any]:
+    """The list in a column, of the same length as `of`, where that is known."""
+    value = row.fields.get(column)
+    if not isinstance(value, list):
+        raise row.fault(column, f"expected a list, found {_kind(value)}")
+    if length is not None and len(value) != length:
+        raise row.fault(column, f"expected {length} entries, one for each of {of}: {len(value)}")
+    return value
+
+
+def _ids(row: Row, column: str, tokenizer: Tokenizer) -> list[int]:
+    ids = _list(row, column)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < tokenizer.vocab_size:
+            last = tokenizer.vocab_size - 1
+            raise row.fault(column, f"expected token ids from 0 to {last}, found {i!r}")
+    return list(ids)
+
+
+def _truncated(row: Row) -> bool:
+    value = row.fields.get("truncated", False)
+    if not isinstance(value, bool):
+        raise row.fault("truncated", f"expected true or false, found {_kind(value)}")
+    return value
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return bool(values) and all(isinstance(v, kind) for v in values)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in the words of JSON, and the value itself where it is short."""
+    words = {list: "a list", dict: "an object", type(None): "nothing"}
+    short = repr(value)
+    return words.get(type(value), short if len(short) <= 40 else short[:37] + "...")

@@ -3,10 +3,11 @@
 The convention of tokens, actions and rewards is drawn at the head of `qvgpt/trajectory.py`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.trajectory import Completion, Trajectory
 
@@ -42,27 +43,6 @@ class Env(Protocol):
         ...
 
 
-@runtime_checkable
-class TurnTemplate(Protocol):
-    """The special tokens a rollout needs: `eot` ends a turn, `end_ids` are all that may."""
-
-    @property
-    def eot(self) -> int: ...  # noqa: D102
-    @property
-    def end_ids(self) -> Collection[int]: ...  # noqa: D102
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """The part of `qvgpt.data.tokenizer.Tokenizer` that environments use."""
-
-    @property
-    def template(self) -> TurnTemplate: ...  # noqa: D102
-    def encode_prompt(self, text: str) -> list[int]: ...  # noqa: D102
-    def encode(self, text: str) -> list[int]: ...  # noqa: D102
-    def decode(self, ids: list[int]) -> str: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class SingleTurn:
     """One data row and a reward as an environment: prompt, one completion, its score, the end.
@@ -90,16 +70,19 @@ class SingleTurn:
 def rollout(
     envs: Sequence[Env],
     policy: Policy,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     *,
     seeds: Sequence[int],
     max_turns: int = 32,
+    dialogue: bool = False,
 ) -> list[Trajectory]:
     """Play one episode in each environment, asking the policy for all that are still open at once.
 
+    The first observation opens the text as a row's `prompt` would; with `dialogue` as the first of
+    a row's `messages` would, so that many turns look like logged ones.
     Sampled tokens are kept as sampled, never re-tokenised. A turn's reward sits on its last token.
     An observation is appended only where it is a state: the policy acts on it, or the episode was
-    truncated and its value is to be bootstrapped from; what follows a terminated episode is dropped.
+    truncated and its value is to be bootstrapped from; after termination it is dropped.
 
     Whether an episode is over is for the environment to say, not for the sampler. A completion
     that the length limit cut is stepped like any other, only without an end token: if the
@@ -107,13 +90,15 @@ def rollout(
     reward is final and a bootstrapped value would count it twice; if it goes on, so does the
     episode. `terminated` is False where the environment truncates or `max_turns` are used up.
 
+    An environment with a state of its own may stand in `envs` only once.
+
     Raises `QvgptError` if `seeds` or completions do not match the environments in number, or a
     completion is empty, so that no token could carry its reward.
     """
     if len(seeds) != len(envs):
         raise QvgptError(f"{len(envs)} environments need as many seeds, not {len(seeds)}")
     episodes = [
-        _Episode(env, tokenizer.encode_prompt(env.reset(seed)))
+        _Episode(env, _opening(tokenizer, env.reset(seed), dialogue))
         for env, seed in zip(envs, seeds, strict=True)
     ]
     for _ in range(max_turns):
@@ -128,15 +113,28 @@ def rollout(
     return [episode.trajectory() for episode in episodes]
 
 
-def completion_text(tokenizer: TextTokenizer, tokens: Sequence[int]) -> str:
+def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of sampled tokens, without the end token where one was sampled."""
     ends = bool(tokens) and tokens[-1] in tokenizer.template.end_ids
     return tokenizer.decode(list(tokens[:-1] if ends else tokens))
 
 
-def encode_observation(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """An environment's reply as a dialogue's next message: `user: ` text, end of turn."""
-    return [*tokenizer.encode("user: " + text), tokenizer.template.eot]
+def encode_observation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """An environment's reply as a user's message: `user: ` text, end of turn.
+
+    Raises `QvgptError` for a tokenizer with a chat template of its own, which frames it otherwise.
+    """
+    if tokenizer.chat_template is not None:
+        raise QvgptError("several turns with a Hugging Face chat template are not supported yet")
+    template = tokenizer.template
+    end = template.eos if template.eot is None else template.eot
+    return [*tokenizer.encode("user: " + text), end]
+
+
+def _opening(tokenizer: Tokenizer, text: str, dialogue: bool) -> list[int]:
+    if not dialogue:
+        return tokenizer.encode_prompt(text)
+    return [tokenizer.template.bos, *encode_observation(tokenizer, text)]
 
 
 @dataclass
@@ -154,7 +152,7 @@ class _Episode:
         self.is_action = [False] * len(self.tokens)
         self.reward = [0.0] * len(self.tokens)
 
-    def play(self, completion: Completion, tokenizer: TextTokenizer) -> None:
+    def play(self, completion: Completion, tokenizer: Tokenizer) -> None:
         """Take one turn and append what the environment answers."""
         if not completion.tokens:
             raise QvgptError("the policy sampled no token: there is none to carry the reward")

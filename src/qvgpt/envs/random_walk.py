@@ -1,4 +1,4 @@
-"""trlX's random walks: find the short way to node 'a' in a small graph, and know the answer exactly.
+"""trlX's random walks: find the short way to node 'a' in a small graph, every value known exactly.
 
 A walk is a text of letters, one per node: the prompt is its first letter, the completion the rest.
 The game is small enough for dynamic programming, so every Q and V a model learns has a true value
@@ -10,10 +10,12 @@ scores 0 (there it is negative), and so does a walk that starts at the goal (the
 against another node's shortest path).
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from qvgpt.envs.env import Step
@@ -117,7 +119,7 @@ class RandomWalks:
         if GOAL not in nodes[1 : self.max_length] or nodes[0] not in range(1, self.num_nodes):
             return 0.0
         length = nodes.index(GOAL) + 1
-        for here, there in zip(nodes[: length - 1], nodes[1:length], strict=True):
+        for here, there in pairwise(nodes[:length]):
             if there not in self.edges[here]:
                 return 0.0
         return (self.max_length - length) / (self.max_length - self.shortest[nodes[0]])
@@ -212,7 +214,7 @@ class WalkValues:
         """Start, node now and nodes so far."""
         nodes = [_node(letter) for letter in walk]
         inside = nodes and nodes[0] in range(1, self.walks.num_nodes)
-        moves = zip(nodes, nodes[1:], strict=False)
+        moves = pairwise(nodes)
         # `all` stops at the first missing edge, hence before it looks up an unknown node.
         legal = inside and all(there in self.walks.edges[here] for here, there in moves)
         if not legal or len(nodes) > self.walks.max_length:
@@ -242,12 +244,12 @@ class WalkEnv:
 
 def _shortest(edges: Sequence[Sequence[int]]) -> list[float]:
     """Nodes on the shortest path from each node to the goal; infinite where there is none."""
-    length = [float("inf")] * len(edges)
-    length[GOAL] = 1
+    length = [math.inf] * len(edges)
+    length[GOAL] = 1.0
     for n in range(2, len(edges) + 1):
         arrived = [i for i, to in enumerate(edges) if any(length[j] == n - 1 for j in to)]
         for i in arrived:
-            length[i] = min(length[i], n)
+            length[i] = min(length[i], float(n))
     return length
 
 

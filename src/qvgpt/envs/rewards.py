@@ -26,7 +26,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from qvgpt.envs.env import Reward, TextTokenizer, completion_text
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.env import Reward, completion_text
 from qvgpt.errors import QvgptError, nearest
 
 Row = Mapping[str, Any]
@@ -89,7 +90,7 @@ def shape(
     reward: Reward,
     tokens: Sequence[Sequence[int]],
     rows: Sequence[Row],
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     *,
     brevity: bool = True,
 ) -> list[list[float]]:
@@ -109,8 +110,9 @@ def shape(
     if any(not completion for completion in tokens):
         raise QvgptError("an empty completion has no token to carry a reward")
     prefixes = [
-        [completion_text(tokenizer, completion[:t]) for t in range(1, len(completion) + 1)]
-        for completion in tokens
+        [tokenizer.decode(whole[:t]) for t in range(1, len(whole))]
+        + [completion_text(tokenizer, whole)]
+        for whole in tokens
     ]
     in_one = getattr(reward, "prefix_scores", None)
     if in_one is not None:
@@ -294,7 +296,7 @@ def _from_module(spec: str) -> Metric:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look there by itself
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        function: Callable[[str, Row], float] = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise QvgptError(f"reward {spec!r} expected as module:function: {error}") from error
     if not callable(function):

@@ -1,0 +1,311 @@
+"""The token loop: requests of any length share a batch and a KV cache, and stream their tokens.
+
+    engine = Engine(model)
+    engine.submit(Request(prompt, max_tokens=64, guidance=Guidance(beta=2.0), seed=1))
+    while engine.busy:
+        for event in engine.step(): ...
+
+`generate` is this loop over a list of prompts.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qvgpt.decode.policy import Guidance, NextToken, fold, folds, joined_q, next_token
+from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Cache
+from qvgpt.models.value_model import ValueModel
+from qvgpt.trajectory import Completion
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written."""
+
+    tokens: Sequence[int]
+    """The prompt, template tokens included."""
+    max_tokens: int = 128
+    """Where the text is cut if no end token came."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """How tokens are picked."""
+    seed: int = 0
+    """The same seed gives the same text, alone or in a full batch."""
+    stop: Sequence[str] = ()
+    """Strings that end the text when they appear."""
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What the model thought of a token it wrote."""
+
+    base_logprob: float
+    """log π₀, over the whole vocabulary at temperature 1."""
+    logprob: float
+    """log π of the distribution sampled from."""
+    kl: float
+    """KL(π ‖ π₀) of the step, in nats, exact."""
+    q: float | None
+    """Expected return of the text continued with this token."""
+    v: float | None
+    """Expected return of the text so far."""
+
+    @property
+    def advantage(self) -> float | None:
+        """Q − V."""
+        return None if self.q is None or self.v is None else self.q - self.v
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request."""
+
+    request_id: int
+    token: int
+    finished: Literal["end", "length", "stop"] | None
+    report: TokenReport | None = None
+
+
+@dataclass
+class _Row:
+    """A request at work in a slot of the batch."""
+
+    request_id: int
+    request: Request
+    random: random.Random
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.request.tokens) + len(self.written)
+
+
+class Engine:
+    """A batched token loop over a model. With `report`, every event carries a `TokenReport`."""
+
+    def __init__(self, model: ValueModel, max_batch: int = 64, report: bool = False):
+        self.model = model.eval()
+        self.max_batch, self.report = max_batch, report
+        tokenizer = model.tokenizer
+        self.end_ids = frozenset(tokenizer.template.end_ids) if tokenizer else frozenset()
+        self.forward_tokens = 0
+        """Tokens the trunk has read, prompts included: the cost in forwards."""
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._slots: list[_Row | None] = []
+        self._cache: Cache | None = None
+        self._folded: dict[float, Tensor] = {}
+        self._next_id = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is waiting or being written."""
+        return bool(self._waiting) or any(self._slots)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id. Raises `QvgptError` if it cannot be served."""
+        limit = self.model.trunk.seq_len
+        needed = len(request.tokens) + request.max_tokens
+        if not request.tokens:
+            raise QvgptError("an empty prompt: a token must stand before the first action")
+        if request.max_tokens < 1 or needed > limit:
+            raise QvgptError(
+                f"a prompt of {len(request.tokens)} tokens and max_tokens {request.max_tokens} "
+                f"do not fit the context of {limit}"
+            )
+        if request.guidance.beta and self.model.heads is None:
+            raise QvgptError("this model has no value heads: it can only be run with beta 0")
+        self._next_id += 1
+        self._waiting.append((self._next_id, request))
+        return self._next_id
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request, waiting or at work; unknown ids are ignored."""
+        self._waiting = deque(w for w in self._waiting if w[0] != request_id)
+        self._slots = [None if r and r.request_id == request_id else r for r in self._slots]
+
+    @torch.no_grad()
+    def step(self) -> list[TokenEvent]:
+        """Let waiting requests in, then write one token of every request at work."""
+        self._admit()
+        if not any(self._slots):
+            return []
+        assert self._cache is not None
+        device = self.model.device
+        last = [(row.written or row.request.tokens)[-1] if row else 0 for row in self._slots]
+        tokens = torch.tensor(last, device=device)[:, None]
+        mask = torch.tensor([row is not None for row in self._slots], device=device)[:, None]
+        self._cache.longest = max(row.length for row in self._slots if row) - 1
+        hidden = self.model.trunk.hidden(tokens, mask, cache=self._cache)[:, 0]
+        self.forward_tokens += sum(row is not None for row in self._slots)
+        events: list[TokenEvent] = []
+        for guidance in dict.fromkeys(row.request.guidance for row in self._slots if row):
+            slots = [i for i, r in enumerate(self._slots) if r and r.request.guidance == guidance]
+            states = hidden if len(slots) == len(hidden) else hidden[slots]
+            events += self._write(slots, states, guidance)
+        self._shrink()
+        return events
+
+    def _write(
+        self, slots: list[int], hidden: Float[Tensor, "rows embed"], guidance: Guidance
+    ) -> list[TokenEvent]:
+        """Sample a token for each of the slots, which all share one guidance."""
+        rows = [row for i in slots if (row := self._slots[i])]
+        picked = self._distribution(hidden, guidance)
+        uniform = torch.tensor([row.random.random() for row in rows], device=hidden.device)
+        token, place = picked.sample(uniform, greedy=guidance.temperature == 0)
+        reports = self._reports(hidden, guidance, picked, token, place) if self.report else None
+        events = []
+        for i, (slot, row, t) in enumerate(zip(slots, rows, token.tolist(), strict=True)):
+            row.written.append(t)
+            finished = self._finished(row, t)
+            if finished:
+                self._slots[slot] = None
+            report = reports[i] if reports else None
+            events.append(TokenEvent(row.request_id, t, finished, report))
+        return events
+
+    def _distribution(self, hidden: Tensor, guidance: Guidance) -> NextToken:
+        if self.report or not folds(self.model, guidance):
+            return next_token(self.model, hidden, guidance)
+        if guidance.beta not in self._folded:
+            self._folded[guidance.beta] = fold(self.model, guidance.beta)
+        return next_token(self.model, hidden, guidance, self._folded[guidance.beta])
+
+    def _reports(
+        self, hidden: Tensor, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor
+    ) -> list[TokenReport]:
+        at = place[:, None]
+        columns = [
+            picked.base_logprob.gather(1, at)[:, 0].tolist(),
+            picked.logprob.gather(1, at)[:, 0].tolist(),
+            picked.kl().tolist(),
+        ]
+        if self.model.heads is None:
+            columns += [[None] * len(token)] * 2
+        else:
+            q = joined_q(self.model, hidden, token[:, None], guidance.twins)[:, 0]
+            columns += [q.tolist(), self.model.heads.v(hidden.float()).tolist()]
+        return [TokenReport(*values) for values in zip(*columns, strict=True)]
+
+    def _finished(self, row: _Row, token: int) -> Literal["end", "length", "stop"] | None:
+        if token in self.end_ids:
+            return "end"
+        if row.request.stop and self.model.tokenizer is not None:
+            text = self.model.tokenizer.decode(row.written)
+            if any(stop in text for stop in row.request.stop):
+                return "stop"
+        return "length" if len(row.written) >= row.request.max_tokens else None
+
+    def _admit(self) -> None:
+        """Fill free slots: read the prompts but for their last token, which `step` reads."""
+        if not self._waiting:
+            return
+        if not any(self._slots):
+            size = min(self.max_batch, len(self._waiting))
+            self._slots = [None] * size
+            self._cache = self.model.trunk.new_cache(size, self._capacity())
+        elif self._needs_room():
+            return  # a longer text than the cache was made for waits until the batch is empty
+        assert self._cache is not None
+        free = [i for i, row in enumerate(self._slots) if row is None]
+        admitted = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+        if not admitted:
+            return
+        free = free[: len(admitted)]
+        for slot, (request_id, request) in zip(free, admitted, strict=True):
+            self._slots[slot] = _Row(request_id, request, random.Random(request.seed))
+        # samples of one prompt are read once
+        prompts = list(dict.fromkeys(tuple(request.tokens[:-1]) for _, request in admitted))
+        which = [prompts.index(tuple(request.tokens[:-1])) for _, request in admitted]
+        device = self.model.device
+        longest = max(len(p) for p in prompts)
+        if longest == 0:
+            self._cache.length[torch.tensor(free, device=device)] = 0
+            return
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
+            mask[i, : len(prompt)] = True
+        read = self.model.trunk.new_cache(len(prompts), longest)
+        self.model.trunk.hidden(tokens.to(device), mask.to(device), cache=read)
+        self.forward_tokens += int(mask.sum())
+        copies = read.select(torch.tensor(which, device=device))
+        self._cache.insert(torch.tensor(free, device=device), copies)
+
+    def _capacity(self) -> int:
+        return max(len(r.tokens) + r.max_tokens for _, r in self._waiting)
+
+    def _needs_room(self) -> bool:
+        assert self._cache is not None
+        return self._capacity() > self._cache.capacity
+
+    def _shrink(self) -> None:
+        """Once half of the slots idle and nobody waits, drop them."""
+        active = [i for i, row in enumerate(self._slots) if row]
+        if self._waiting or not active or 2 * len(active) > len(self._slots):
+            return
+        assert self._cache is not None
+        self._cache = self._cache.select(torch.tensor(active, device=self.model.device))
+        self._slots = [self._slots[i] for i in active]
+
+
+def generate(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    guidance: Guidance | None = None,
+    *,
+    max_tokens: int = 128,
+    seed: int = 0,
+    max_batch: int = 64,
+    stop: Sequence[str] = (),
+    on_done: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Write one completion per prompt; row i is seeded with `seed + i`.
+
+    `on_done` is called with the number of finished texts. Results are in the order of prompts.
+    """
+    return [c for c, _ in generate_with_reports(
+        model, prompts, guidance, max_tokens=max_tokens, seed=seed, max_batch=max_batch,
+        stop=stop, on_done=on_done, report=False,
+    )]  # fmt: skip
+
+
+def generate_with_reports(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    guidance: Guidance | None = None,
+    *,
+    max_tokens: int = 128,
+    seed: int = 0,
+    max_batch: int = 64,
+    stop: Sequence[str] = (),
+    on_done: Callable[[int], None] | None = None,
+    report: bool = True,
+) -> list[tuple[Completion, list[TokenReport]]]:
+    """Like `generate`, with a report on every token."""
+    engine = Engine(model, max_batch, report)
+    request = Request((), max_tokens, guidance or Guidance(), seed, stop)
+    ids = [
+        engine.submit(replace(request, tokens=prompt, seed=seed + i))
+        for i, prompt in enumerate(prompts)
+    ]
+    tokens: dict[int, list[int]] = {i: [] for i in ids}
+    reports: dict[int, list[TokenReport]] = {i: [] for i in ids}
+    ended: dict[int, bool] = {}
+    while engine.busy:
+        for event in engine.step():
+            tokens[event.request_id].append(event.token)
+            if event.report is not None:
+                reports[event.request_id].append(event.report)
+            if event.finished:
+                ended[event.request_id] = event.finished != "length"
+        if on_done is not None:
+            on_done(len(ended))
+    return [(Completion(tokens[i], ended[i]), reports[i]) for i in ids]

@@ -1,0 +1,192 @@
+"""How values change what is sampled: π(a|s) ∝ π₀(a|s)·exp(β·A(s,a)), and in which order.
+
+    base log-probs → candidates → + β·Q → ÷ temperature → sample
+
+V(s) is the same for every next token, so it cancels: only Q is added. Candidates (top_k, top_p,
+min_p) are taken from the base distribution, so that values choose among what the model might
+say; `candidates="guided"` truncates afterwards, as stock engines must.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How to pick the next token."""
+
+    beta: float = 0.0
+    """Strength, in 1 / units of reward; 0 is the plain model."""
+    temperature: float = 1.0
+    """Divides base log-probs and guidance alike; 0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens that holds this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this likely, relative to the likeliest."""
+    candidates: Literal["base", "guided"] = "base"
+    """Which distribution top_k, top_p and min_p look at."""
+    twins: Literal["mean", "min"] = "mean"
+    """How several Q heads are joined; mean folds into the LM head."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "temperature must be 0 (greedy) or more": self.temperature >= 0,
+            "top_k must be at least 1": self.top_k is None or self.top_k >= 1,
+            "top_p must lie in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
+            "min_p must lie in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
+            "candidates is 'base' or 'guided'": self.candidates in ("base", "guided"),
+            "twins is 'mean' or 'min'": self.twins in ("mean", "min"),
+            "beta must be finite": abs(self.beta) < float("inf"),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise QvgptError(f"guidance: {message}, not as in {self}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the candidates are fewer than the vocabulary."""
+        return any(x is not None for x in (self.top_k, self.top_p, self.min_p))
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The distribution of the next token over its candidates, for a batch of states."""
+
+    tokens: Int[Tensor, "rows candidates"]
+    logprob: Float[Tensor, "rows candidates"]
+    """What is sampled from: guided, truncated, tempered, normalised; −inf where cut."""
+    base_logprob: Float[Tensor, "rows candidates"]
+    """Of the whole vocabulary at temperature 1. Meaningless on the folded path."""
+
+    def sample(
+        self, uniform: Float[Tensor, "rows"], greedy: bool
+    ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
+        """One token per row from one number in [0, 1) per row; also its place among candidates."""
+        if greedy:
+            place = self.logprob.argmax(-1)
+        else:
+            cumulative = self.logprob.double().exp().cumsum(-1)
+            level = uniform.double()[:, None] * cumulative[:, -1:]
+            place = (cumulative <= level).sum(-1).clamp(max=self.logprob.size(-1) - 1)
+        return self.tokens.gather(1, place[:, None])[:, 0], place
+
+    def kl(self) -> Float[Tensor, "rows"]:
+        """KL(guided ‖ base) of this step, the base over its whole vocabulary."""
+        p = self.logprob.exp()
+        return (p * (self.logprob - self.base_logprob)).where(p > 0, 0.0).sum(-1)
+
+
+def guided_logprob(
+    base_logprob: Float[Tensor, "rows candidates"],
+    q: Float[Tensor, "rows candidates"] | None,
+    guidance: Guidance,
+) -> Float[Tensor, "rows candidates"]:
+    """log π over the given candidates: truncation, guidance and temperature in their order."""
+    logits = base_logprob
+    if guidance.candidates == "base":
+        logits = _truncate(logits, guidance)
+    if q is not None and guidance.beta:
+        logits = logits + guidance.beta * q
+    if guidance.candidates == "guided":
+        logits = _truncate(logits.log_softmax(-1), guidance)
+    if guidance.temperature not in (0.0, 1.0):
+        logits = logits / guidance.temperature
+    return logits.log_softmax(-1)
+
+
+def next_token(
+    model: ValueModel,
+    hidden: Float[Tensor, "rows embed"],
+    guidance: Guidance,
+    folded: Float[Tensor, "vocab embed"] | None = None,
+) -> NextToken:
+    """The guided distribution after each hidden state.
+
+    Three ways, same result: with `folded` (LM head + β·Q as one matrix) it costs what the plain
+    model costs but knows no base log-probs; with base top-k only the candidates' rows of the
+    heads are read; else Q of the whole vocabulary is formed.
+    """
+    if folded is not None:
+        logits = (hidden @ folded.T).float().log_softmax(-1)
+        plain = Guidance(**{**vars(guidance), "beta": 0.0})
+        logprob = guided_logprob(logits, None, plain)
+        return NextToken(_everything(logits), logprob, logits)
+    base = (hidden @ model.trunk.output_weight.T).float().log_softmax(-1)
+    tokens = _everything(base)
+    if guidance.top_k is not None and guidance.candidates == "base":
+        base, tokens = base.topk(min(guidance.top_k, base.size(-1)), dim=-1)
+    q = None
+    if guidance.beta:
+        q = joined_q(model, hidden, tokens if base.size(-1) < model.trunk.vocab_size else None,
+                     guidance.twins)  # fmt: skip
+    return NextToken(tokens, guided_logprob(base, q, guidance), base)
+
+
+def joined_q(
+    model: ValueModel,
+    hidden: Float[Tensor, "rows embed"],
+    tokens: Int[Tensor, "rows candidates"] | None,
+    twins: Literal["mean", "min"],
+) -> Float[Tensor, "rows candidates"]:
+    """Q of the candidates (None: of every token) by the slow heads, joined into one."""
+    if model.heads is None:
+        raise QvgptError("this model has no value heads: it can only be run with beta 0")
+    h = hidden.float()
+    q = [
+        head(h) if tokens is None else head.of_many(h, tokens)  # type: ignore[operator]
+        for head in model.heads.target_q
+    ]
+    stacked = torch.stack(q)
+    return stacked.mean(0) if twins == "mean" else stacked.amin(0)
+
+
+def folds(model: ValueModel, guidance: Guidance) -> bool:
+    """Whether LM head and guidance are one matrix: linear features, mean of twins, no base set."""
+    if model.heads is None or guidance.beta == 0:
+        return False
+    free = guidance.candidates == "guided" or not guidance.truncates
+    return free and guidance.twins == "mean" and model.heads.config.kind != "mlp"
+
+
+@torch.no_grad()
+def fold(model: ValueModel, beta: float) -> Float[Tensor, "vocab embed"]:
+    """W + β·F: one matrix that is LM head and guidance at once."""
+    assert model.heads is not None
+    weight = model.trunk.output_weight
+    return weight + beta * model.heads.folded().to(weight.dtype)
+
+
+def _everything(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows vocab"]:
+    return torch.arange(logits.size(-1), device=logits.device).expand(logits.shape)
+
+
+def _truncate(
+    logprob: Float[Tensor, "rows candidates"], guidance: Guidance
+) -> Float[Tensor, "rows candidates"]:
+    """−inf outside top_k, top_p and min_p, applied in that order."""
+    if guidance.top_k is not None and guidance.top_k < logprob.size(-1):
+        smallest = logprob.topk(guidance.top_k, dim=-1).values[:, -1:]
+        logprob = logprob.masked_fill(logprob < smallest, NEG_INF)
+    if guidance.top_p is not None:
+        ordered, index = logprob.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        before = p.cumsum(-1) - p  # the probability ahead of each token; the first always stays
+        cut = torch.zeros_like(logprob, dtype=torch.bool)
+        cut = cut.scatter(-1, index, before >= guidance.top_p)
+        logprob = logprob.masked_fill(cut, NEG_INF)
+    if guidance.min_p is not None:
+        floor = logprob.amax(-1, keepdim=True) + torch.tensor(guidance.min_p).log().to(logprob)
+        logprob = logprob.masked_fill(logprob < floor, NEG_INF)
+    return logprob

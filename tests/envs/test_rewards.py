@@ -1,0 +1,170 @@
+import math
+import random
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.random_walk import RandomWalks
+from qvgpt.envs.rewards import bleu_prefixes, get_reward, shape
+from qvgpt.errors import QvgptError
+
+BUILT_IN = ["bleu", "chrf", "rouge_l", "rouge_2", "exact_match", "token_f1", "length"]
+WORDS = ["the", "cat", "sat", "on", "mat", ",", "3.5", "1-2", "a.b", "Hund", "läuft", "&quot;", "-"]
+sentence = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
+anything = st.one_of(sentence, st.text(st.characters(codec="utf-8"), max_size=30))
+TOK = Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=280)
+SACRE = BLEU(effective_order=True)
+
+
+def score(name: str, text: str, *references: str) -> float:
+    return get_reward(name)([text], [{"references": list(references)}])[0]
+
+
+def test_bleu_by_hand():
+    # 4 words of 4, 3 pairs of 3, 2 triples of 2, 1 quadruple of 1
+    assert score("bleu", "a b c d", "a b c d") == pytest.approx(1.0)
+    # words 3/4, pairs 2/3, triples 1/2, quadruples 0 of 1 smoothed to 1/2
+    expected = (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** (1 / 4)
+    assert score("bleu", "a b c x", "a b c d") == pytest.approx(expected)
+    # two words: the orders there are, 2/2 and 1/1, times exp(1 − 4/2)
+    assert score("bleu", "a b", "a b c d") == pytest.approx(math.exp(-1))
+    assert score("bleu", "x y", "a b c d") == 0.0
+    assert score("bleu", "", "a b") == 0.0
+    # clipping: one of the two a's counts; pairs 0 of 1 smoothed to 1/2
+    assert score("bleu", "a a", "a b") == pytest.approx((1 / 2 * 1 / 2) ** (1 / 2))
+
+
+def test_the_others_by_hand():
+    # words shared in order: a, c; F1 = 2·2/(3+4)
+    assert score("rouge_l", "a c x", "a b c d") == pytest.approx(4 / 7)
+    # pairs (a b), (b c) of 3 and 3 shared
+    assert score("rouge_2", "a b c x", "a b c d") == pytest.approx(2 / 3)
+    assert score("rouge_l", "zzz", "a b", "zzz") == 1.0  # the best reference counts
+    assert score("exact_match", "The  Cat!", "cat") == 1.0
+    assert score("exact_match", "cats", "cat") == 0.0
+    # after normalisation: {red, cat} and {big, red, cat}: 2·2/(2+3)
+    assert score("token_f1", "a red cat", "The big, red cat.") == pytest.approx(4 / 5)
+    assert score("token_f1", "the", "a") == 1.0  # both empty
+    assert score("token_f1", "x", "a") == 0.0
+    assert score("token_f1", "x x y", "x", "x x") == pytest.approx(4 / 5)
+    assert score("length", " three words  here ", "") == 3.0
+    assert score("chrf", "a cat", "a cat") == 1.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything, st.lists(anything, min_size=1, max_size=3))
+def test_bleu_equals_sacrebleu(text, references):
+    ours = bleu_prefixes([text], {"references": references})[0]
+    assert ours == pytest.approx(SACRE.sentence_score(text, references).score / 100, abs=1e-9)
+
+
+def test_bleu_equals_sacrebleu_on_changing_texts():
+    """Prefixes that grow, shrink and change: nothing may stay in the counts."""
+    rng = random.Random(0)
+    for _ in range(60):
+        texts = [" ".join(rng.choices(WORDS, k=rng.randrange(14))) for _ in range(12)]
+        long = " ".join(rng.choices(WORDS, k=14))
+        texts += [long[:n] for n in range(0, len(long), 2)]
+        references = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 14))) for _ in range(2)]
+        expected = [SACRE.sentence_score(t, references).score / 100 for t in texts]
+        ours = bleu_prefixes(texts, {"references": references})
+        assert ours == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(anything, anything)
+def test_chrf_equals_sacrebleu(text, reference):
+    expected = CHRF().sentence_score(text, [reference]).score / 100
+    assert score("chrf", text, reference) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="ascii")), sentence.filter(str.isascii))
+def test_rouge_equals_rouge_score_on_ascii(text, reference):
+    expected = RougeScorer(["rougeL", "rouge2"]).score(reference, text)
+    assert score("rouge_l", text, reference) == pytest.approx(expected["rougeL"].fmeasure)
+    assert score("rouge_2", text, reference) == pytest.approx(expected["rouge2"].fmeasure)
+
+
+def test_rouge_keeps_letters_that_rouge_score_drops():
+    assert score("rouge_l", "Ärzte „läuft“!", "ärzte läuft") == 1.0
+    assert score("rouge_l", "кот спит", "кот ест") == 0.5
+    assert score("rouge_l", "don’t", "don't") == 1.0
+    assert RougeScorer(["rougeL"]).score("кот", "кот")["rougeL"].fmeasure == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(BUILT_IN),
+    st.lists(st.integers(5, TOK.vocab_size - 1), min_size=1, max_size=12),
+    sentence,
+    st.booleans(),
+)
+def test_shaping_sums_to_the_metric(name, tokens, reference, ended):
+    tokens = [*tokens, TOK.template.eos] if ended else tokens
+    reward, row = get_reward(name), {"completion": reference}
+    (shaped,) = shape(reward, [tokens], [row], TOK)
+    (whole,) = reward([TOK.decode(tokens)], [row])
+    assert len(shaped) == len(tokens)
+    assert sum(shaped) == pytest.approx(whole, abs=1e-9)
+    if ended and len(tokens) > 1:
+        assert shaped[-1] == 0.0
+    for n in range(1, len(tokens)):
+        expected = reward([TOK.decode(tokens[:n])], [row])[0]
+        assert sum(shaped[:n]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_without_brevity_the_last_token_settles_the_sum():
+    row, text = {"references": ["the cat sat on the mat , 3.5 the cat"]}, "the cat sat"
+    tokens = [*TOK.encode(text), TOK.template.eos]
+    (late,) = shape(get_reward("bleu"), [tokens], [row], TOK)
+    (early,) = shape(get_reward("bleu"), [tokens], [row], TOK, brevity=False)
+    assert sum(early) == pytest.approx(sum(late)) == pytest.approx(math.exp(1 - 10 / 3))
+    assert sum(early[:-1]) == pytest.approx(1.0)  # every n-gram so far is right
+    assert early[-1] == pytest.approx(math.exp(1 - 10 / 3) - 1)
+    assert late[-1] == 0.0
+    with pytest.raises(QvgptError, match="'bleu'"):
+        shape(get_reward("length"), [tokens], [row], TOK, brevity=False)
+
+
+def test_any_callable_can_be_shaped():
+    walks = RandomWalks(edges=((), (0,), (1,)), max_length=5)
+    tok = Tokenizer.train([walks.letters], kind="char", vocab_size=20)
+    tokens = [*tok.encode("ba"), tok.template.eos]
+    rows = [{"prompt": "c"}] * 2
+    assert shape(walks.reward, [tokens, tokens[:1]], rows, tok) == [[0.0, 1.0, 0.0], [0.0]]
+    with pytest.raises(QvgptError, match="empty completion"):
+        shape(walks.reward, [[]], rows[:1], tok)
+
+
+def test_a_callable_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(
+        "def vowels(completion, row):\n    return sum(c in row['vowels'] for c in completion)\n"
+        "def broken(completion, row):\n    return float('nan')\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    reward = get_reward("own_reward:vowels")
+    assert reward(["banana", "xyz"], [{"vowels": "a"}] * 2) == [3.0, 0.0]
+    with pytest.raises(QvgptError, match=r"own_reward:broken.*nan for row 1 of 2.*'why'"):
+        get_reward("own_reward:broken")(["x", "y"], [{"prompt": "why"}] * 2)
+    for spec in ("own_reward:number", "own_reward:none", "no_such_module:f", ":f"):
+        with pytest.raises(QvgptError, match=spec):
+            get_reward(spec)
+
+
+def test_faults(monkeypatch):
+    with pytest.raises(QvgptError, match="did you mean 'bleu'"):
+        get_reward("blue")
+    with pytest.raises(QvgptError, match="needs `references`"):
+        get_reward("bleu")(["x"], [{"prompt": "y"}])
+    with pytest.raises(QvgptError, match="list of texts"):
+        get_reward("token_f1")(["x"], [{"references": "y"}])
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(QvgptError, match=r"needs rouge-score: pip install 'qvgpt\[text\]'"):
+        get_reward("rouge_l")
