@@ -20,7 +20,7 @@ from qvgpt.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Loss, Objectives
-from qvgpt.progress import RunProgress
+from qvgpt.run import RunProgress
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 

@@ -1,14 +1,70 @@
-"""What a long run shows and logs: a bar on a terminal, lines elsewhere, JSONL always."""
+"""What a run leaves and shows: its directory, its summary, its progress and its log.
+
+A directory belongs to one run, named in its `run.json`; another one is refused there. Progress is
+a bar on a terminal and lines elsewhere; `log.jsonl` is written always.
+"""
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvgpt.errors import QvgptError
+
 _QUIET_SECONDS = 20.0  # between lines where there is no terminal to draw a bar on
+
+
+def open_run(
+    output: str | Path, command: str, config: Mapping[str, Any], resume: bool = False
+) -> Path:
+    """Claim `output` for a run of `command` with this (JSON-ready) configuration.
+
+    Raises `QvgptError`, and touches nothing, where the directory holds anything else: another
+    run, a run of another configuration, or the same run while `resume` is off.
+    """
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise QvgptError(f"{path}: a directory was expected, not a file")
+    record = json.loads(json.dumps({"command": command, "config": config}))
+    run_file = path / "run.json"
+    if run_file.exists():
+        found = json.loads(run_file.read_text())
+        if not resume:
+            raise QvgptError(
+                f"{path}: holds another run already; choose another output, or continue it "
+                "with --resume true"
+            )
+        changed = _differences(found, record)
+        if changed:
+            raise QvgptError(
+                f"{path}: holds a run with other settings ({', '.join(changed)}); "
+                "choose another output"
+            )
+        return path
+    if path.is_dir() and any(path.iterdir()):
+        raise QvgptError(f"{path}: is not empty and holds no run; choose another output")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(run_file, record)
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece: a reader sees the old file or the new one."""
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(staged, path)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    if found.get("command") != wanted["command"]:
+        return [f"command {found.get('command')!r}"]
+    old, new = found.get("config", {}), wanted["config"]
+    return [k for k in {**old, **new} if k != "resume" and old.get(k) != new.get(k)]
 
 
 class RunProgress:
