@@ -1,0 +1,35 @@
+# Two commands matter: `make demo` and `make test`. Each sets up all it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test setup lint quick clean
+
+demo: setup
+	$(BIN)/qvgpt demo
+
+test: setup lint
+	$(BIN)/pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; say which with PYTHON=…"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+		|| { echo "no venv module: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+quick: setup  # every reproduction in its reduced form
+	$(BIN)/python reproductions/random_walk/run.py --quick
+	$(BIN)/python reproductions/translation/run.py --quick
+
+clean:
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

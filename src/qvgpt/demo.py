@@ -1,0 +1,246 @@
+"""The whole story on a game with a known optimum: `qvgpt demo`.
+
+Random walks are logged by a policy that knows nothing; a GPT with Q and V is trained on them from
+scratch; guided by its values it finds the short ways, though nobody ever showed it how. Dynamic
+programming says how good that is.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qvgpt.data.rows import Row, row_to_trajectories
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.engine import generate, generate_with_reports
+from qvgpt.decode.policy import Guidance, joined_q
+from qvgpt.envs.random_walk import RandomWalks
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import parse_objectives
+from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, write_report
+from qvgpt.report import table as html_table
+from qvgpt.run import read_log, write_json
+from qvgpt.trainer import FitOptions, fit
+
+OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.9, "cql_weight": 0.01}}]
+HEADS = HeadsConfig(kind="mlp")
+FIT = FitOptions(epochs=1000, max_steps=400, batch_size=100, lr=1e-3, tau=0.1)
+GUIDANCE = Guidance(beta=64.0, min_p=0.1)
+MAX_NODES = 10
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The built-in demonstration; needs no input and no network."""
+
+    output: str = "runs/demo"
+    """Where the model, summary.json and report.html go; an earlier demo there is replaced."""
+    seed: int = 0
+    """Of the graph, the logged walks and the training."""
+    walks: int = 1000
+    """Logged walks to learn from."""
+    steps: int = 400
+    """Optimizer steps."""
+    samples: int = 100
+    """Walks sampled from each start to judge a policy."""
+
+
+def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
+    """Log walks, learn from them, compare with the optimum, write the report."""
+    started = time.perf_counter()
+    console = console or Console(stderr=True)
+    output = _claim(Path(config.output))
+    walks = RandomWalks.draw(config.seed)
+    rows = walks.logged_walks(config.walks, config.seed)
+    console.print(f"{len(rows)} random walks on {walks.num_nodes} nodes, e.g. "
+                  f"{rows[0]['prompt']}{rows[0]['completion']} → {rows[0]['reward']:.2f}")  # fmt: skip
+    model = learn(walks, rows, config, output, console)
+    samples = {
+        "base": sample(model, walks, Guidance(), config.samples, config.seed),
+        "guided": sample(model, walks, GUIDANCE, config.samples, config.seed),
+        "guided, greedy": sample(
+            model, walks, Guidance(**{**asdict(GUIDANCE), "temperature": 0.0}), 1, config.seed
+        ),
+    }
+    data_return = fmean(row["reward"] for row in rows)
+    optimal = walks.optimal_return()
+    base, guided = fmean(samples["base"]), fmean(samples["guided"])
+    summary = {
+        "data_return": data_return,
+        "base_return": base,
+        "guided_return": guided,
+        "optimal_return": optimal,
+        "normalised_guided": (guided - data_return) / (optimal - data_return),
+        "optimality_base": base,
+        "optimality_guided": guided,
+        "optimality_greedy": fmean(samples["guided, greedy"]),
+        "q_spearman": q_spearman(model, walks, rows),
+        "guidance": asdict(GUIDANCE),
+        "seed": config.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    _report(output, summary, model, walks)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(output / "summary.json", summary)
+    _show(summary, output, console)
+    return summary
+
+
+def learn(
+    walks: RandomWalks, rows: list[dict[str, Any]], config: DemoConfig, output: Path, console: Console
+) -> ValueModel:
+    """Train a small GPT with Q and V on the logged walks, from scratch."""
+    tokenizer = Tokenizer.train(walks.letters, "char")
+    data = [
+        t
+        for i, row in enumerate(rows, 1)
+        for t in row_to_trajectories(Row(f"walk {i}", row), tokenizer)
+    ]
+    torch.manual_seed(config.seed)
+    gpt = GPT(tokenizer.vocab_size, embed_dim=128, num_heads=4, num_layers=2, seq_len=16)
+    model = ValueModel(gpt, HEADS, tokenizer)
+    options = FitOptions(**{**asdict(FIT), "max_steps": config.steps, "seed": config.seed})
+    fit(model, data, parse_objectives(OBJECTIVES), options, output=output, console=console)
+    model.info.recommended_guidance = asdict(GUIDANCE)
+    model.save(output)
+    return model
+
+
+def sample(
+    model: ValueModel, walks: RandomWalks, guidance: Guidance, count: int, seed: int
+) -> list[float]:
+    """Optimality of `count` walks from each start."""
+    assert model.tokenizer is not None
+    starts = [s for s in walks.starts for _ in range(count)]
+    prompts = [model.tokenizer.encode_prompt(s) for s in starts]
+    written = generate(
+        model, prompts, guidance, max_tokens=MAX_NODES + 1, seed=seed, max_batch=512
+    )
+    texts = [model.tokenizer.decode(c.tokens) for c in written]
+    return [walks.optimality(s + text) for s, text in zip(starts, texts, strict=True)]
+
+
+@torch.no_grad()
+def q_spearman(model: ValueModel, walks: RandomWalks, rows: Sequence[dict[str, Any]]) -> float:
+    """Rank correlation of learned Q with exact Q*, over legal actions in the logged states."""
+    assert model.tokenizer is not None
+    exact = walks.solve()
+    tokenizer = model.tokenizer
+    prefixes = {
+        (row["prompt"] + row["completion"])[: i + 1]
+        for row in rows
+        for i in range(min(len(row["completion"]), MAX_NODES - 1))
+    }
+    learned, true = [], []
+    for prefix in sorted(prefixes):
+        tokens = tokenizer.encode_prompt(prefix[0]) + tokenizer.encode(prefix[1:])
+        state = model.trunk.hidden(torch.tensor([tokens], device=model.device))[:, -1]
+        q = exact.q(prefix)
+        ids = [tokenizer.encode(a)[0] if a else tokenizer.template.eos for a in q]
+        found = joined_q(model, state, torch.tensor([ids], device=model.device), "mean")
+        learned += found[0].tolist()
+        true += q.values()
+    ranks = torch.stack([_ranks(torch.tensor(x)) for x in (learned, true)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(x: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0; ties share their mean rank."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() + 1) / 2)[inverse]
+
+
+def _claim(output: Path) -> Path:
+    """An empty directory for the demo; an earlier demo there is replaced, nothing else is."""
+    marker = output / "demo.json"
+    if marker.exists():
+        shutil.rmtree(output)
+    if output.exists() and any(output.iterdir()):
+        from qvgpt.errors import QvgptError
+
+        raise QvgptError(f"{output}: holds something other than a demo; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {"command": "demo"})
+    return output
+
+
+def _show(summary: dict[str, Any], output: Path, console: Console) -> None:
+    table = Table("policy", "optimality", title="Random walks: 1 = always the shortest way")
+    for name, key in {
+        "the logged walks": "data_return",
+        "the GPT that cloned them": "optimality_base",
+        "guided by its Q and V": "optimality_guided",
+        "guided, greedy": "optimality_greedy",
+        "optimum (dynamic programming)": "optimal_return",
+    }.items():
+        table.add_row(name, f"{summary[key]:.3f}")
+    console.print(table)
+    console.print(f"{summary['seconds']} s; report: {output / 'report.html'}")
+
+
+def _report(
+    output: Path, summary: dict[str, Any], model: ValueModel, walks: RandomWalks
+) -> None:
+    log = read_log(output / "log.jsonl")
+    steps = [r["step"] for r in log]
+    curves = [
+        Series(name, steps, [r.get(name) for r in log])
+        for name in ("LM/nll", "ILQL/q", "ILQL/v")
+    ]
+    rows = [
+        {"policy": "logged walks", "optimality": summary["data_return"]},
+        {"policy": "cloned by the GPT", "optimality": summary["optimality_base"]},
+        {"policy": f"guided, β = {GUIDANCE.beta:g}", "optimality": summary["optimality_guided"]},
+        {"policy": "guided, greedy", "optimality": summary["optimality_greedy"]},
+        {"policy": "optimum by dynamic programming", "optimality": summary["optimal_return"]},
+    ]
+    sections = [
+        Section(
+            "What was learned",
+            f"{walks.num_nodes} nodes, walks of at most {walks.max_length} nodes to node a. The "
+            "reward, given at the end, is 1 for a shortest way and 0 for none. The rank "
+            f"correlation of the learned Q with the exact Q* is {summary['q_spearman']:.3f}.",
+            html_table(rows, best={"optimality": "max"}),
+        ),
+        Section(
+            "Learning curves",
+            "",
+            line_chart(curves, title="Loss parts", x_label="step", y_label="loss"),
+        ),
+        Section(
+            "Walks, coloured by advantage",
+            "Base above, guided below, from the same start. Blue: better than what the model "
+            "would do on average; red: worse.",
+            _coloured_walks(model, walks),
+        ),
+    ]
+    write_report(output / "report.html", "qvgpt demo: random walks", sections)
+
+
+def _coloured_walks(model: ValueModel, walks: RandomWalks) -> str:
+    assert model.tokenizer is not None
+    tokenizer, html = model.tokenizer, []
+    starts = walks.starts[:4]
+    for start in starts:
+        for guidance in (Guidance(), GUIDANCE):
+            prompt = tokenizer.encode_prompt(start)
+            [(completion, reports)] = generate_with_reports(
+                model, [prompt], guidance, max_tokens=MAX_NODES + 1, seed=1
+            )
+            tokens = [TokenValue(start, is_action=False)]
+            pieces = tokenizer.pieces(completion.tokens)
+            for piece, r in zip(pieces, reports, strict=True):
+                probabilities = torch.tensor([r.base_logprob, r.logprob]).exp().tolist()
+                tokens.append(TokenValue(piece, r.advantage, r.q, r.v, *probabilities))  # type: ignore[arg-type]
+            html.append(coloured_text(tokens, scale=0.5, legend=not html))
+    return "".join(html)
