@@ -1,1 +1,97 @@
-"""qvgpt: a GPT with Q- and V-functions."""
+"""A GPT with Q- and V-functions: learns what each next token is worth, and is guided by it.
+
+    from qvgpt import GPT, ValueModel, ILQL, Guidance, train, generate
+
+Names are imported when first used (PEP 562), so that `import qvgpt` loads no torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvgpt.data.tokenizer import Tokenizer
+    from qvgpt.decode.engine import Engine, Request, generate
+    from qvgpt.decode.policy import Guidance
+    from qvgpt.envs.random_walk import RandomWalks
+    from qvgpt.errors import QvgptError
+    from qvgpt.evaluate import evaluate
+    from qvgpt.models.gpt import GPT
+    from qvgpt.models.heads import HeadsConfig
+    from qvgpt.models.value_model import ValueModel
+    from qvgpt.objectives import AWAC, ILQL, LM, MonteCarlo
+    from qvgpt.trainer import fit, train
+    from qvgpt.trajectory import Trajectory, collate
+
+    __version__: str
+
+_HOMES = {
+    "AWAC": "objectives",
+    "Engine": "decode.engine",
+    "GPT": "models.gpt",
+    "Guidance": "decode.policy",
+    "HeadsConfig": "models.heads",
+    "ILQL": "objectives",
+    "LM": "objectives",
+    "MonteCarlo": "objectives",
+    "QvgptError": "errors",
+    "RandomWalks": "envs.random_walk",
+    "Request": "decode.engine",
+    "Tokenizer": "data.tokenizer",
+    "Trajectory": "trajectory",
+    "ValueModel": "models.value_model",
+    "collate": "trajectory",
+    "evaluate": "evaluate",
+    "fit": "trainer",
+    "generate": "decode.engine",
+    "train": "trainer",
+}
+
+__all__ = [
+    "AWAC",
+    "GPT",
+    "ILQL",
+    "LM",
+    "Engine",
+    "Guidance",
+    "HeadsConfig",
+    "MonteCarlo",
+    "QvgptError",
+    "RandomWalks",
+    "Request",
+    "Tokenizer",
+    "Trajectory",
+    "ValueModel",
+    "__version__",
+    "collate",
+    "evaluate",
+    "fit",
+    "generate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qvgpt")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qvgpt' has no attribute {name!r}")
+    return getattr(import_module(f"qvgpt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `qvgpt.evaluate` the function once the module of the same name is loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,53 @@ from qvgpt.models.gpt import load_tensors, read_json
 from qvgpt.models.value_model import ValueModel
 
 
+@dataclass
+class TrainState:
+    """How far a training is, beside the tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best: float | None = None
+    """The lowest value so far of what `keep_best` names."""
+    best_step: int = 0
+    """Where it was found."""
+    bad_evals: int = 0
+    """Evaluations since."""
+    tokens: int = 0
+    seconds: float = 0.0
+    eval: dict[str, float] = field(default_factory=dict)
+    """The last evaluation."""
+
+
 def save_checkpoint(
-    directory: Path, model: ValueModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    directory: Path, model: ValueModel, optimizer: torch.optim.Optimizer, state: TrainState
 ) -> Path:
-    """Write `directory/step-N` in one piece (N = state["step"]), then drop older ones."""
-    final = directory / f"step-{state['step']:08d}"
+    """Write `directory/step-N` in one piece (N = state.step), then drop the others."""
+    tensors, groups = _flatten(optimizer)
+    tensors |= {f"rng.{name}": value for name, value in _random_state().items()}
+    record = {"state": asdict(state), "param_groups": groups}
+
+    def add(staged: Path) -> None:
+        save_file(tensors, staged / "optimizer.safetensors")
+        (staged / "trainer.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return save_model(directory, model, state.step, add)
+
+
+def save_model(
+    directory: Path, model: ValueModel, step: int, add: Callable[[Path], None] | None = None
+) -> Path:
+    """Write the artefact alone as `directory/step-N` in one piece, then drop the others."""
+    final = directory / f"step-{step:08d}"
     staged = directory / f".staged-{final.name}"
     shutil.rmtree(staged, ignore_errors=True)
     model.save(staged)
-    tensors, groups = _flatten(optimizer)
-    tensors |= {f"rng.{name}": value for name, value in _random_state().items()}
-    save_file(tensors, staged / "optimizer.safetensors")
-    record = {"state": state, "param_groups": groups}
-    (staged / "trainer.json").write_text(json.dumps(record, indent=1) + "\n")
+    if add is not None:
+        add(staged)
     replace_directory(staged, final)
-    for older in sorted(directory.glob("step-*")):
-        if older != final:
-            shutil.rmtree(older)
+    for other in directory.iterdir():
+        if other != final:
+            shutil.rmtree(other)
     return final
 
 
@@ -40,16 +72,10 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(directory.glob("step-*"), default=None)
 
 
-def load_checkpoint(
-    path: Path, model: ValueModel, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put model, optimizer and random state back as they were; returns the saved state."""
     record = read_json(path / "trainer.json")
-    saved = ValueModel.from_pretrained(path)
-    try:
-        model.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        raise QvgptError(f"{path}: another model's checkpoint: {error}") from None
+    load_model(path, model)
     tensors = load_tensors(path / "optimizer.safetensors")
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -60,7 +86,16 @@ def load_checkpoint(
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return record["state"]
+    return TrainState(**record["state"])
+
+
+def load_model(path: Path, model: ValueModel) -> None:
+    """Put the weights of an artefact into a model of the same shape."""
+    saved = ValueModel.from_pretrained(path)
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError:
+        raise QvgptError(f"{path}: is the checkpoint of a model of another shape") from None
 
 
 def replace_directory(staged: Path, final: Path) -> None:

@@ -33,7 +33,7 @@ from qvgpt.trainer import FitOptions, fit
 
 OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.9, "cql_weight": 0.01}}]
 HEADS = HeadsConfig(kind="mlp")
-FIT = FitOptions(epochs=1000, max_steps=400, batch_size=100, lr=1e-3, tau=0.1)
+FIT = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=1e-3, tau=0.1)
 GUIDANCE = Guidance(beta=64.0, min_p=0.1)
 MAX_NODES = 10
 

@@ -6,6 +6,8 @@ a bar on a terminal and lines elsewhere; `log.jsonl` is written always.
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from qvgpt.errors import QvgptError
 
@@ -28,29 +31,37 @@ def open_run(
     run, a run of another configuration, or the same run while `resume` is off.
     """
     path = Path(output)
+    if check_run(output, command, config, resume):
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "run.json", {"command": command, "config": config})
+    return path
+
+
+def check_run(
+    output: str | Path, command: str, config: Mapping[str, Any], resume: bool = False
+) -> bool:
+    """What `open_run` would refuse, said before any work is done; True where a run goes on."""
+    path = Path(output)
     if path.exists() and not path.is_dir():
         raise QvgptError(f"{path}: a directory was expected, not a file")
-    record = json.loads(json.dumps({"command": command, "config": config}))
-    run_file = path / "run.json"
-    if run_file.exists():
-        found = json.loads(run_file.read_text())
-        if not resume:
-            raise QvgptError(
-                f"{path}: holds another run already; choose another output, or continue it "
-                "with --resume true"
-            )
-        changed = _differences(found, record)
-        if changed:
-            raise QvgptError(
-                f"{path}: holds a run with other settings ({', '.join(changed)}); "
-                "choose another output"
-            )
-        return path
-    if path.is_dir() and any(path.iterdir()):
-        raise QvgptError(f"{path}: is not empty and holds no run; choose another output")
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(run_file, record)
-    return path
+    if not (path / "run.json").exists():
+        if path.is_dir() and any(path.iterdir()):
+            raise QvgptError(f"{path}: is not empty and holds no run; choose another output")
+        return False
+    if not resume:
+        ways = ", or continue it with --resume true" if "resume" in config else ""
+        raise QvgptError(f"{path}: holds another run already; choose another output{ways}")
+    try:
+        found = json.loads((path / "run.json").read_text())
+    except ValueError:
+        raise QvgptError(f"{path / 'run.json'}: broken JSON; choose another output") from None
+    changed = _differences(found, json.loads(json.dumps({"command": command, "config": config})))
+    if changed:
+        raise QvgptError(
+            f"{path}: holds a run with other settings ({', '.join(changed)}); choose another output"
+        )
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -61,10 +72,63 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    if found.get("command") != wanted["command"]:
-        return [f"command {found.get('command')!r}"]
-    old, new = found.get("config", {}), wanted["config"]
-    return [k for k in {**old, **new} if k != "resume" and old.get(k) != new.get(k)]
+    """The settings that changed, as `fit.lr 0.001 → 0.01`."""
+    old, new = flatten(found), flatten(wanted)
+    return [
+        f"{k.removeprefix('config.')} {old.get(k)!r} → {new.get(k)!r}"
+        for k in {**old, **new}
+        if k != "config.resume" and old.get(k) != new.get(k)
+    ]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """The figures of a `summary.json`, one a line; a list of rows as a table."""
+    for name, value in flatten(summary).items():
+        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            table = Table(*value[0], title=name)
+            for row in value:
+                table.add_row(*(_shown(row.get(column)) for column in value[0]))
+            console.print(table)
+        elif value not in (None, [], {}):
+            console.print(f"{name:<28} {_shown(value)}", markup=False, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+
+
+class Interruption:
+    """Holds back the first Ctrl-C until the step is whole; the second one is immediate.
+
+    `asked` says that it came. Does nothing outside the main thread, where no signal arrives.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
 
 
 class RunProgress:
@@ -95,9 +159,16 @@ class RunProgress:
         self.writer: Any = None
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            _forget_after(output / "log.jsonl", done)
             self.file = (output / "log.jsonl").open("a")
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise QvgptError(
+                        "tensorboard is not installed: pip install 'qvgpt[tensorboard]', "
+                        "or leave fit.tensorboard off"
+                    ) from None
 
                 self.writer = SummaryWriter(output / "tensorboard")
 
@@ -140,3 +211,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run takes again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the last line of a killed run may be half there
+            continue
+    log.write_text("".join(line + "\n" for line in kept))

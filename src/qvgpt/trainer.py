@@ -1,27 +1,43 @@
 """The training loop: trajectories and objectives in, a model directory out.
 
 `fit` trains a model on trajectories in memory; `train` is the command around it, from files to
-files. Distribution, device and precision are Accelerate's.
+files. Device and backward are Accelerate's.
 """
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from qvgpt.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from qvgpt.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+)
+from qvgpt.data.batches import batches
+from qvgpt.data.files import read_rows, row_texts
+from qvgpt.data.rows import load_trajectories
+from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import Loss, Objectives
-from qvgpt.run import RunProgress
+from qvgpt.objectives import Objective, Objectives, parse_objectives
+from qvgpt.run import Interruption, RunProgress, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
+
+_SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
 
 @dataclass(frozen=True)
@@ -55,34 +71,36 @@ class FitOptions:
     eval_every: int | None = None
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
-    """Steps between checkpoints; None: at each evaluation."""
+    """Steps between checkpoints; None: at evaluations, at most once a minute."""
     keep_best: str | None = None
     """An eval loss part (such as LM/nll) or `total`: the model of its lowest value is kept."""
     patience: int | None = None
     """Stop after this many evaluations without a better one (needs keep_best)."""
     seed: int = 0
-    """Of data order and dropout."""
+    """Of initial weights, data order and dropout."""
     tensorboard: bool = False
     """Write TensorBoard events beside the log."""
 
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning, naming the key."""
+        least = {"max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 1,
+                 "save_every": 1, "patience": 1, "warmup": 0, "final_lr": 0, "tau": 0,
+                 "weight_decay": 0, "lr": 0, "value_lr": 0}  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise QvgptError(f"fit.{name}: must be at least {low}, not {value}")
+        for name in ("epochs", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise QvgptError(f"fit.{name}: must be more than 0, not {getattr(self, name)}")
+        for name in ("warmup", "tau"):
+            if getattr(self, name) > 1:
+                raise QvgptError(f"fit.{name}: must be at most 1, not {getattr(self, name)}")
+        if self.patience and not self.keep_best:
+            raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
 
-def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of each batch of one epoch: shuffled, yet of similar lengths within a batch.
 
-    A pure function of its arguments, so that a resumed run goes on where it stopped.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 64 * batch_size
-    chunks = []
-    for start in range(0, len(order), window):
-        part = sorted(order[start : start + window], key=lambda i: lengths[i])
-        chunks += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    shuffled = torch.randperm(len(chunks), generator=generator).tolist()
-    return [chunks[i] for i in shuffled]
-
-
-class _Run:
+class _Loop:
     """The state of one `fit`: everything the loop touches, in one place."""
 
     def __init__(
@@ -92,107 +110,180 @@ class _Run:
         objectives: Objectives,
         options: FitOptions,
         eval_data: Sequence[Trajectory],
+        output: Path | None,
     ):
-        if not data:
-            raise QvgptError("the data set is empty: there is nothing to train on")
-        if objectives.learns_values and model.heads is None:
-            raise QvgptError("the objectives learn values, but the model has no value heads")
-        if options.keep_best and not eval_data:
-            raise QvgptError("keep_best needs evaluation data")
-        self.data, self.eval_data = data, eval_data
-        self.objectives, self.options = objectives, options
+        _refuse(model, data, objectives, options, eval_data)
+        self.data, self.objectives, self.options = data, objectives, options
         self.lengths = [len(t.tokens) for t in data]
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
         total = math.ceil(options.epochs * self.steps_per_epoch)
         self.total_steps = min(total, options.max_steps or total)
-        self.accelerator = Accelerator()
         self.pad_id, self.end_ids = 0, ()
         if model.tokenizer is not None:
             template = model.tokenizer.template
             self.pad_id, self.end_ids = template.pad, tuple(template.end_ids)
+        size = 2 * (options.micro_batch_size or options.batch_size)
+        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
+        self.eval_batches = [
+            self.collate([eval_data[i] for i in order[start : start + size]])
+            for start in range(0, len(order), size)
+        ]
         torch.manual_seed(options.seed)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
+        self.accelerator = Accelerator()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.best, self.bad_evals = 0, math.inf, 0
+        self.state = TrainState()
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.checkpoints = output / "checkpoints" if output else None
+        self.best_models = output / "best" if output else None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        assert self.checkpoints is not None
+        if newest := newest_checkpoint(self.checkpoints):
+            self.state = load_checkpoint(newest, self.bare, self.optimizer)
+
+    def run(self, progress: RunProgress) -> None:
+        """All steps still to come, with evaluations and checkpoints between them."""
+        state, options = self.state, self.options
+        eval_every = options.eval_every or self.steps_per_epoch
+        started = time.perf_counter() - state.seconds
+        saved_at, saved_step = time.monotonic(), state.step
+        with Interruption() as interruption:
+            for micro_batches in self.optimizer_steps():
+                parts = self.learn(micro_batches)
+                state.tokens += sum(int(b.attention_mask.sum()) for b in micro_batches)
+                state.seconds = time.perf_counter() - started
+                progress.step(state.step, parts, state.tokens / state.seconds)
+                at_eval = state.step % eval_every == 0 or state.step == self.total_steps
+                if at_eval and self.eval_batches:
+                    self.evaluate(progress)
+                if options.patience and state.bad_evals >= options.patience:
+                    return
+                if options.save_every:
+                    due = state.step % options.save_every == 0
+                else:
+                    due = at_eval and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+                if self.checkpoints is not None and (due or interruption.asked):
+                    save_checkpoint(self.checkpoints, self.bare, self.optimizer, state)
+                    saved_at, saved_step = time.monotonic(), state.step
+                if interruption.asked:
+                    where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
+                    raise KeyboardInterrupt(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
-        batch = collate(texts, self.pad_id, self.end_ids)
-        if not bool(batch.mask.any()):
-            raise QvgptError(f"step {self.step + 1}: no decision in the whole batch counts")
-        return batch.to(self.accelerator.device)
+        return collate(texts, self.pad_id, self.end_ids)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
         """The micro-batches of each step still to come."""
-        while self.step < self.total_steps:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
+        while self.state.step < self.total_steps:
+            epoch, position = divmod(self.state.step, self.steps_per_epoch)
             order = batches(self.lengths, self.options.batch_size, self.options.seed, epoch)
             for indices in order[position:]:
                 size = self.options.micro_batch_size or len(indices)
                 parts = [indices[i : i + size] for i in range(0, len(indices), size)]
                 yield [self.collate([self.data[i] for i in part]) for part in parts]
-                if self.step >= self.total_steps:
+                if self.state.step >= self.total_steps:
                     return
 
-    def loss(self, batch: TrajectoryBatch) -> Loss:
+    def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
+        """The loss and its parts, over all micro-batches as if they were one; with gradients.
+
+        Every decision weighs the same, however a batch is split; so does every token where an
+        objective counts those.
+        """
+        counts = [[_units(o, b) for _, o in self.objectives.terms] for b in micro_batches]
+        totals = [sum(column) for column in zip(*counts, strict=True)]
+        if not any(totals):
+            raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
+        parts: dict[str, float] = {}
+        for batch, units in zip(micro_batches, counts, strict=True):
+            shares = [n / max(total, 1) for n, total in zip(units, totals, strict=True)]
+            if not any(shares):
+                continue
+            loss, found = self.loss(batch.to(self.accelerator.device), shares)
+            for name, value in found.items():
+                parts[name] = parts.get(name, 0.0) + value
+            self.stop_if_not_finite(parts)
+            if learn:
+                self.accelerator.backward(loss)
+        return parts
+
+    def loss(
+        self, batch: TrajectoryBatch, shares: list[float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Σ weight · share · loss, and its parts times their share."""
         # not Accelerator(mixed_precision=...): that is global to the process and set once
         kind = self.accelerator.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bf16):
             values = self.model(batch, self.objectives.needs)
-        return self.objectives(values, batch)
+        total = torch.zeros((), device=batch.tokens.device)
+        parts: dict[str, torch.Tensor] = {}
+        for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):
+            loss = objective(values, batch)
+            total = total + weight * share * loss.total
+            name = type(objective).__name__
+            parts |= {f"{name}/{part}": share * value for part, value in loss.parts.items()}
+        numbers = torch.stack([total.detach(), *parts.values()]).tolist()  # one wait for the device
+        return total, dict(zip(["total", *parts], numbers, strict=True))
 
-    def learn(self, micro_batches: list[TrajectoryBatch]) -> dict[str, float]:
+    def learn(self, micro_batches: Sequence[TrajectoryBatch]) -> dict[str, float]:
         """One optimizer step; returns the loss parts."""
         self.model.train()
-        counts = [float(b.mask.sum()) for b in micro_batches]
-        parts: dict[str, float] = {}
-        for batch, count in zip(micro_batches, counts, strict=True):
-            share = count / sum(counts)  # every decision weighs the same, however it is split
-            loss = self.loss(batch)
-            found = {"total": loss.total.detach(), **loss.parts}
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + share * float(value)
-            self.stop_if_not_finite(parts)
-            self.accelerator.backward(share * loss.total)
+        parts = self.measure(micro_batches, learn=True)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
         parts["grad_norm"] = float(norm) if norm is not None else math.nan
         self.stop_if_not_finite(parts)
-        factor = learning_rate_factor(self.step, self.total_steps, self.options)
+        factor = learning_rate_factor(self.state.step, self.total_steps, self.options)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.bare.heads is not None and self.objectives.learns_values:
             self.bare.heads.update_targets(self.options.tau)
-        self.step += 1
+        self.state.step += 1
         return parts
 
     def stop_if_not_finite(self, parts: dict[str, float]) -> None:
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         if bad:
             raise QvgptError(
-                f"step {self.step + 1}: {', '.join(bad)} became NaN or infinite; "
+                f"step {self.state.step + 1}: {', '.join(bad)} became NaN or infinite; "
                 "lower the learning rate or look at the rewards with `qvgpt check`"
             )
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss parts over the evaluation data, per decision."""
+    def evaluate(self, progress: RunProgress) -> None:
+        """Loss parts over the evaluation data, and what follows from them."""
         self.model.eval()
-        order = sorted(range(len(self.eval_data)), key=lambda i: len(self.eval_data[i].tokens))
-        sums: dict[str, float] = {}
-        weight = 0.0
-        size = 2 * (self.options.micro_batch_size or self.options.batch_size)
-        for start in range(0, len(order), size):
-            batch = self.collate([self.eval_data[i] for i in order[start : start + size]])
-            loss = self.loss(batch)
-            count = float(batch.mask.sum())
-            weight += count
-            for name, value in {"total": loss.total, **loss.parts}.items():
-                sums[name] = sums.get(name, 0.0) + count * float(value)
-        return {name: value / weight for name, value in sums.items()}
+        found = self.state.eval = self.measure(self.eval_batches, learn=False)
+        progress.log(self.state.step, {f"eval/{k}": v for k, v in found.items()}, show=True)
+        name = self.options.keep_best
+        if name is None:
+            return
+        if name not in found:
+            raise QvgptError(f"fit.keep_best: no loss part {name!r}; there are {', '.join(found)}")
+        if self.state.best is not None and found[name] >= self.state.best:
+            self.state.bad_evals += 1
+            return
+        self.state.best, self.state.best_step = found[name], self.state.step
+        self.state.bad_evals = 0
+        if self.best_models is not None:
+            save_model(self.best_models, self.bare, self.state.step)
+        else:
+            self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
+
+    def restore_best(self) -> None:
+        """Put the model of the best evaluation back."""
+        if self.state.best is None:
+            return
+        if self.best_weights is not None:
+            self.bare.load_state_dict(self.best_weights)
+        elif self.best_models is not None and (best := newest_checkpoint(self.best_models)):
+            load_model(best, self.bare)
 
 
 def fit(
@@ -210,61 +301,67 @@ def fit(
 
     With `output`, writes log.jsonl, checkpoints and, at the end, the model itself there; where
     `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
+    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
+    The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
     """
-    run = _Run(model, data, objectives, options, eval_data)
-    model.info.objectives = objectives.as_list()
-    model.info.gamma = min([getattr(o, "gamma", 1.0) for _, o in objectives.terms])
-    checkpoints = output / "checkpoints" if output else None
-    if checkpoints is not None and resume and (newest := newest_checkpoint(checkpoints)):
-        state = load_checkpoint(newest, model, run.optimizer)
-        run.step, run.best, run.bad_evals = state["step"], state["best"], state["bad_evals"]
-    eval_every = options.eval_every or run.steps_per_epoch
-    save_every = options.save_every or eval_every
-    last_eval: dict[str, float] = {}
-    best_state: dict[str, torch.Tensor] | None = None
-    started = time.perf_counter()
-    tokens_seen = 0
-    with RunProgress(run.total_steps, run.step, output, options.tensorboard, console) as progress:
-        for micro_batches in run.optimizer_steps():
-            parts = run.learn(micro_batches)
-            tokens_seen += sum(int(b.attention_mask.sum()) for b in micro_batches)
-            progress.step(run.step, parts, tokens_seen / (time.perf_counter() - started))
-            if eval_data and (run.step % eval_every == 0 or run.step == run.total_steps):
-                last_eval = run.evaluate()
-                progress.log(run.step, {f"eval/{k}": v for k, v in last_eval.items()}, show=True)
-                if options.keep_best and _improves(run, last_eval):
-                    best_state = {k: v.clone() for k, v in model.state_dict().items()}
-                    if output is not None:
-                        model.save(output / "best")
-                if options.patience and run.bad_evals >= options.patience:
-                    break
-            if checkpoints is not None and run.step % save_every == 0:
-                state = {"step": run.step, "best": run.best, "bad_evals": run.bad_evals}
-                save_checkpoint(checkpoints, model, run.optimizer, state)
-    seconds = time.perf_counter() - started
-    if options.keep_best and best_state is None and output is not None and (output / "best").exists():
-        best_state = ValueModel.from_pretrained(output / "best").state_dict()
-    if best_state is not None:
-        model.load_state_dict(best_state)
+    loop = _Loop(model, data, objectives, options, eval_data, output)
+    if objectives.learns_values:
+        model.info.objectives = objectives.as_list()
+        model.info.gamma = min([getattr(o, "gamma", 1.0) for _, o in objectives.terms])
+    if output is not None and resume:
+        loop.resume()
+    elif output is not None:
+        for stale in ("checkpoints", "best"):
+            shutil.rmtree(output / stale, ignore_errors=True)
+    state = loop.state
+    with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
+        loop.run(shown)
+    loop.restore_best()
     model.eval()
+    if output is not None:
+        model.save(output)
     return {
-        "steps": run.step,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens_seen / max(seconds, 1e-9), 1),
-        "eval": last_eval,
-        "best": run.best if math.isfinite(run.best) else None,
+        "steps": state.step,
+        "seconds": round(state.seconds, 2),
+        "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        "eval": state.eval,
+        "best": state.best,
+        "best_step": state.best_step if state.best is not None else None,
     }
 
 
-def _improves(run: _Run, found: dict[str, float]) -> bool:
-    name = run.options.keep_best
-    if name not in found:
-        raise QvgptError(f"keep_best: no loss part {name!r}; there are {', '.join(found)}")
-    if found[name] < run.best:
-        run.best, run.bad_evals = found[name], 0
-        return True
-    run.bad_evals += 1
-    return False
+def _refuse(
+    model: ValueModel,
+    data: Sequence[Trajectory],
+    objectives: Objectives,
+    options: FitOptions,
+    eval_data: Sequence[Trajectory],
+) -> None:
+    """Raise `QvgptError` for what could only fail later, or fail silently."""
+    if not data:
+        raise QvgptError("the data set is empty: there is nothing to train on")
+    if objectives.learns_values and model.heads is None:
+        raise QvgptError("the objectives learn values, but the model has no value heads")
+    if model.trunk_is_frozen and not objectives.learns_values:
+        raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    if options.keep_best and not eval_data:
+        raise QvgptError("fit.keep_best: needs evaluation data")
+    for name, texts in (("text", data), ("evaluation text", eval_data)):
+        for i, text in enumerate(texts):
+            if not math.isfinite(sum(text.reward)):
+                raise QvgptError(f"{name} {i + 1} of {len(texts)}: its reward is NaN or infinite")
+            if len(text.tokens) > model.trunk.seq_len:
+                raise QvgptError(
+                    f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
+                    f"context of {model.trunk.seq_len}"
+                )
+
+
+def _units(objective: Objective, batch: TrajectoryBatch) -> int:
+    """What the objective takes its mean over: decisions, or all tokens but the first."""
+    if "token_logprob" in objective.needs:
+        return int(batch.attention_mask[:, 1:].sum())
+    return int(batch.mask.sum())
 
 
 def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:
@@ -288,12 +385,155 @@ def _parameter_groups(model: ValueModel, options: FitOptions) -> list[dict[str, 
         group |= {"lr": options.lr, "peak_lr": options.lr}
     if model.heads is not None:
         params = [p for p in model.heads.parameters() if p.requires_grad]
-        groups.append(
-            {"params": params, "weight_decay": 0.0, "lr": value_lr, "peak_lr": value_lr}
-        )
+        groups.append({"params": params, "weight_decay": 0.0, "lr": value_lr, "peak_lr": value_lr})
     return [g for g in groups if g["params"]]
 
 
-def options_as_dict(options: FitOptions) -> dict[str, Any]:
-    """JSON-ready."""
-    return json.loads(json.dumps(asdict(options)))
+@dataclass(frozen=True)
+class GPTShape:
+    """A GPT from scratch."""
+
+    embed_dim: int = 256
+    """Width."""
+    num_heads: int = 4
+    """Attention heads a layer; embed_dim is a multiple of it."""
+    num_layers: int = 4
+    """Depth."""
+    seq_len: int = 256
+    """The context, in tokens."""
+    dropout: float = 0.1
+    """Share of activations dropped while training."""
+    tied: bool = True
+    """Let the LM head be the token embedding."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer of a model from scratch."""
+
+    kind: Literal["bpe", "char"] = "bpe"
+    """What to train on the data: byte-level BPE, or characters."""
+    vocab_size: int = 8000
+    """At most so many tokens, special ones included."""
+    path: str | None = None
+    """A directory with a tokenizer to take instead."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on text (LM), or teach it what text is worth (ILQL, MonteCarlo)."""
+
+    data: list[str]
+    """Files of rows: .jsonl, .csv, or a directory that `datasets` saved."""
+    output: str
+    """Directory for the model, log.jsonl, checkpoints and summary.json; new or empty."""
+    eval_data: list[str] = field(default_factory=list)
+    """Files of rows to evaluate on while training."""
+    model: str | None = None
+    """Directory of the model to start from; none: a GPT from scratch."""
+    gpt: GPTShape = field(default_factory=GPTShape)
+    """Shape of a GPT from scratch."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokenizer of a GPT from scratch; a model to start from brings its own."""
+    objectives: list[str | dict[str, Any]] = field(default_factory=lambda: ["LM"])
+    """What to learn: LM, AWAC, ILQL, MonteCarlo, or several, each with options and a weight."""
+    heads: HeadsConfig | None = None
+    """Value heads, where the objectives learn values and the model has none yet."""
+    freeze_trunk: bool = False
+    """Leave the language model as it is and train the value heads only."""
+    fit: FitOptions = field(default_factory=FitOptions)
+    """How to train."""
+    max_length: int | None = None
+    """Longest text in tokens; none: the model's context."""
+    on_too_long: Literal["error", "drop", "cut"] = "error"
+    """What to do with longer texts."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output."""
+
+
+def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
+    """From files to files; returns what it writes to summary.json.
+
+    Bad input raises `QvgptError` before anything is written.
+    """
+    console = console or Console(stderr=True)
+    record, output = asdict(config), Path(config.output)
+    objectives = parse_objectives(config.objectives)
+    goes_on = check_run(output, "train", record, config.resume)
+    if goes_on and (output / "summary.json").exists():
+        console.print(f"{output}: this run is finished")
+        return json.loads((output / "summary.json").read_text())
+    model = _start(config, objectives, newest_checkpoint(output / "checkpoints"))
+    data, counts = _load(config, config.data, model, console)
+    eval_data, eval_counts = _load(config, config.eval_data, model, console)
+    _refuse(model, data, objectives, config.fit, eval_data)
+    open_run(output, "train", record, config.resume)
+    fitted = fit(
+        model, data, objectives, config.fit,
+        eval_data=eval_data, output=output, resume=config.resume, console=console,
+    )  # fmt: skip
+    parts = {"trunk": model.trunk}
+    if model.heads is not None:
+        parts |= {"q": model.heads.q, "v": model.heads.v}
+    summary = {
+        "data": counts,
+        "eval_data": eval_counts,
+        **fitted,
+        "vocab_size": model.trunk.vocab_size,
+        "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
+        "output": str(output),
+    }
+    write_json(output / "summary.json", summary)  # from here on the run counts as finished
+    for spent in ("checkpoints", "best"):
+        shutil.rmtree(output / spent, ignore_errors=True)
+    return summary
+
+
+def _start(config: TrainConfig, objectives: Objectives, newest: Path | None) -> ValueModel:
+    """The model to train: that of a checkpoint, a given one, or a new one."""
+    torch.manual_seed(config.fit.seed)
+    source, given = newest or config.model, config.tokenizer
+    if source is not None:
+        model = ValueModel.from_pretrained(source, config.freeze_trunk)
+        own = model.tokenizer.sha256 if model.tokenizer is not None else None
+        if given.path is not None and Tokenizer.load(given.path).sha256 != own:
+            raise QvgptError(
+                f"tokenizer.path: {given.path} is not the tokenizer of {source}; leave it out"
+            )
+    else:
+        if config.freeze_trunk:
+            raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
+        if given.path is not None:
+            tokenizer = Tokenizer.load(given.path)
+        else:
+            texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
+            tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
+        model = ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
+    if model.heads is not None and config.heads not in (None, model.heads.config):
+        raise QvgptError(f"heads: {source} has other ones, {model.heads.config}; leave heads out")
+    if model.heads is None and objectives.learns_values:
+        heads = config.heads or HeadsConfig()
+        return ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
+    return model
+
+
+def _load(
+    config: TrainConfig, paths: list[str], model: ValueModel, console: Console
+) -> tuple[list[Trajectory], dict[str, int]]:
+    """The texts of some files, and their counts; says what was cut or dropped."""
+    assert model.tokenizer is not None
+    context = model.trunk.seq_len
+    limit = context if config.max_length is None else config.max_length
+    if not 2 <= limit <= context:
+        raise QvgptError(f"max_length: {limit} is not between 2 and the context of {context}")
+    texts, report = load_trajectories(
+        paths, model.tokenizer, max_length=limit, on_too_long=config.on_too_long
+    )
+    if paths and not texts:
+        raise QvgptError(f"{', '.join(paths)}: none of {report.too_long} texts fits {limit} tokens")
+    if report.too_long:
+        console.print(
+            f"{report.too_long} texts are longer than {limit} tokens: {report.cut} cut, "
+            f"{report.dropped} dropped"
+        )
+    return texts, asdict(report)

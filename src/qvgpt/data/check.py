@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qvgpt.data.rows import DataError, path_list, row_form, row_to_trajectories, scan_rows
+from qvgpt.data.files import DataError, path_list, scan_rows
+from qvgpt.data.rows import row_form, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.trajectory import Trajectory

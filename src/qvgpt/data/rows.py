@@ -1,59 +1,22 @@
-"""Rows of JSONL, CSV or `datasets` → `Trajectory`; `FORMS` lists what a row may look like.
+"""Rows → `Trajectory`; `FORMS` in `files.py` lists what a row may look like.
 
-A fault is one line: file and row, column, what was expected. Columns that are neither known nor
-nearly so are metadata, which environments and rewards read from `Row.fields`.
+A fault is one line: file and row, column, what was expected.
 """
 
-import csv
 import difflib
-import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from qvgpt.data.files import FORMS, KNOWN, DataError, Row, kind_of, path_list, read_rows
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.trajectory import Trajectory
 
-_PROMPT = {"prompt", "prompt_ids", "truncated", "references"}
-FORMS: dict[str, set[str]] = {
-    "chosen": _PROMPT | {"chosen", "rejected", "completion_ids"},
-    "completions": _PROMPT | {"completions", "rewards", "completion_ids", "token_rewards"},
-    "steps": _PROMPT | {"steps", "rewards"},
-    "completion": _PROMPT | {"completion", "reward", "label", "completion_ids", "token_rewards"},
-    "messages": {"messages", "reward", "truncated", "references"},
-    "text": {"text", "reward", "token_rewards", "truncated", "references", "label"},
-}
-"""The column that makes each form, first match first, and the known columns that go with it."""
-_KNOWN = frozenset().union(*FORMS.values())
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_LISTS = _KNOWN - {"prompt", "completion", "text", "chosen", "rejected", "reward", "label"}
-
-
-class DataError(QvgptError):
-    """A fault in the data: `where` (file and row), `column` (None: the row), `problem`."""
-
-    def __init__(self, where: str, column: str | None, problem: str):
-        self.where, self.column, self.problem = where, column, problem
-        named = "" if column is None else f"column {column!r}: "
-        super().__init__(f"{where}: {named}{problem}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as read, with its nulls left out."""
-
-    where: str
-    """File and line, as in `file.jsonl:17`."""
-    fields: dict[str, Any]
-
-    def fault(self, column: str | None, problem: str) -> DataError:
-        """The error to raise for this row."""
-        return DataError(self.where, column, problem)
 
 
 @dataclass(frozen=True)
@@ -114,124 +77,6 @@ def _cut(t: Trajectory, limit: int) -> Trajectory | None:
     return Trajectory(t.tokens[:limit], t.is_action[:limit], t.reward[:limit], terminated=False)
 
 
-def path_list(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
-    """One path or several, as a list."""
-    return [paths] if isinstance(paths, str | Path) else list(paths)
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a JSONL or CSV file or a `datasets` directory; `DataError` at the first fault."""
-    for row in scan_rows(path):
-        if isinstance(row, DataError):
-            raise row
-        yield row
-
-
-def scan_rows(path: str | Path) -> Iterator[Row | DataError]:
-    """As `read_rows`, but a faulty row is handed on as its error and reading goes on."""
-    file, found = Path(path), False
-    if file.is_dir():
-        rows = _scan_dataset(file)
-    elif not file.is_file():
-        rows = iter([DataError(str(path), None, "no such file")])
-    elif file.suffix == ".csv":
-        rows = _scan_csv(file)
-    elif file.suffix in (".jsonl", ".ndjson", ".json"):
-        rows = _scan_jsonl(file)
-    else:
-        expected = "expected .jsonl, .csv or a directory that `datasets` saved"
-        rows = iter([DataError(str(path), None, f"unknown kind of file: {expected}")])
-    for row in rows:
-        found = True
-        yield row
-    if not found:
-        yield DataError(str(path), None, "the file is empty: expected one row a line")
-
-
-def _scan_jsonl(file: Path) -> Iterator[Row | DataError]:
-    with file.open("rb") as lines:  # bytes, so that one line that is not UTF-8 spoils no other
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                fields = json.loads(text) if text else None
-            except UnicodeDecodeError:
-                yield DataError(where, None, "not UTF-8: save the file in that encoding")
-                continue
-            except json.JSONDecodeError as error:
-                yield DataError(where, None, f"not JSON: {error.msg} at character {error.pos + 1}")
-                continue
-            if text and not isinstance(fields, dict):
-                kind = _kind(fields)
-                yield DataError(where, None, f"expected one JSON object a line, found {kind}")
-            elif isinstance(fields, dict):
-                yield _row(where, fields)
-
-
-def _scan_csv(file: Path) -> Iterator[Row | DataError]:
-    csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 KiB, is less than a long text
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader, start = csv.DictReader(lines, strict=True), 2
-        try:
-            for cells in reader:
-                where, start = f"{file}:{start}", reader.line_num + 1
-                if None in cells or None in cells.values():
-                    columns = len(reader.fieldnames or ())
-                    yield DataError(where, None, f"expected {columns} cells, as in the header")
-                else:
-                    yield _row(where, {k: _cell(k, v) for k, v in cells.items()})
-        except (csv.Error, UnicodeDecodeError) as error:
-            yield DataError(f"{file}:{start}", None, f"not CSV in UTF-8: {error}")
-
-
-def _cell(column: str, text: str) -> Any:
-    """A cell of a known column, typed; text that does not parse stays text, to be reported."""
-    if text == "" and column in _KNOWN - {"prompt", "completion", "text"}:
-        return None
-    if column in ("label", "truncated") and text.lower() in ("true", "false", "1", "0"):
-        return text.lower() in ("true", "1")
-    try:
-        return float(text) if column == "reward" else json.loads(text) if column in _LISTS else text
-    except ValueError:
-        return text
-
-
-def _scan_dataset(folder: Path) -> Iterator[Row | DataError]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        yield DataError(str(folder), None, f"holds several splits: name one of {splits} after a /")
-        return
-    if not (folder / "dataset_info.json").is_file():
-        yield DataError(str(folder), None, "a directory, but not one that `datasets` saved")
-        return
-    try:
-        from datasets import load_from_disk  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        yield DataError(str(folder), None, "to read this, `pip install datasets`")
-        return
-    for number, fields in enumerate(load_from_disk(str(folder)), 1):
-        yield _row(f"{folder}:{number}", dict(fields))
-
-
-def _row(where: str, fields: dict[str, Any]) -> Row | DataError:
-    present = {k: v for k, v in fields.items() if v is not None}
-    for column in present:
-        meant = _meant(column)
-        if meant is not None and meant not in present:
-            hint = nearest(meant, _KNOWN)
-            return DataError(where, column, f"unknown{hint}: rename it, or name it less alike")
-    return Row(where, present)
-
-
-@lru_cache(maxsize=1000)
-def _meant(column: str) -> str | None:
-    """The known column that an unknown one nearly spells."""
-    if column in _KNOWN or column == "prompt_id":  # common in public data sets: a row's key
-        return None
-    plain = column.strip().lower()
-    return next(iter(difflib.get_close_matches(plain, sorted(_KNOWN), 1, cutoff=0.85)), None)
-
-
 def row_to_trajectories(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
     """The one text of a row, or the K samples; raises `DataError`.
 
@@ -240,7 +85,7 @@ def row_to_trajectories(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
     """
     form = row_form(row)
     for column in row.fields:
-        if column in _KNOWN and column not in FORMS[form]:
+        if column in KNOWN and column not in FORMS[form]:
             fits = next(f for f in FORMS if column in FORMS[f])
             hint = f"; it belongs to {fits!r}" if fits != column else ""
             raise row.fault(column, f"does not go with {form!r}{hint}: rename or remove it")
@@ -288,7 +133,7 @@ def _completion(row: Row, tokenizer: Tokenizer) -> Trajectory:
         row = Row(row.where, {**fields, "reward": 1.0 if fields["label"] else -1.0})
     if isinstance(fields.get("completion"), list) and "completion_ids" not in fields:
         return _conversation(row, tokenizer)
-    prompt = _prompt(row, tokenizer)
+    prompt = prompt_tokens(row, tokenizer)
     if "completion_ids" in fields:
         tokens = _ids(row, "completion_ids", tokenizer)
     else:
@@ -346,11 +191,13 @@ def _messages(row: Row, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise row.fault(column, f"expected a list of messages, found {_kind(value)}")
+        raise row.fault(column, f"expected a list of messages, found {kind_of(value)}")
     for i, message in enumerate(value):
         at = f"{column}[{i}]"
         if not isinstance(message, dict):
-            raise row.fault(at, f"expected an object with role and content, found {_kind(message)}")
+            raise row.fault(
+                at, f"expected an object with role and content, found {kind_of(message)}"
+            )
         for key in message:
             if key not in ("role", "content", "reward") and difflib.get_close_matches(
                 key.lower(), ("role", "content", "reward"), cutoff=0.85
@@ -364,7 +211,7 @@ def _messages(row: Row, column: str, role: str) -> list[dict[str, Any]]:
                 f"{at}.role", f"expected one of {', '.join(ROLES)}, found {found}{hint}"
             )
         if not isinstance(message.get("content"), str):
-            kind = _kind(message.get("content"))
+            kind = kind_of(message.get("content"))
             raise row.fault(f"{at}.content", f"expected text, found {kind}")
     return [{k: v for k, v in m.items() if v is not None} for m in value]
 
@@ -430,7 +277,7 @@ def _steps(row: Row, tokenizer: Tokenizer) -> Trajectory:
     """One completion in steps, joined with nothing between; each is rewarded on its last token."""
     steps = _list(row, "steps")
     rewards = _list(row, "rewards", len(steps), "steps") if "rewards" in row.fields else []
-    tokens = _prompt(row, tokenizer)
+    tokens = prompt_tokens(row, tokenizer)
     prompt = len(tokens)
     credit: dict[int, float] = {}
     for i, step in enumerate(steps):
@@ -445,7 +292,7 @@ def _steps(row: Row, tokenizer: Tokenizer) -> Trajectory:
     return _finish(row, tokens, is_action, [credit.get(i, 0.0) for i in range(len(tokens))])
 
 
-def _prompt(row: Row, tokenizer: Tokenizer) -> list[int]:
+def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
     """The tokens before the completion."""
     if "prompt_ids" in row.fields:
         return _ids(row, "prompt_ids", tokenizer)
@@ -453,6 +300,9 @@ def _prompt(row: Row, tokenizer: Tokenizer) -> list[int]:
         messages = _messages(row, "prompt", "user")
         return tokenizer.encode_messages(messages, add_generation_prompt=True)[0]
     return tokenizer.encode_prompt(_string(row, "prompt"))
+
+
+_prompt = prompt_tokens  # its name before it was public
 
 
 def _finish(
@@ -473,20 +323,20 @@ def _finish(
             total[i] += _number(row, "token_rewards", value)
     total[actions[-1]] += _number(row, "reward", row.fields.get("reward", 0.0))
     if not isinstance(row.fields.get("references", []), list):
-        raise row.fault("references", f"expected a list, found {_kind(row.fields['references'])}")
+        raise row.fault("references", f"expected a list, found {kind_of(row.fields['references'])}")
     return Trajectory(tokens, is_action, total, terminated=not _truncated(row))
 
 
 def _string(row: Row, column: str, value: Any = None) -> str:
     value = row.fields.get(column) if value is None else value
     if not isinstance(value, str):
-        raise row.fault(column, f"expected text, found {_kind(value)}")
+        raise row.fault(column, f"expected text, found {kind_of(value)}")
     return value
 
 
 def _number(row: Row, column: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise row.fault(column, f"expected a number, found {_kind(value)}")
+        raise row.fault(column, f"expected a number, found {kind_of(value)}")
     if not math.isfinite(value):
         raise row.fault(column, f"expected a finite number, found {value}")
     return float(value)
@@ -496,7 +346,7 @@ def _list(row: Row, column: str, length: int | None = None, of: str = "") -> lis
     """The list in a column, of the same length as `of`, where that is known."""
     value = row.fields.get(column)
     if not isinstance(value, list):
-        raise row.fault(column, f"expected a list, found {_kind(value)}")
+        raise row.fault(column, f"expected a list, found {kind_of(value)}")
     if length is not None and len(value) != length:
         raise row.fault(column, f"expected {length} entries, one for each of {of}: {len(value)}")
     return value
@@ -514,16 +364,9 @@ def _ids(row: Row, column: str, tokenizer: Tokenizer) -> list[int]:
 def _truncated(row: Row) -> bool:
     value = row.fields.get("truncated", False)
     if not isinstance(value, bool):
-        raise row.fault("truncated", f"expected true or false, found {_kind(value)}")
+        raise row.fault("truncated", f"expected true or false, found {kind_of(value)}")
     return value
 
 
 def _all(values: list[Any], kind: type) -> bool:
     return bool(values) and all(isinstance(v, kind) for v in values)
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in the words of JSON, and the value itself where it is short."""
-    words = {list: "a list", dict: "an object", type(None): "nothing"}
-    short = repr(value)
-    return words.get(type(value), short if len(short) <= 40 else short[:37] + "...")

@@ -157,7 +157,8 @@ class Engine:
         """Sample a token for each of the slots, which all share one guidance."""
         rows = [row for i in slots if (row := self._slots[i])]
         picked = self._distribution(hidden, guidance)
-        uniform = torch.tensor([row.random.random() for row in rows], device=hidden.device)
+        numbers = [row.random.random() for row in rows]
+        uniform = torch.tensor(numbers, dtype=torch.float64, device=hidden.device)
         token, place = picked.sample(uniform, greedy=guidance.temperature == 0)
         reports = self._reports(hidden, guidance, picked, token, place) if self.report else None
         events = []
@@ -171,11 +172,12 @@ class Engine:
         return events
 
     def _distribution(self, hidden: Tensor, guidance: Guidance) -> NextToken:
-        if self.report or not folds(self.model, guidance):
+        heads, beta = self.model.heads, guidance.beta
+        if self.report or heads is None or not folds(heads, guidance):
             return next_token(self.model, hidden, guidance)
-        if guidance.beta not in self._folded:
-            self._folded[guidance.beta] = fold(self.model, guidance.beta)
-        return next_token(self.model, hidden, guidance, self._folded[guidance.beta])
+        if beta not in self._folded:
+            self._folded[beta] = fold(self.model.trunk.output_weight, heads, beta)
+        return next_token(self.model, hidden, guidance, self._folded[beta])
 
     def _reports(
         self, hidden: Tensor, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor
@@ -206,12 +208,7 @@ class Engine:
         """Fill free slots: read the prompts but for their last token, which `step` reads."""
         if not self._waiting:
             return
-        if not any(self._slots):
-            size = min(self.max_batch, len(self._waiting))
-            self._slots = [None] * size
-            self._cache = self.model.trunk.new_cache(size, self._capacity())
-        elif self._needs_room():
-            return  # a longer text than the cache was made for waits until the batch is empty
+        self._make_room()
         assert self._cache is not None
         free = [i for i, row in enumerate(self._slots) if row is None]
         admitted = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
@@ -239,12 +236,26 @@ class Engine:
         copies = read.select(torch.tensor(which, device=device))
         self._cache.insert(torch.tensor(free, device=device), copies)
 
-    def _capacity(self) -> int:
-        return max(len(r.tokens) + r.max_tokens for _, r in self._waiting)
-
-    def _needs_room(self) -> bool:
-        assert self._cache is not None
-        return self._capacity() > self._cache.capacity
+    def _make_room(self) -> None:
+        """A slot for everyone who waits, up to `max_batch`, each as long as the longest needs."""
+        active = [i for i, row in enumerate(self._slots) if row]
+        size = min(self.max_batch, len(active) + len(self._waiting))
+        capacity = max(len(r.tokens) + r.max_tokens for _, r in self._waiting)
+        if active:
+            assert self._cache is not None
+            if len(active) == self.max_batch:
+                return
+            if size <= len(self._slots) and capacity <= self._cache.capacity:
+                return
+            capacity = max(capacity, self._cache.capacity)
+        # a cache holds whole buckets, so that its capacity may exceed the context
+        larger = self.model.trunk.new_cache(size, min(capacity, self.model.trunk.seq_len))
+        if active:
+            assert self._cache is not None
+            kept = self._cache.select(torch.tensor(active, device=self.model.device))
+            larger.insert(torch.arange(len(active), device=self.model.device), kept)
+        self._cache = larger
+        self._slots = [self._slots[i] for i in active] + [None] * (size - len(active))
 
     def _shrink(self) -> None:
         """Once half of the slots idle and nobody waits, drop them."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
 
 NEG_INF = float("-inf")
@@ -42,7 +43,7 @@ class Guidance:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         checks = {
-            "temperature must be 0 (greedy) or more": self.temperature >= 0,
+            "temperature must be finite, 0 (greedy) or more": 0 <= self.temperature < float("inf"),
             "top_k must be at least 1": self.top_k is None or self.top_k >= 1,
             "top_p must lie in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
             "min_p must lie in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
@@ -78,8 +79,10 @@ class NextToken:
             place = self.logprob.argmax(-1)
         else:
             cumulative = self.logprob.double().exp().cumsum(-1)
-            level = uniform.double()[:, None] * cumulative[:, -1:]
-            place = (cumulative <= level).sum(-1).clamp(max=self.logprob.size(-1) - 1)
+            total = cumulative[:, -1:]
+            level = uniform.double()[:, None] * total
+            last = (cumulative < total).sum(-1)  # of the tokens that are possible at all
+            place = (cumulative <= level).sum(-1).minimum(last)
         return self.tokens.gather(1, place[:, None])[:, 0], place
 
     def kl(self) -> Float[Tensor, "rows"]:
@@ -118,19 +121,29 @@ def next_token(
     model costs but knows no base log-probs; with base top-k only the candidates' rows of the
     heads are read; else Q of the whole vocabulary is formed.
     """
+    weight = model.trunk.output_weight
+    return distribution(weight, model.heads, hidden, guidance, folded)
+
+
+def distribution(
+    weight: Float[Tensor, "vocab embed"],
+    heads: ValueHeads | None,
+    hidden: Float[Tensor, "rows embed"],
+    guidance: Guidance,
+    folded: Float[Tensor, "vocab embed"] | None = None,
+) -> NextToken:
+    """`next_token` of any LM head `weight`, whose trunk need not be ours."""
     if folded is not None:
         logits = (hidden @ folded.T).float().log_softmax(-1)
         plain = Guidance(**{**vars(guidance), "beta": 0.0})
         logprob = guided_logprob(logits, None, plain)
         return NextToken(_everything(logits), logprob, logits)
-    base = (hidden @ model.trunk.output_weight.T).float().log_softmax(-1)
-    tokens = _everything(base)
-    if guidance.top_k is not None and guidance.candidates == "base":
-        base, tokens = base.topk(min(guidance.top_k, base.size(-1)), dim=-1)
-    q = None
-    if guidance.beta:
-        q = joined_q(model, hidden, tokens if base.size(-1) < model.trunk.vocab_size else None,
-                     guidance.twins)  # fmt: skip
+    base = (hidden @ weight.T).float().log_softmax(-1)
+    tokens, gathered = _everything(base), None
+    if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
+        base, tokens = base.topk(guidance.top_k, dim=-1)
+        gathered = tokens
+    q = slow_q(heads, hidden, gathered, guidance.twins) if guidance.beta else None
     return NextToken(tokens, guided_logprob(base, q, guidance), base)
 
 
@@ -141,31 +154,42 @@ def joined_q(
     twins: Literal["mean", "min"],
 ) -> Float[Tensor, "rows candidates"]:
     """Q of the candidates (None: of every token) by the slow heads, joined into one."""
-    if model.heads is None:
+    return slow_q(model.heads, hidden, tokens, twins)
+
+
+def slow_q(
+    heads: ValueHeads | None,
+    hidden: Float[Tensor, "rows embed"],
+    tokens: Int[Tensor, "rows candidates"] | None,
+    twins: Literal["mean", "min"],
+) -> Float[Tensor, "rows candidates"]:
+    """`joined_q` of the heads alone. Raises `QvgptError` where there are none."""
+    if heads is None:
         raise QvgptError("this model has no value heads: it can only be run with beta 0")
     h = hidden.float()
     q = [
         head(h) if tokens is None else head.of_many(h, tokens)  # type: ignore[operator]
-        for head in model.heads.target_q
+        for head in heads.target_q
     ]
     stacked = torch.stack(q)
     return stacked.mean(0) if twins == "mean" else stacked.amin(0)
 
 
-def folds(model: ValueModel, guidance: Guidance) -> bool:
+def folds(heads: ValueHeads | None, guidance: Guidance) -> bool:
     """Whether LM head and guidance are one matrix: linear features, mean of twins, no base set."""
-    if model.heads is None or guidance.beta == 0:
+    if heads is None or guidance.beta == 0:
         return False
     free = guidance.candidates == "guided" or not guidance.truncates
-    return free and guidance.twins == "mean" and model.heads.config.kind != "mlp"
+    joined = guidance.twins == "mean" or heads.config.num_q == 1
+    return free and joined and heads.config.kind != "mlp"
 
 
 @torch.no_grad()
-def fold(model: ValueModel, beta: float) -> Float[Tensor, "vocab embed"]:
-    """W + β·F: one matrix that is LM head and guidance at once."""
-    assert model.heads is not None
-    weight = model.trunk.output_weight
-    return weight + beta * model.heads.folded().to(weight.dtype)
+def fold(
+    weight: Float[Tensor, "vocab embed"], heads: ValueHeads, beta: float
+) -> Float[Tensor, "vocab embed"]:
+    """W + β·F: one matrix that is LM head and guidance at once. Raises `QvgptError` for mlp."""
+    return (weight.float() + beta * heads.folded()).to(weight.dtype)
 
 
 def _everything(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows vocab"]:
@@ -177,9 +201,9 @@ def _truncate(
 ) -> Float[Tensor, "rows candidates"]:
     """−inf outside top_k, top_p and min_p, applied in that order."""
     if guidance.top_k is not None and guidance.top_k < logprob.size(-1):
-        smallest = logprob.topk(guidance.top_k, dim=-1).values[:, -1:]
-        logprob = logprob.masked_fill(logprob < smallest, NEG_INF)
-    if guidance.top_p is not None:
+        kept = logprob.topk(guidance.top_k, dim=-1).indices  # k of them, even where some are equal
+        logprob = logprob.masked_fill(_all_but(logprob, kept), NEG_INF)
+    if guidance.top_p is not None and guidance.top_p < 1:  # 1 would cut what rounding adds up
         ordered, index = logprob.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p  # the probability ahead of each token; the first always stays
@@ -190,3 +214,9 @@ def _truncate(
         floor = logprob.amax(-1, keepdim=True) + torch.tensor(guidance.min_p).log().to(logprob)
         logprob = logprob.masked_fill(logprob < floor, NEG_INF)
     return logprob
+
+
+def _all_but(
+    logprob: Float[Tensor, "rows candidates"], kept: Int[Tensor, "rows k"]
+) -> Bool[Tensor, "rows candidates"]:
+    return torch.ones_like(logprob, dtype=torch.bool).scatter(-1, kept, False)

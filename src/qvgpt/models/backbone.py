@@ -1,29 +1,38 @@
 """What a trunk must offer to carry value heads."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Keys and values of the tokens read so far, for a batch of rows."""
 
     length: Int[Tensor, "batch"]
     longest: int
 
+    @property
+    def capacity(self) -> int: ...  # noqa: D102
+
     def select(self, rows: Int[Tensor, "rows"]) -> "Cache": ...  # noqa: D102
 
     def insert(self, rows: Int[Tensor, "rows"], other: Any) -> None: ...  # noqa: D102
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A causal language model seen as hidden states and an output matrix. `GPT` is one."""
 
     embed_dim: int
     vocab_size: int
     seq_len: int
-    output_weight: Float[Tensor, "vocab embed"]
+
+    @property
+    def output_weight(self) -> Float[Tensor, "vocab embed"]:
+        """The LM head's matrix."""
+        ...
 
     def hidden(
         self,

@@ -105,7 +105,8 @@ class Attention(nn.Module):
         # [batch, time, 3·embed] → 3 × [batch, time, heads, head_dim]
         query, key, value = self.qkv(x).view(batch, time, 3, self.num_heads, -1).unbind(2)
         if cache is not None:
-            assert slot is not None and visible is not None
+            assert slot is not None
+            assert visible is not None
             cache.write(layer, slot, key, value)
             key = cache.keys[layer][:, : visible.size(-1)].to(x.dtype)
             value = cache.values[layer][:, : visible.size(-1)].to(x.dtype)
@@ -287,7 +288,11 @@ class GPT(nn.Module):
         path = Path(path)
         hf = read_json(path / "config.json")
         if hf.get("model_type") != "gpt2":
-            raise QvgptError(f"{path}: a GPT-2 directory was expected, not {hf.get('model_type')!r}")
+            found = hf.get("model_type")
+            raise QvgptError(f"{path}: a GPT-2 directory was expected, not {found!r}")
+        for name, value in _FIXED.items():
+            if hf.get(name, value) != value:
+                raise QvgptError(f"{path}: {name} {hf[name]!r} is not known here, only {value!r}")
         tied = hf.get("tie_word_embeddings", True)
         model = cls(
             vocab_size=hf["vocab_size"],
@@ -344,6 +349,12 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+_FIXED = {  # what GPT-2 directories may vary, and this file does not
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
 _NAMES = (  # ours, Hugging Face's
     ("token_embedding.", "transformer.wte."),
     ("position_embedding.", "transformer.wpe."),

@@ -130,6 +130,7 @@ class ValueHeads(nn.Module):
         self.v = StateHead(embed_dim, config.v)
         self.q = nn.ModuleList([QHead(embed_dim, vocab_size, config) for _ in range(config.num_q)])
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        self.shape = (vocab_size, embed_dim)
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:

@@ -97,7 +97,7 @@ class ValueModel(nn.Module):
 
     def _values(
         self,
-        states: Float[Tensor, "batch steps+1 embed"],
+        states: Float[Tensor, "batch states embed"],
         taken: Float[Tensor, "rows embed"],
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],

@@ -6,7 +6,7 @@ No tensor here has a vocabulary axis; `models/` has already reduced it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,14 +24,14 @@ class Values:
     """Q of the action taken."""
     target_q: Float[Tensor, "heads batch steps"] | None = None
     """Q of the action taken by the slow copy, without gradient."""
-    v: Float[Tensor, "batch steps+1"] | None = None
-    """V of each state; the last one is the state the text ended in."""
+    v: Float[Tensor, "batch states"] | None = None
+    """V of each state, one more than steps; the last one is the state the text ended in."""
     q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
     """log Σₐ exp Q(s, a)."""
     logprob: Float[Tensor, "batch steps"] | None = None
     """log π(a|s) of the action taken."""
-    token_logprob: Float[Tensor, "batch time-1"] | None = None
-    """log π of every token but the first, prompts included."""
+    token_logprob: Float[Tensor, "batch pairs"] | None = None
+    """log π of every token but the first, prompts included: time − 1 of them."""
 
 
 NEEDS = frozenset(Values.__dataclass_fields__)
@@ -45,6 +45,7 @@ class Loss:
     parts: dict[str, Float[Tensor, ""]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Anything that turns values and a batch into a loss; `needs` names the `Values` it reads."""
 

@@ -51,7 +51,9 @@ class AWAC:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Mean weighted −log π per decision; the weights carry no gradient."""
-        assert values.logprob is not None and values.target_q is not None and values.v is not None
+        assert values.logprob is not None
+        assert values.target_q is not None
+        assert values.v is not None
         advantage = values.target_q.amin(dim=0) - values.v[:, :-1]
         weight = awac_weight(advantage, self.temperature, self.max_weight)
         return weighted_loss(batch.mask, nll=(1.0, -weight * values.logprob))

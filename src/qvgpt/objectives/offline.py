@@ -35,7 +35,9 @@ class ILQL:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Q regresses on r + γ v′; v regresses on the expectile of the slow Q."""
-        assert values.q is not None and values.target_q is not None and values.v is not None
+        assert values.q is not None
+        assert values.target_q is not None
+        assert values.v is not None
         v, next_v = values.v[:, :-1], values.v[:, 1:].detach()
         gamma = discount(batch, self.gamma, self.per_turn_discount)
         target = lambda_returns(batch.reward, gamma, next_v, batch.mask, lambda_=0.0)
@@ -67,7 +69,8 @@ class MonteCarlo:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared errors of Q (summed over the heads) and of v."""
-        assert values.q is not None and values.v is not None
+        assert values.q is not None
+        assert values.v is not None
         v, next_v = values.v[:, :-1], values.v[:, 1:].detach()
         gamma = discount(batch, self.gamma, self.per_turn_discount)
         target = lambda_returns(batch.reward, gamma, next_v, batch.mask, self.lambda_)

@@ -1,0 +1,258 @@
+"""The command line: `qvgpt COMMAND …`. Results go to stdout, progress and errors to stderr.
+
+A command is a function of one frozen dataclass, whose fields are its options. Only the module of
+the chosen command is imported, so that `qvgpt --help` costs no torch.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qvgpt.errors import QvgptError, nearest
+
+if TYPE_CHECKING:
+    from qvgpt.decode.engine import TokenReport
+    from qvgpt.decode.policy import Guidance
+    from qvgpt.models.value_model import ValueModel
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives."""
+
+    module: str
+    function: str
+    help: str
+    positional: str = ""
+    """The option that stands without a name."""
+
+
+COMMANDS = {
+    "demo": Command("qvgpt.demo", "demo", "the whole story on a built-in task, with a report"),
+    "train": Command("qvgpt.trainer", "train", "learn text (LM), or what text is worth (ILQL, …)"),
+    "collect": Command("qvgpt.collect", "collect", "sample completions and score them"),
+    "check": Command("qvgpt.cli", "check", "look through data: counts, rewards, faults", "data"),
+    "score": Command("qvgpt.cli", "score", "V, Q and A of given texts, ranked", "model"),
+    "generate": Command("qvgpt.cli", "generate", "write text, guided by the values", "model"),
+    "evaluate": Command("qvgpt.evaluate", "evaluate", "base against guided, with intervals"),
+    "export": Command("qvgpt.cli", "export", "an ordinary checkpoint for other engines", "model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 (faults found), 2 (bad input), 130 (Ctrl-C)."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print(_overview())
+            return 0
+        if name == "--version":
+            print(import_module("qvgpt").__version__)
+            return 0
+        if name not in COMMANDS:
+            raise QvgptError(f"unknown command {name!r}{nearest(name, COMMANDS)}; see qvgpt --help")
+        with warnings.catch_warnings():
+            _quieten()
+            return _run(name, rest)
+    except QvgptError as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt as interrupt:
+        print(f"qvgpt: interrupted{interrupt}", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, argv: list[str]) -> int:
+    command = COMMANDS[name]
+    function = getattr(import_module(command.module), command.function)
+    config_class = next(iter(typing.get_type_hints(function).values()))
+    config = _parse(name, command, config_class, argv)
+    if config is None:
+        return 0
+    summary = function(config)
+    if command.module != __name__:
+        from rich.console import Console
+
+        from qvgpt.run import print_summary
+
+        print_summary(summary, Console())
+    return int(bool(summary.get("faults")))
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: qvgpt COMMAND [options]", "", "A GPT with Q- and V-functions.", "", *lines, "",
+         "qvgpt COMMAND --help lists its options; --config x.yaml reads them from a file."]
+    )  # fmt: skip
+
+
+def _fail(message: str) -> int:
+    print(f"qvgpt: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _quieten() -> None:
+    """Nothing that other packages say on the way is meant for our users."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for package in ("torch", "transformers", "accelerate", "datasets", "tensorboard"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+
+
+# ── options ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse(name: str, command: Command, config_class: type, argv: list[str]) -> Any:
+    """The configuration, from `--config` files and options; None where help was all."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    place = f" {command.positional.upper()}" if command.positional else ""
+    parser = ArgumentParser(
+        prog=f"qvgpt {name}",
+        usage=f"qvgpt {name}{place} [--config x.yaml] [--option value] …",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
+    parser.add_class_arguments(config_class, None)
+    known = _options(config_class)
+    try:
+        parsed = parser.parse_args(_arguments(argv, known, command.positional))
+        return _instance(config_class, parser.instantiate_classes(parsed))
+    except QvgptError:
+        raise
+    except SystemExit:  # --help and --print_config
+        return None
+    except Exception as error:  # jsonargparse raises several kinds
+        raise QvgptError(_one_line(str(error), known, command.positional)) from None
+
+
+def _instance(config_class: type, parsed: Any) -> Any:
+    return config_class(**{name: getattr(parsed, name) for name in config_class.__dataclass_fields__})
+
+
+def _options(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name → type of every option, those of nested dataclasses included."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(config_class)
+    for name in config_class.__dataclass_fields__:  # type: ignore[attr-defined]
+        found[prefix + name] = hints[name]
+        for kind in (hints[name], *typing.get_args(hints[name])):
+            if is_dataclass(kind):
+                found |= _options(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def _arguments(argv: list[str], known: dict[str, Any], positional: str) -> list[str]:
+    """Each option as one `--name=value`: lists gathered, flags completed, config files read."""
+    done: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("-"):
+            if not positional:
+                raise QvgptError(f"unexpected argument {token!r}: options begin with --")
+            token, rest = f"--{positional}", [token, *rest]
+        name, equals, value = token.lstrip("-").partition("=")
+        if name in ("h", "help", "print_config") or name.endswith(".help"):
+            done.append(token)
+            continue
+        kind = str if name == "config" else known.get(name.removesuffix("+"), None)
+        if kind is None:
+            raise QvgptError(f"unknown option --{name}{_nearest_option(name, known, '--')}")
+        is_list = typing.get_origin(kind) is list and not name.endswith("+")
+        values = [value] if equals else []
+        while not equals and rest and (not values or is_list) and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if not values and kind is not bool:
+            raise QvgptError(f"--{name}: expected a value")
+        text = _as_list(values) if is_list else values[0] if values else "true"
+        done.append(f"--{name}=" + (_read_config(text, known) if name == "config" else text))
+    return done
+
+
+def _as_list(values: list[str]) -> str:
+    if len(values) == 1 and values[0].startswith("["):
+        return values[0]
+    # an entry such as {ILQL: {expectile: 0.8}} is YAML already
+    return f"[{', '.join(v if v.startswith('{') else json.dumps(v) for v in values)}]"
+
+
+def _read_config(file: str, known: dict[str, Any]) -> str:
+    """The file's content as JSON, every key known."""
+    from jsonargparse import get_loader
+
+    try:
+        content = get_loader("yaml")(Path(file).read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        raise QvgptError(f"{file}: no such file") from None
+    except Exception as error:
+        raise QvgptError(f"{file}: broken YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise QvgptError(f"{file}: expected `key: value` lines")
+    return json.dumps(_checked(content, known, file))
+
+
+def _checked(content: dict[str, Any], known: dict[str, Any], file: str, prefix: str = "") -> Any:
+    checked = {}
+    for key, value in content.items():
+        name = prefix + str(key)
+        if name not in known:
+            raise QvgptError(f"{file}: unknown key {name!r}{_nearest_option(name, known)}")
+        if isinstance(value, dict) and any(other.startswith(name + ".") for other in known):
+            value = _checked(value, known, file, name + ".")
+        elif typing.get_origin(known[name]) is list and isinstance(value, str):
+            value = [value]
+        checked[key] = value
+    return checked
+
+
+def _nearest_option(name: str, known: dict[str, Any], dashes: str = "") -> str:
+    """A hint with the full path: `lr` means `fit.lr`."""
+    last = name.rpartition(".")[2]
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    hint = f" (did you mean {same[0]!r}?)" if same else nearest(name, known)
+    if not hint:
+        tails = {k.rpartition(".")[2]: k for k in known}
+        hint = re.sub(r"'(.*)'", lambda m: f"'{tails[m[1]]}'", nearest(last, tails))
+    return hint.replace("mean '", f"mean '{dashes}")
+
+
+def _one_line(message: str, known: dict[str, Any], positional: str) -> str:
+    """jsonargparse's message in our words: which key, what was expected, what was found."""
+    flat = " ".join(message.split())
+    if missing := re.match(r"the following arguments are required: (.*)", flat):
+        names = missing[1].split(", ")
+        named = [n.upper() if n == positional else f"--{n}" for n in names]
+        return f"{', '.join(named)}: missing"
+    key = re.match(r'Parser key "([^"]+)":', flat)
+    if key is None or key[1] not in known:
+        return flat
+    found = re.search(r"Got value: (.*)", flat)
+    return f"{key[1]}: expected {_words(known[key[1]])}" + (f", found {found[1]}" if found else "")
+
+
+def _words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_words, typing.get_args(kind)))
+    plain = {float: "a number", int: "a whole number", str: "text", bool: "true or false",
+             type(None): "null"}  # fmt: skip
+    return plain.get(kind, str(kind))

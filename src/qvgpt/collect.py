@@ -1,0 +1,256 @@
+"""`qvgpt collect`: a model writes K completions per prompt, a reward scores them → data.jsonl.
+
+Lines are written in chunks of prompts, each chunk synced to disk; with `resume` a stopped
+collection goes on at its last whole chunk and ends with the file it would have ended with.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from qvgpt.data.rows import FORMS, Row
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.engine import Request
+from qvgpt.decode.policy import Guidance
+from qvgpt.envs.rewards import Metric, get_reward, references, shape
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+from qvgpt.run import check_run, open_run, write_json
+from qvgpt.sampling import Text, TextProgress, load_prompts, write_texts
+
+_KNOWN = frozenset().union(*FORMS.values())
+_BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Sample completions of prompts and score them: rewarded text to learn from."""
+
+    model: str
+    """Directory of a trained model."""
+    data: str
+    """Rows with prompts (and what the reward needs: references, completion, …)."""
+    reward: str
+    """bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
+    output: str
+    """Where data.jsonl and summary.json go; a new directory."""
+    samples: int = 8
+    """Completions per prompt."""
+    temperatures: list[float] = field(default_factory=lambda: [1.0])
+    """A prompt's samples take these in turn."""
+    beta: float = 0.0
+    """Strength of guidance, if the model has values already."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens that holds this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this likely, relative to the likeliest."""
+    shaped: bool = False
+    """Spread the reward over the tokens that earn it; its sum stays the same."""
+    brevity: bool = True
+    """BLEU's brevity penalty in every prefix; false: settled by the last token (if shaped)."""
+    include_references: bool = False
+    """Add the row's own completion (else its first reference) to the samples, with its reward."""
+    unique: bool = False
+    """Keep one of identical samples of a prompt."""
+    max_tokens: int = 128
+    """Where a completion is cut if no end token came; it is marked as truncated."""
+    max_batch: int = 64
+    """Completions written at the same time."""
+    limit: int | None = None
+    """Use only this many prompts, from the top."""
+    seed: int = 0
+    """Of sampling: every completion has its own, whatever the batch."""
+    resume: bool = False
+    """Go on with a collection that was stopped."""
+
+
+def collect(config: CollectConfig) -> dict[str, Any]:
+    """Write `data.jsonl`, one line a prompt, and return what summary.json holds."""
+    started = time.perf_counter()
+    check_run(config.output, "collect", asdict(config), config.resume)
+    if config.samples < 1 or not config.temperatures:
+        raise QvgptError("collect: samples must be at least 1, and temperatures not be empty")
+    model = ValueModel.from_pretrained(config.model)
+    if model.heads is None and config.beta:
+        raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
+    rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    reward = get_reward(config.reward)
+    if config.include_references:
+        for row in rows:
+            _own_completion(row)
+    output = open_run(config.output, "collect", asdict(config), config.resume)
+    file = output / "data.jsonl"
+    size = max(1, _BATCHES_PER_CHUNK * config.max_batch // config.samples)
+    done = _whole_chunks(file, rows, size)
+    progress = TextProgress("collect", len(rows) * config.samples, done * config.samples)
+    with progress, file.open("ab") as lines:
+        for start in range(done, len(rows), size):
+            chunk = range(start, min(start + size, len(rows)))
+            requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
+            texts = write_texts(model, requests, max_batch=config.max_batch, on_step=progress.step)
+            groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
+            found = [
+                _collected(rows[i], group, reward, model, config)
+                for i, group in zip(chunk, groups, strict=True)
+            ]
+            lines.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found).encode())
+            lines.flush()
+            os.fsync(lines.fileno())
+    seconds = time.perf_counter() - started
+    summary = _summary(file) | {
+        "reward": config.reward,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(progress.tokens / seconds, 1),
+    }
+    write_json(output / "summary.json", summary)
+    return summary
+
+
+def _requests(prompt: Sequence[int], index: int, config: CollectConfig) -> list[Request]:
+    """The K requests of one prompt; seeds are those of prompt and sample alone."""
+    first = config.seed * 1_000_003 + index * config.samples
+    return [
+        Request(
+            prompt,
+            config.max_tokens,
+            Guidance(
+                beta=config.beta,
+                temperature=config.temperatures[k % len(config.temperatures)],
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+            ),
+            first + k,
+        )
+        for k in range(config.samples)
+    ]
+
+
+def _collected(
+    row: Row, texts: Sequence[Text], reward: Metric, model: ValueModel, config: CollectConfig
+) -> dict[str, Any]:
+    """The line of data.jsonl for one prompt."""
+    assert model.tokenizer is not None
+    texts = list(texts)
+    if config.unique:
+        texts = list({tuple(text.tokens): text for text in reversed(texts)}.values())[::-1]
+    sampled = len(texts)
+    if config.include_references:
+        reference = _reference(row, model)
+        if not config.unique or all(reference.tokens != text.tokens for text in texts):
+            texts.append(reference)
+    ids, fields = [text.tokens for text in texts], [row.fields] * len(texts)
+    if config.shaped:
+        spread = shape(reward, ids, fields, model.tokenizer, brevity=config.brevity)
+        scored: dict[str, Any] = {"token_rewards": spread}
+    else:
+        scored = {"rewards": reward([text.text for text in texts], fields)}
+    return {
+        **_kept(row.fields),
+        "completions": [text.text for text in texts],
+        "completion_ids": ids,
+        **scored,
+        "truncated": [not text.terminated for text in texts],
+        "sampled": sampled,
+    }
+
+
+def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt, references and metadata of a row, without what it says of its own completion."""
+    kept = {k: v for k, v in fields.items() if k in ("prompt", "prompt_ids") or k not in _KNOWN}
+    own = fields.get("completion")
+    if "references" in fields or isinstance(own, str):
+        kept["references"] = list(fields.get("references") or [own])
+    return kept
+
+
+def _own_completion(row: Row) -> str:
+    own = row.fields.get("completion")
+    if not isinstance(own, str) and not row.fields.get("references"):
+        raise row.fault("completion", "include_references needs a text here, or references")
+    return own if isinstance(own, str) else references(row.fields)[0]
+
+
+def _reference(row: Row, model: ValueModel) -> Text:
+    """The row's own completion as if the model had written it."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    text = _own_completion(row)
+    tokens = [*tokenizer.encode(text), _end_token(row, tokenizer)]
+    return Text(tokens, text, terminated=True)
+
+
+def _end_token(row: Row, tokenizer: Tokenizer) -> int:
+    """What ends a completion: a message's end where the prompt is of messages."""
+    template = tokenizer.template
+    message = isinstance(row.fields.get("prompt"), list) and template.eot is not None
+    return template.eot if message else template.eos  # type: ignore[return-value]
+
+
+def _whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
+    """How many rows are collected already; what follows the last whole chunk is cut off.
+
+    Rows of a broken chunk could be kept, but then the rest of it would be sampled in batches of
+    another make-up, whose rounding might change a token.
+    """
+    if not file.exists():
+        return 0
+    whole, length = 0, 0
+    for number, (row, line) in enumerate(zip(rows, _lines(file), strict=False), 1):
+        if line.get("prompt") != row.fields.get("prompt"):
+            raise QvgptError(f"{file}:{number}: another prompt than at {row.where}; collect anew")
+        length += line["bytes"]
+        if number % size == 0 or number == len(rows):
+            whole, kept = number, length
+    with file.open("r+b") as lines:
+        lines.truncate(kept if whole else 0)
+    return whole
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file up to the first broken one, each with its length in `bytes`."""
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                content = None
+            if not isinstance(content, dict):
+                return
+            yield {**content, "bytes": len(line)}
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    """Counts and rewards of what the model wrote; references that were added count for nothing."""
+    returns: list[list[float]] = []
+    distinct: list[int] = []
+    truncated: list[bool] = []
+    tokens = references_added = 0
+    for line in _lines(file):
+        n = line["sampled"]
+        given = line.get("rewards") or [sum(r) for r in line["token_rewards"]]
+        returns.append(given[:n])
+        ids = line["completion_ids"][:n]
+        distinct.append(len({tuple(i) for i in ids}))
+        tokens += sum(map(len, ids))
+        truncated += line["truncated"][:n]
+        references_added += len(line["completion_ids"]) - n
+    flat = [value for group in returns for value in group]
+    return {
+        "prompts": len(returns),
+        "samples": len(flat),
+        "references_added": references_added,
+        "tokens": tokens,
+        "reward_mean": fmean(flat),
+        "reward_std": pstdev(flat),
+        "reward_std_within_prompt": fmean(pstdev(group) for group in returns),
+        "distinct_per_prompt": fmean(distinct),
+        "truncated_share": fmean(truncated),
+    }

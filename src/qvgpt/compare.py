@@ -1,0 +1,343 @@
+"""Methods side by side, over the same prompts and the same random numbers; and: are values right?
+
+    rows = compare(model, prompts, score, {"base": Guidance(), "guided": Guidance(beta=4)})
+
+Intervals are bootstrapped over prompts (samples of one prompt are not independent) and
+differences are paired. To have single texts as the unit, give a prompt once for each of them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
+from qvgpt.decode.engine import Request
+from qvgpt.decode.policy import Guidance
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+from qvgpt.returns import lambda_returns
+from qvgpt.sampling import OnStep, Text, write_texts
+from qvgpt.trajectory import Trajectory, collate
+
+Score = Callable[[list[str], list[int]], list[float]]
+"""Completions and the index of the prompt each belongs to → one score each."""
+_TIMING_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How texts are sampled, timed and resampled."""
+
+    samples: int = 1
+    """Texts per prompt; greedy writes one."""
+    max_tokens: int = 128
+    max_batch: int = 64
+    seed: int = 0
+    timing: int = 64
+    """Texts to measure speed on, without token reports, which slow decoding down; 0: none."""
+    keep_reports: int = 0
+    """Of this many prompts the first sample keeps its token reports."""
+    resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text that a method wrote."""
+
+    prompt: int
+    """Index of the prompt."""
+    written: Text
+    score: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's results."""
+
+    method: str
+    baseline: str
+    """The method its differences are to."""
+    guidance: Guidance
+    score: Estimate
+    metrics: dict[str, Estimate]
+    kl_per_sequence: float
+    """Mean of `Text.kl`: how far the method has gone from the plain model, in nats."""
+    s_per_token: float | None
+    """Wall seconds per token of the whole batch, measured without token reports."""
+    tokens_mean: float
+    cut: float
+    """Share of texts that the length limit cut."""
+    n: int
+    """Prompts."""
+    seed: int
+    samples: list[Sample]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the samples."""
+        names = ("kl_per_sequence", "s_per_token", "tokens_mean", "cut", "n", "seed")
+        return {
+            "method": self.method,
+            "beta": self.guidance.beta,
+            "temperature": self.guidance.temperature,
+            **_estimate_dict(self.score, "mean"),
+            **{name: getattr(self, name) for name in names},
+            "metrics": {name: _estimate_dict(e, "value") for name, e in self.metrics.items()},
+        }
+
+    def by_prompt(self) -> list[list[Sample]]:
+        """The samples of each prompt."""
+        groups: list[list[Sample]] = [[] for _ in range(self.n)]
+        for sample in self.samples:
+            groups[sample.prompt].append(sample)
+        return groups
+
+
+def compare(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    score: Score,
+    guidances: Mapping[str, Guidance],
+    options: CompareOptions | None = None,
+    *,
+    metrics: Mapping[str, Score] | None = None,
+    on_step: OnStep | None = None,
+) -> list[Row]:
+    """Write texts by every guidance from the same prompts and seeds, and compare their scores.
+
+    A row's difference is to the first guidance with β = 0 at its temperature, else to the first
+    of all. `metrics` are further scores of the same texts.
+    """
+    options = options or CompareOptions()
+    if not prompts or not guidances:
+        raise QvgptError("a comparison needs prompts and guidances")
+    written = {
+        name: _write(model, prompts, score, guidance, options, on_step)
+        for name, guidance in guidances.items()
+    }
+    judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
+    means = {
+        name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
+        for name, samples in written.items()
+    }
+    seconds = _time(model, prompts, guidances, options)
+    rows: list[Row] = []
+    for name, samples in written.items():
+        baseline = _baseline(name, guidances)
+        estimates = {
+            key: mean_ci(ours, means[baseline][key], options.resamples, options.seed)
+            for key, ours in means[name].items()
+        }
+        row = Row(
+            method=name,
+            baseline=baseline,
+            guidance=guidances[name],
+            score=estimates.pop(""),
+            metrics=estimates,
+            kl_per_sequence=float(np.mean([s.written.kl for s in samples])),
+            s_per_token=seconds.get(name),
+            tokens_mean=float(np.mean([len(s.written.tokens) for s in samples])),
+            cut=float(np.mean([not s.written.terminated for s in samples])),
+            n=len(prompts),
+            seed=options.seed,
+            samples=samples,
+        )
+        rows.append(row)
+    return rows
+
+
+def value_diagnostics(
+    model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int = 64
+) -> dict[str, Any]:
+    """How well Q and V foretell what came, on logged texts; JSON-ready, None where undefined.
+
+    Over all decisions: correlation of q and v with the return still to come (discounted as the
+    values are), of A = q − v with what v did not foretell, mean squared errors beside that of
+    predicting the mean, and calibration by tenths. Across prompts all of it can look well where
+    guidance does nothing, so the figures to watch are `within_prompt`: rank correlations among
+    the samples of one prompt, averaged over the prompts whose samples differ in return.
+    Q is the mean of the slow heads, as in decoding.
+    """
+    texts = _foretell(model, trajectories, batch_size)
+    pairs = [(t.prompt, x) for t, x in zip(trajectories, texts, strict=True) if len(x["q"])]
+    if not pairs:
+        raise QvgptError("no decision that counts to diagnose the values on")
+    texts = [text for _, text in pairs]
+    flat = {k: np.concatenate([text[k] for text in texts]) for k in ("q", "v", "to_come")}
+    first = {k: np.array([text[k][0] for text in texts]) for k in ("v", "to_come")}
+    q, v, to_come = flat["q"], flat["v"], flat["to_come"]
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for prompt, text in pairs:
+        groups.setdefault(prompt, []).append(text)
+    several = [group for group in groups.values() if len(group) > 1]
+    return {
+        "texts": len(texts),
+        "decisions": len(q),
+        "gamma": model.info.gamma,
+        "q": _fit(q, to_come),
+        "v": _fit(v, to_come),
+        "v_at_prompt": _fit(first["v"], first["to_come"]),
+        "advantage": _correlations(q - v, to_come - v),
+        "within_prompt": {
+            "v_middle": _within(several, lambda t: t["v"][t["middle"]], _middle_to_come),
+            "total_middle": _within(several, lambda t: _total_at(t, t["middle"]), _total),
+            "total_last": _within(several, lambda t: _total_at(t, -1), _total),
+            "advantage_sum": _within(several, lambda t: (t["q"] - t["v"]).sum(), _total),
+        },
+    }
+
+
+@torch.no_grad()
+def _foretell(
+    model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int
+) -> list[dict[str, Any]]:
+    """Per text q, v and the return still to come at each of its decisions, and its middle."""
+    if model.heads is None:
+        raise QvgptError("this model has no value heads: there is nothing to diagnose")
+    model.eval()
+    template = model.tokenizer.template if model.tokenizer else None
+    pad, ends = (template.pad, template.end_ids) if template else (0, ())
+    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens))
+    found: list[dict[str, Any]] = [{} for _ in order]
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([trajectories[i] for i in indices], pad, ends).to(model.device)
+        values = model(batch, frozenset({"target_q", "v"}))
+        gamma = torch.full_like(batch.reward, model.info.gamma)
+        nothing = torch.zeros_like(batch.reward)
+        every = torch.ones_like(batch.mask)  # the padding's reward is 0
+        to_come = lambda_returns(batch.reward, gamma, nothing, every, lambda_=1.0)
+        columns = {"q": values.target_q.mean(0), "v": values.v[:, :-1], "to_come": to_come}
+        for row, i in enumerate(indices):
+            real = batch.mask[row]
+            text = {k: x[row][real].double().cpu().numpy() for k, x in columns.items()}
+            found[i] = text | {"middle": int(real.sum()) // 2, "gamma": model.info.gamma}
+    return found
+
+
+def _total(text: dict[str, Any]) -> float:
+    """The return from the first decision."""
+    return text["to_come"][0]
+
+
+def _total_at(text: dict[str, Any], decision: int) -> float:
+    """That return as foretold at a later decision: what came before is known."""
+    at = range(len(text["v"]))[decision]
+    return text["to_come"][0] + text["gamma"] ** at * (text["v"][at] - text["to_come"][at])
+
+
+def _middle_to_come(text: dict[str, Any]) -> float:
+    return text["to_come"][text["middle"]]
+
+
+def _within(
+    groups: list[list[dict[str, Any]]],
+    foretold: Callable[[dict[str, Any]], float],
+    came: Callable[[dict[str, Any]], float],
+) -> dict[str, Any]:
+    """Mean Spearman correlation within groups; a constant prediction counts as 0."""
+    found: list[float] = []
+    for group in groups:
+        actual = np.array([came(text) for text in group])
+        if np.ptp(actual) > 0:
+            correlation = spearman(np.array([foretold(text) for text in group]), actual)
+            found.append(0.0 if math.isnan(correlation) else correlation)
+    if not found:
+        return {"mean": None, "ci95": None, "groups": 0}
+    estimate = mean_ci(found)
+    return {"mean": estimate.value, "ci95": list(estimate.ci95), "groups": len(found)}
+
+
+def _fit(predicted: Float[np.ndarray, "n"], actual: Float[np.ndarray, "n"]) -> dict[str, Any]:
+    return _correlations(predicted, actual) | {
+        "mse": float(np.square(predicted - actual).mean()),
+        "mse_of_mean": float(actual.var()),
+        "calibration": calibration(predicted, actual),
+    }
+
+
+def _correlations(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> dict[str, float | None]:
+    found = {"pearson": pearson(x, y), "spearman": spearman(x, y)}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _write(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    score: Score,
+    guidance: Guidance,
+    options: CompareOptions,
+    on_step: OnStep | None,
+) -> list[Sample]:
+    """Every prompt's samples, measured and scored."""
+    owners, requests = _requests(prompts, guidance, options)
+    shown = {owners.index(i) for i in range(min(options.keep_reports, len(prompts)))}
+    texts = write_texts(
+        model,
+        requests,
+        max_batch=options.max_batch,
+        measure_kl=True,
+        keep_reports=shown,
+        on_step=on_step,
+    )
+    scores = score([text.text for text in texts], owners)
+    return [Sample(i, t, float(s)) for i, t, s in zip(owners, texts, scores, strict=True)]
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]], guidance: Guidance, options: CompareOptions
+) -> tuple[list[int], list[Request]]:
+    """Each text's prompt and request; sample k of a prompt has the same seed in every method."""
+    copies = 1 if guidance.temperature == 0 else options.samples
+    owners = [i for i in range(len(prompts)) for _ in range(copies)]
+    first = options.seed * 1_000_003
+    return owners, [
+        Request(prompt, options.max_tokens, guidance, first + i * options.samples + k)
+        for i, prompt in enumerate(prompts)
+        for k in range(copies)
+    ]
+
+
+def _time(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    guidances: Mapping[str, Guidance],
+    options: CompareOptions,
+) -> dict[str, float]:
+    """Seconds per token of each method, the best of several rounds taken in turn: what else the
+    machine does only ever slows decoding down."""
+    best: dict[str, float] = {}
+    for _ in range(_TIMING_ROUNDS if options.timing else 0):
+        for name, guidance in guidances.items():
+            requests = _requests(prompts, guidance, options)[1][: options.timing]
+            started = time.perf_counter()
+            texts = write_texts(model, requests, max_batch=options.max_batch)
+            rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
+            best[name] = min(rate, best.get(name, rate))
+    return best
+
+
+def _baseline(name: str, guidances: Mapping[str, Guidance]) -> str:
+    temperature = guidances[name].temperature
+    plain = (n for n, g in guidances.items() if g.beta == 0 and g.temperature == temperature)
+    return next(plain, next(iter(guidances)))
+
+
+def _prompt_means(samples: list[Sample], judge: Score | None, prompts: int) -> list[float]:
+    """The mean score of each prompt's samples, by `judge` or as scored already."""
+    owners = [s.prompt for s in samples]
+    texts = [s.written.text for s in samples]
+    scores = judge(texts, owners) if judge else [s.score for s in samples]
+    total = np.bincount(owners, weights=scores, minlength=prompts)
+    return (total / np.bincount(owners, minlength=prompts)).tolist()
+
+
+def _estimate_dict(estimate: Estimate, name: str) -> dict[str, Any]:
+    delta = None if estimate.delta_ci95 is None else list(estimate.delta_ci95)
+    head = {name: estimate.value, "ci95": list(estimate.ci95)}
+    return head | {"delta": estimate.delta, "delta_ci95": delta}

@@ -1,0 +1,375 @@
+"""`qvgpt evaluate`: base and guided side by side on a data set, with summary.json and a report."""
+
+import html
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
+from qvgpt.compare import CompareOptions, Row, Sample, Score, compare, value_diagnostics
+from qvgpt.decode.policy import Guidance
+from qvgpt.envs.rewards import get_reward, references, shape
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
+from qvgpt.run import check_run, open_run, read_log, write_json
+from qvgpt.sampling import TextProgress, load_prompts
+from qvgpt.trajectory import Trajectory
+
+__all__ = [
+    "EvaluateConfig",
+    "compare",
+    "corpus_bleu_ci",
+    "corpus_chrf_ci",
+    "evaluate",
+    "value_diagnostics",
+]
+
+CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
+"""Metrics of a whole test set, 0..100, which are no mean over its prompts."""
+_CURVE_POINTS = 200
+_NO_LOSS = ("step", "grad_norm", "tokens_per_second")
+_GRID = "display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr))"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare a model with itself guided by its values, on prompts with a reward."""
+
+    model: str
+    """Directory of a trained model."""
+    data: str
+    """Rows with prompts (and what the reward needs: references, completion, …)."""
+    reward: str
+    """What is compared: bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
+    output: str
+    """Where summary.json and report.html go; a new directory."""
+    metrics: list[str] = field(default_factory=list)
+    """Further rewards to report; also corpus_bleu and corpus_chrf."""
+    betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
+    """Strengths of guidance, beside the base (0)."""
+    temperatures: list[float] = field(default_factory=lambda: [1.0])
+    """Each is run with the base and with every beta; 0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens, in the base too, so that only beta differs."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens that holds this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this likely, relative to the likeliest."""
+    candidates: Literal["base", "guided"] = "base"
+    """Which distribution top_k, top_p and min_p look at."""
+    twins: Literal["mean", "min"] = "mean"
+    """How several Q heads are joined."""
+    samples: int = 1
+    """Texts per prompt (greedy: always 1)."""
+    max_tokens: int = 128
+    """Where a text is cut if no end token came."""
+    max_batch: int = 64
+    """Texts written at the same time."""
+    limit: int | None = None
+    """Use only this many prompts, from the top."""
+    seed: int = 0
+    """Of sampling and of the bootstrap; the same for every method."""
+    shaped: bool = False
+    """The values were learned from shaped rewards: hold them against such."""
+    brevity: bool = True
+    """As in `collect`: BLEU's brevity penalty in every prefix (only read if shaped)."""
+    texts: int = 4
+    """Prompts whose texts are shown in the report."""
+    resume: bool = False
+    """Make the results anew in a directory that holds the same run."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run base and guided over the same prompts; returns what summary.json holds."""
+    started = time.perf_counter()
+    check_run(config.output, "evaluate", asdict(config), config.resume)
+    model = ValueModel.from_pretrained(config.model)
+    if model.heads is None and any(config.betas):
+        raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
+    data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    fields = [row.fields for row in data]
+    judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
+    score, guidances = _judge(config.reward, fields), guidances_of(config)
+    options = CompareOptions(
+        samples=config.samples,
+        max_tokens=config.max_tokens,
+        max_batch=config.max_batch,
+        seed=config.seed,
+        keep_reports=config.texts,
+    )
+    output = open_run(config.output, "evaluate", asdict(config), config.resume)
+    total = sum(1 if g.temperature == 0 else config.samples for g in guidances.values())
+    with TextProgress("evaluate", total * len(prompts)) as progress:
+        rows = compare(
+            model, prompts, score, guidances, options, metrics=judges, on_step=progress.step
+        )
+    rows = _add_corpus_metrics(rows, fields, config)
+    values = None
+    if model.heads is not None:
+        values = value_diagnostics(model, _logged(model, prompts, fields, rows, config))
+    summary = {
+        "metric": config.reward,
+        "model": config.model,
+        "data": config.data,
+        "prompts": len(prompts),
+        "samples": config.samples,
+        "rows": [row.as_dict() for row in rows],
+        "values": values,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(output / "summary.json", summary)
+    sections = _sections(config, model, prompts, rows, values)
+    write_report(output / "report.html", f"Evaluation of {config.model}", sections)
+    _show(rows, config.reward, output)
+    return summary
+
+
+def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
+    """Base and every β, at every temperature, by name; all with the same candidates."""
+    common = Guidance(
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        candidates=config.candidates,
+        twins=config.twins,
+    )
+    found = {}
+    for temperature in dict.fromkeys(config.temperatures):
+        how = "greedy" if temperature == 0 else f"T = {temperature:g}"
+        for beta in dict.fromkeys([0.0, *config.betas]):
+            name = f"guided, β = {beta:g}" if beta else "base"
+            found[f"{name}, {how}"] = replace(common, beta=beta, temperature=temperature)
+    return found
+
+
+def _judge(reward: str, fields: Sequence[Mapping[str, Any]]) -> Score:
+    metric = get_reward(reward)
+    return lambda texts, index: metric(texts, [fields[i] for i in index])
+
+
+def _add_corpus_metrics(
+    rows: list[Row], fields: Sequence[Mapping[str, Any]], config: EvaluateConfig
+) -> list[Row]:
+    """The rows with corpus BLEU and the like, where they are asked for."""
+    named = [name for name in config.metrics if name in CORPUS_METRICS]
+    if not named:
+        return rows
+    wanted = [references(row) for row in fields]
+    texts = {r.method: [[s.written.text for s in group] for group in r.by_prompt()] for r in rows}
+    found = []
+    for row in rows:
+        both = (texts[row.method], wanted, texts[row.baseline])
+        more = {name: CORPUS_METRICS[name](*both, seed=row.seed) for name in named}
+        found.append(replace(row, metrics=row.metrics | more))
+    return found
+
+
+def _logged(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    fields: Sequence[Mapping[str, Any]],
+    rows: list[Row],
+    config: EvaluateConfig,
+) -> list[Trajectory]:
+    """The base's samples at the first temperature above 0 as trajectories with rewards."""
+    assert model.tokenizer is not None
+    plain = [row for row in rows if row.guidance.beta == 0]
+    samples = next((row for row in plain if row.guidance.temperature > 0), plain[0]).samples
+    tokens = [s.written.tokens for s in samples]
+    if config.shaped:
+        reward, owners = get_reward(config.reward), [fields[s.prompt] for s in samples]
+        rewards = shape(reward, tokens, owners, model.tokenizer, brevity=config.brevity)
+    else:
+        rewards = [[0.0] * (len(s.written.tokens) - 1) + [s.score] for s in samples]
+    return [
+        Trajectory(
+            [*prompts[s.prompt], *written],
+            [False] * len(prompts[s.prompt]) + [True] * len(written),
+            [0.0] * len(prompts[s.prompt]) + reward,
+            terminated=True,  # the score is final, also where the length limit cut the text
+        )
+        for s, written, reward in zip(samples, tokens, rewards, strict=True)
+    ]
+
+
+def _show(rows: list[Row], metric: str, output: Path) -> None:
+    """The table, on the standard output."""
+    shown = Table("method", metric, "difference", "KL", "tokens", "µs/token", *rows[0].metrics)
+    for row in rows:
+        low, high = row.score.delta_ci95 or (math.nan, math.nan)
+        shown.add_row(
+            row.method,
+            f"{row.score.value:.4g} [{row.score.ci95[0]:.4g}, {row.score.ci95[1]:.4g}]",
+            f"{row.score.delta:+.4g} [{low:+.4g}, {high:+.4g}]",
+            f"{row.kl_per_sequence:.3g}",
+            f"{row.tokens_mean:.1f}",
+            "–" if row.s_per_token is None else f"{1e6 * row.s_per_token:.0f}",
+            *(f"{estimate.value:.4g}" for estimate in row.metrics.values()),
+        )
+    console = Console()
+    console.print(shown)
+    console.print(f"report: {output / 'report.html'}", highlight=False)
+
+
+def _sections(
+    config: EvaluateConfig,
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    rows: list[Row],
+    values: dict[str, Any] | None,
+) -> list[Section]:
+    """The parts of the report."""
+    found = [
+        Section(
+            "What guidance brings",
+            f"{rows[0].n} prompts, {config.samples} texts each where sampled. Intervals are 95 %, "
+            "bootstrapped over prompts; differences are to the base at the same temperature, "
+            "paired by prompt. KL is that to the plain model, summed over a text, in nats.",
+            _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
+        )
+    ]
+    if values is not None:
+        found.append(Section("Are the values right?", _values_text(values), _value_charts(values)))
+    shown = min(config.texts, rows[0].n)
+    if shown:
+        found.append(
+            Section(
+                "Texts, coloured by advantage",
+                "Blue: the token promises more than what the model would do on average there; "
+                "red: less. Hover for Q, V and the probabilities.",
+                _texts(model, prompts, rows, shown),
+            )
+        )
+    curves = _learning_curves(Path(config.model) / "log.jsonl")
+    if curves:
+        found.append(Section("Learning curves", "As logged in training.", curves))
+    return found
+
+
+def _reward_chart(rows: list[Row], metric: str) -> str:
+    series = []
+    for temperature in dict.fromkeys(row.guidance.temperature for row in rows):
+        group = [row for row in rows if row.guidance.temperature == temperature]
+        group.sort(key=lambda row: row.guidance.beta)
+        series.append(
+            Series(
+                "greedy" if temperature == 0 else f"T = {temperature:g}",
+                [row.kl_per_sequence for row in group],
+                [row.score.value for row in group],
+                [row.score.ci95[0] for row in group],
+                [row.score.ci95[1] for row in group],
+                [f"β = {row.guidance.beta:g}" for row in group],
+            )
+        )
+    title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
+    return line_chart(series, title=title, x_label=x_label, y_label=metric, style="both")
+
+
+def _rows_table(rows: list[Row], metric: str) -> str:
+    lines = []
+    for row in rows:
+        line = {
+            "method": row.method,
+            metric: (row.score.value, *row.score.ci95),
+            "difference": (row.score.delta, *(row.score.delta_ci95 or ())),
+            "KL": row.kl_per_sequence,
+            "tokens": row.tokens_mean,
+            "cut": row.cut,
+            "µs/token": None if row.s_per_token is None else 1e6 * row.s_per_token,
+        }
+        for name, estimate in row.metrics.items():
+            line[name] = (estimate.value, *estimate.ci95)
+            line[f"{name}, difference"] = (estimate.delta, *(estimate.delta_ci95 or ()))
+        lines.append(line)
+    return table(lines, best=dict.fromkeys((metric, *rows[0].metrics), "max"))
+
+
+def _values_text(values: dict[str, Any]) -> str:
+    def number(x: float | None) -> str:
+        return "undefined" if x is None else f"{x:.3f}".replace("-", "−")
+
+    within = values["within_prompt"]["total_middle"]
+    return (
+        f"On {values['texts']} texts of the base. Rank correlation with the return: Q "
+        f"{number(values['q']['spearman'])}, V {number(values['v']['spearman'])}; of the advantage "
+        f"with what V did not foretell: {number(values['advantage']['spearman'])}; among the "
+        f"samples of one prompt, half-way through: {number(within['mean'])} "
+        f"({within['groups']} prompts). Only the last two say what guidance can use."
+    )
+
+
+def _value_charts(values: dict[str, Any]) -> str:
+    series = []
+    for name, key in (("V at the prompt", "v_at_prompt"), ("Q of tokens", "q")):
+        points = values[key]["calibration"]
+        predicted, actual = ([p[k] for p in points] for k in ("predicted", "actual"))
+        series.append(Series(name, predicted, actual))
+    return line_chart(
+        series,
+        title="Calibration, by tenths of the predictions",
+        x_label="predicted return",
+        y_label="actual return",
+        style="both",
+        diagonal=True,
+    )
+
+
+def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
+    """The first prompts: the base's text beside that of the best guided method."""
+    columns = [rows[0]]
+    guided = [row for row in rows if row.guidance.beta]
+    if guided:
+        best = max(guided, key=lambda row: row.score.value)
+        columns = [next(r for r in rows if r.method == best.baseline), best]
+    tokens = [[_tokens(model, prompts[i], row.by_prompt()[i][0]) for row in columns]
+              for i in range(shown)]  # fmt: skip
+    sizes = sorted(abs(t.advantage or 0.0) for block in tokens for text in block for t in text)
+    scale = sizes[math.ceil(0.95 * len(sizes)) - 1] or None  # one for all, to be compared
+    blocks = []
+    for i, block in enumerate(tokens):
+        cells = []
+        for row, text in zip(columns, block, strict=True):
+            caption = html.escape(f"{row.method}: {row.by_prompt()[i][0].score:.3g}")
+            body = coloured_text(text, scale=scale, legend=i == shown - 1)
+            cells.append(f"<div><figcaption>{caption}</figcaption>{body}</div>")
+        blocks.append(f'<div style="{_GRID}">{"".join(cells)}</div>')
+    return "".join(blocks)
+
+
+def _tokens(model: ValueModel, prompt: Sequence[int], sample: Sample) -> list[TokenValue]:
+    assert model.tokenizer is not None
+    pieces = model.tokenizer.pieces([*prompt, *sample.written.tokens])
+    found = [TokenValue(piece, 0.0, is_action=False) for piece in pieces[: len(prompt)]]
+    for piece, r in zip(pieces[len(prompt) :], sample.written.reports, strict=True):
+        base, guided = math.exp(r.base_logprob), math.exp(r.logprob)
+        found.append(TokenValue(piece, r.advantage, r.q, r.v, base, guided))
+    return found
+
+
+def _learning_curves(log: Path) -> str:
+    """One chart for each loss part that was evaluated, else for each that was logged."""
+    lines = read_log(log)
+    names = dict.fromkeys(name for line in lines for name in line if name not in _NO_LOSS)
+    tested = [n.removeprefix("eval/") for n in names if n.startswith("eval/")]
+    charts = []
+    for name in tested or names:
+        series = []
+        for label, key in (("training", name), ("evaluation", f"eval/{name}")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            size = max(1, len(points) // _CURVE_POINTS)
+            means = [
+                [fmean(column) for column in zip(*points[i : i + size], strict=True)]
+                for i in range(0, len(points), size)
+            ]
+            if means:
+                series.append(Series(label, [m[0] for m in means], [m[1] for m in means]))
+        charts.append(line_chart(series, title=name, x_label="step", y_label="loss"))
+    return "".join(charts)

@@ -1,0 +1,138 @@
+"""Hugging Face's generate with a guided head must write what our engine writes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qvgpt.decode.engine import generate
+from qvgpt.decode.guided_head import GuidedHead, guide, load_guided, unguide
+from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.errors import QvgptError
+from qvgpt.export import export_hf
+from qvgpt.models.heads import HeadsConfig, ValueHeads
+
+PROMPT = [1, 12, 7, 20, 2]
+PATHS = {
+    "folded": Guidance(beta=2.0),
+    "gathered": Guidance(beta=2.0, top_k=6),
+    "top_p": Guidance(beta=2.0, top_p=0.7, twins="min"),
+    "guided": Guidance(beta=-1.0, top_k=4, candidates="guided"),
+    "plain": Guidance(beta=0.0, min_p=0.1),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def saved(request, make_model, tmp_path):
+    model = make_model("low_rank", tied=request.param)
+    model.save(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def hf_generate(hf, tokens, **options):
+    x = torch.tensor([tokens])
+    with torch.no_grad():
+        out = hf.generate(
+            x, attention_mask=torch.ones_like(x), max_new_tokens=20, pad_token_id=0, **options
+        )
+    return out[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
+def test_greedy_writes_what_the_engine_writes(saved, guidance):
+    model, path = saved
+    greedy = Guidance(**{**vars(guidance), "temperature": 0.0})
+    hf = load_guided(path, guidance)
+    for prompt in (PROMPT, PROMPT[:2], [1]):
+        (ours,) = generate(model, [prompt], greedy, max_tokens=20)
+        assert hf_generate(hf, prompt, do_sample=False) == ours.tokens
+
+
+@pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
+@torch.no_grad()
+def test_distribution_is_the_policys(saved, guidance):
+    model, path = saved
+    tokens = torch.randint(0, model.trunk.vocab_size, (3, 9))
+    logits = load_guided(path, guidance)(tokens).logits
+    assert logits.dtype == torch.float32
+    found = logits.flatten(0, 1).softmax(-1)
+    policy = next_token(model, model.trunk.hidden(tokens).flatten(0, 1), guidance)
+    expected = torch.zeros_like(found).scatter(1, policy.tokens, policy.logprob.exp())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_sampling_draws_from_the_guided_distribution(saved):
+    model, path = saved
+    hf = load_guided(path, Guidance(beta=2.0, top_k=5))
+    torch.manual_seed(0)
+    x = torch.tensor([PROMPT]).expand(4000, -1)
+    with torch.no_grad():
+        drawn = hf.generate(
+            x, attention_mask=torch.ones_like(x), max_new_tokens=1, pad_token_id=0,
+            do_sample=True, temperature=0.5, top_k=0,
+        )[:, -1]  # fmt: skip
+        hidden = model.trunk.hidden(torch.tensor([PROMPT]))[:, -1]
+        policy = next_token(model, hidden, Guidance(beta=2.0, top_k=5, temperature=0.5))
+    frequency = torch.bincount(drawn, minlength=model.trunk.vocab_size) / len(x)
+    expected = torch.zeros_like(frequency).scatter(0, policy.tokens[0], policy.logprob[0].exp())
+    assert (frequency - expected).abs().max() < 0.03
+    assert set(drawn.tolist()) <= set(policy.tokens[0].tolist())
+
+
+def test_beams_are_those_of_the_folded_export(saved, tmp_path):
+    _, path = saved
+    export_hf(path, tmp_path / "export", beta=2.0)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    guided = load_guided(path, Guidance(beta=2.0))
+    for beams in (1, 2, 4):
+        options = {"do_sample": False, "num_beams": beams}
+        assert hf_generate(guided, PROMPT, **options) == hf_generate(plain, PROMPT, **options)
+
+
+def test_beams_stay_among_the_candidates(saved):
+    model, path = saved
+    guidance = Guidance(beta=3.0, top_k=8)
+    written = hf_generate(load_guided(path, guidance), PROMPT, do_sample=False, num_beams=4)
+    tokens = PROMPT
+    for token in written:
+        with torch.no_grad():
+            hidden = model.trunk.hidden(torch.tensor([tokens]))[:, -1]
+        assert token in next_token(model, hidden, guidance).tokens[0].tolist()
+        tokens = [*tokens, token]
+
+
+def test_guiding_is_undone_and_breaks_no_tie(saved):
+    model, path = saved
+    hf = AutoModelForCausalLM.from_pretrained(path).eval()
+    head, embedding = hf.lm_head, hf.transformer.wte.weight
+    before, plain = embedding.clone(), hf_generate(hf, PROMPT, do_sample=False)
+    assert guide(hf, model, Guidance(beta=2.0)) is hf
+    assert isinstance(hf.lm_head, GuidedHead)
+    assert hf.lm_head.weight is head.weight
+    assert hf.transformer.wte.weight is embedding
+    assert (hf.lm_head.weight is embedding) == model.trunk.shape["tied"]
+    guided = hf_generate(hf, PROMPT, do_sample=False)
+    guide(hf, model.heads, Guidance(beta=-5.0))  # anew, and not on top of the first
+    assert hf_generate(hf, PROMPT, do_sample=False) != guided
+    assert hf_generate(unguide(hf), PROMPT, do_sample=False) == plain != guided
+    assert unguide(hf).lm_head is head
+    torch.testing.assert_close(hf.transformer.wte.weight, before, atol=0, rtol=0)
+
+
+def test_recommended_guidance_is_the_default(make_model, tmp_path):
+    model = make_model()
+    model.save(tmp_path)
+    with pytest.raises(QvgptError, match="recommends no guidance"):
+        load_guided(tmp_path)
+    model.info.recommended_guidance = {"beta": 1.5, "top_k": 3}
+    model.save(tmp_path)
+    assert load_guided(tmp_path).lm_head.guidance == Guidance(beta=1.5, top_k=3)
+
+
+def test_heads_that_do_not_fit_are_refused(saved, plain):
+    _, path = saved
+    hf = AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(QvgptError, match="no value heads"):
+        guide(hf, plain, Guidance(beta=1.0))
+    with pytest.raises(QvgptError, match="do not fit"):
+        guide(hf, ValueHeads(16, 7, HeadsConfig()), Guidance(beta=1.0))
+    assert not isinstance(hf.lm_head, GuidedHead)

@@ -1,0 +1,85 @@
+"""Teacher-forced scores must be what the engine reported when it wrote the text."""
+
+import pytest
+import torch
+
+from qvgpt.decode.engine import generate_with_reports
+from qvgpt.decode.policy import Guidance
+from qvgpt.decode.score import score
+from qvgpt.errors import QvgptError
+from qvgpt.models import vocab
+from qvgpt.trajectory import Trajectory
+
+PROMPTS = [[1, 9, 12, 2], [1], [1, 30, 8, 8, 8, 17, 2], [1, 2]]
+GUIDANCES = {
+    "full": Guidance(beta=1.5),
+    "gathered": Guidance(beta=1.5, top_k=6, twins="min", temperature=0.7),
+    "top_p": Guidance(beta=1.5, top_p=0.8),
+    "guided": Guidance(beta=1.5, top_k=4, candidates="guided"),
+    "greedy": Guidance(beta=1.5, temperature=0.0),
+}
+
+
+def as_trajectory(prompt, completion):
+    tokens = [*prompt, *completion.tokens]
+    is_action = [False] * len(prompt) + [True] * len(completion.tokens)
+    return Trajectory(tokens, is_action, [0.0] * len(tokens), completion.terminated)
+
+
+def as_tensor(reports):
+    return torch.tensor([[r.base_logprob, r.logprob, r.kl, r.q, r.v] for r in reports])
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("chunk", [2**24, 100])
+def test_scores_are_the_engines_reports(make_model, kind, guidance, chunk, monkeypatch):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    model = make_model(kind)
+    written = generate_with_reports(model, PROMPTS, guidance, max_tokens=12)
+    texts = [as_trajectory(p, c) for p, (c, _) in zip(PROMPTS, written, strict=True)]
+    scores = score(model, texts, guidance, batch_size=3)
+    for found, (completion, reports) in zip(scores, written, strict=True):
+        assert found.tokens == completion.tokens
+        torch.testing.assert_close(as_tensor(found.reports), as_tensor(reports), atol=1e-5, rtol=0)
+        assert found.kl == pytest.approx(sum(r.kl for r in reports), abs=1e-4)
+        assert found.logprob == pytest.approx(sum(r.logprob for r in reports), abs=1e-4)
+        assert found.advantage == pytest.approx(sum(r.q - r.v for r in reports), abs=1e-4)
+
+
+@torch.no_grad()
+def test_an_observation_lies_between_two_turns(model):
+    tokens, is_action = [1, 9, 10, 11, 12, 13], [False, True, False, False, True, True]
+    (found,) = score(model, [Trajectory(tokens, is_action, [0.0] * 6, False)])
+    hidden = model.trunk.hidden(torch.tensor([tokens]))[0]
+    logprob = (hidden @ model.trunk.output_weight.T).log_softmax(-1)
+    assert found.tokens == [9, 12, 13]
+    base = [report.base_logprob for report in found.reports]
+    expected = [logprob[0, 9].item(), logprob[3, 12].item(), logprob[4, 13].item()]
+    assert base == pytest.approx(expected, abs=1e-5)
+    assert found.base_logprob == pytest.approx(sum(expected), abs=1e-4)
+    assert found.end_value == pytest.approx(model.heads.v(hidden[-1]).item(), abs=1e-5)
+
+
+def test_the_end_of_a_text_is_worth_nothing_more(model, plain):
+    ended = Trajectory([1, 9, 3], [False, True, True], [0.0] * 3, True)
+    (found,) = score(model, [ended])
+    assert found.end_value == 0.0
+    (found,) = score(plain, [ended])
+    assert found.end_value is None
+    assert found.advantage is None
+    assert found.kl == 0.0
+
+
+def test_what_is_no_candidate_is_impossible(model):
+    text = Trajectory([1, 9, 3, 20], [False, True, True, True], [0.0] * 4, False)
+    (found,) = score(model, [text], Guidance(beta=1.0, top_k=1))
+    assert found.logprob == float("-inf")
+    assert found.base_logprob > float("-inf")
+
+
+def test_bad_texts_are_named(model):
+    assert score(model, []) == []
+    long = Trajectory([1] + [9] * 48, [False] + [True] * 48, [0.0] * 49, False)
+    with pytest.raises(QvgptError, match="text 1 has 49 tokens, more than the context of 48"):
+        score(model, [long])

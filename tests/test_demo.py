@@ -1,0 +1,32 @@
+"""The demonstration, cut short: every file it promises is there, and a second one replaces it."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from qvgpt.demo import DemoConfig, demo
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+
+
+def test_demo_leaves_model_summary_and_report(tmp_path):
+    config = DemoConfig(output=str(tmp_path / "demo"), steps=3, samples=1, walks=20)
+    for _ in range(2):
+        found = demo(config, Console(file=io.StringIO()))
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary == found
+    assert summary["optimal_return"] == pytest.approx(1.0)
+    assert -1 <= summary["q_spearman"] <= 1
+    expected = (summary["guided_return"] - summary["data_return"]) / (1 - summary["data_return"])
+    assert summary["normalised_guided"] == pytest.approx(expected)
+    assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
+    assert ValueModel.from_pretrained(tmp_path / "demo").info.recommended_guidance["beta"] > 0
+
+
+def test_demo_replaces_nothing_but_a_demo(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(QvgptError, match="something other than a demo"):
+        demo(DemoConfig(output=str(tmp_path)), Console(file=io.StringIO()))
+    assert (tmp_path / "thesis.tex").exists()
