@@ -60,7 +60,7 @@ class CollectConfig:
     unique: bool = False
     """Keep one of identical samples of a prompt."""
     max_tokens: int = 128
-    """Where a completion is cut if no end token came; it is marked as truncated."""
+    """Where a completion is cut if no end token came; it is marked as length_limited."""
     max_batch: int = 64
     """Completions written at the same time."""
     limit: int | None = None
@@ -72,7 +72,10 @@ class CollectConfig:
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
-    """Write `data.jsonl`, one line a prompt, and return what summary.json holds."""
+    """Write `data.jsonl`, one line a prompt, and return what summary.json holds.
+
+    Counts and rewards there are those of the whole file, seconds and rate those of this session.
+    """
     started = time.perf_counter()
     check_run(config.output, "collect", asdict(config), config.resume)
     if config.samples < 1 or not config.temperatures:
@@ -140,13 +143,17 @@ def _collected(
     assert model.tokenizer is not None
     texts = list(texts)
     if config.unique:
-        texts = list({tuple(text.tokens): text for text in reversed(texts)}.values())[::-1]
+        first: dict[tuple[int, ...], Text] = {}
+        for text in texts:
+            first.setdefault(tuple(text.tokens), text)
+        texts = list(first.values())
     sampled = len(texts)
     if config.include_references:
         reference = _reference(row, model)
         if not config.unique or all(reference.tokens != text.tokens for text in texts):
             texts.append(reference)
-    ids, fields = [text.tokens for text in texts], [row.fields] * len(texts)
+    ids = [text.tokens for text in texts]
+    fields: list[Mapping[str, Any]] = [row.fields] * len(texts)
     if config.shaped:
         spread = shape(reward, ids, fields, model.tokenizer, brevity=config.brevity)
         scored: dict[str, Any] = {"token_rewards": spread}
@@ -157,7 +164,10 @@ def _collected(
         "completions": [text.text for text in texts],
         "completion_ids": ids,
         **scored,
-        "truncated": [not text.terminated for text in texts],
+        # a reward for the whole text is final, also where the length limit cut it: a value to
+        # bootstrap from on top of it would count twice
+        "truncated": [config.shaped and not text.terminated for text in texts],
+        "length_limited": [not text.terminated for text in texts],
         "sampled": sampled,
     }
 
@@ -190,8 +200,9 @@ def _reference(row: Row, model: ValueModel) -> Text:
 def _end_token(row: Row, tokenizer: Tokenizer) -> int:
     """What ends a completion: a message's end where the prompt is of messages."""
     template = tokenizer.template
-    message = isinstance(row.fields.get("prompt"), list) and template.eot is not None
-    return template.eot if message else template.eos  # type: ignore[return-value]
+    if isinstance(row.fields.get("prompt"), list) and template.eot is not None:
+        return template.eot
+    return template.eos
 
 
 def _whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
@@ -202,7 +213,7 @@ def _whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
     """
     if not file.exists():
         return 0
-    whole, length = 0, 0
+    whole = kept = length = 0
     for number, (row, line) in enumerate(zip(rows, _lines(file), strict=False), 1):
         if line.get("prompt") != row.fields.get("prompt"):
             raise QvgptError(f"{file}:{number}: another prompt than at {row.where}; collect anew")
@@ -210,7 +221,7 @@ def _whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
         if number % size == 0 or number == len(rows):
             whole, kept = number, length
     with file.open("r+b") as lines:
-        lines.truncate(kept if whole else 0)
+        lines.truncate(kept)
     return whole
 
 
@@ -231,16 +242,16 @@ def _summary(file: Path) -> dict[str, Any]:
     """Counts and rewards of what the model wrote; references that were added count for nothing."""
     returns: list[list[float]] = []
     distinct: list[int] = []
-    truncated: list[bool] = []
+    limited: list[bool] = []
     tokens = references_added = 0
     for line in _lines(file):
         n = line["sampled"]
-        given = line.get("rewards") or [sum(r) for r in line["token_rewards"]]
+        given = line.get("rewards") or [float(sum(r)) for r in line["token_rewards"]]
         returns.append(given[:n])
         ids = line["completion_ids"][:n]
         distinct.append(len({tuple(i) for i in ids}))
         tokens += sum(map(len, ids))
-        truncated += line["truncated"][:n]
+        limited += line["length_limited"][:n]
         references_added += len(line["completion_ids"]) - n
     flat = [value for group in returns for value in group]
     return {
@@ -252,5 +263,5 @@ def _summary(file: Path) -> dict[str, Any]:
         "reward_std": pstdev(flat),
         "reward_std_within_prompt": fmean(pstdev(group) for group in returns),
         "distinct_per_prompt": fmean(distinct),
-        "truncated_share": fmean(truncated),
+        "length_limited_share": fmean(limited),
     }

@@ -69,7 +69,8 @@ class Row:
     kl_per_sequence: float
     """Mean of `Text.kl`: how far the method has gone from the plain model, in nats."""
     s_per_token: float | None
-    """Wall seconds per token of the whole batch, measured without token reports."""
+    """Wall seconds over tokens of a whole batch, prompts included, without token reports: to be
+    compared where texts are alike in length, since short ones fill a batch less well."""
     tokens_mean: float
     cut: float
     """Share of texts that the length limit cut."""

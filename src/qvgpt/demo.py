@@ -13,15 +13,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from qvgpt.bootstrap import spearman
 from qvgpt.data.rows import Row, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import generate, generate_with_reports
 from qvgpt.decode.policy import Guidance, joined_q
 from qvgpt.envs.random_walk import RandomWalks
+from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -61,8 +64,11 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     output = _claim(Path(config.output))
     walks = RandomWalks.draw(config.seed)
     rows = walks.logged_walks(config.walks, config.seed)
-    console.print(f"{len(rows)} random walks on {walks.num_nodes} nodes, e.g. "
-                  f"{rows[0]['prompt']}{rows[0]['completion']} → {rows[0]['reward']:.2f}")  # fmt: skip
+    first = rows[0]
+    console.print(
+        f"{len(rows)} random walks on {walks.num_nodes} nodes, such as "
+        f"{first['prompt']}{first['completion']} with reward {first['reward']:.2f}"
+    )
     model = learn(walks, rows, config, output, console)
     samples = {
         "base": sample(model, walks, Guidance(), config.samples, config.seed),
@@ -96,7 +102,11 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
 
 
 def learn(
-    walks: RandomWalks, rows: list[dict[str, Any]], config: DemoConfig, output: Path, console: Console
+    walks: RandomWalks,
+    rows: list[dict[str, Any]],
+    config: DemoConfig,
+    output: Path,
+    console: Console,
 ) -> ValueModel:
     """Train a small GPT with Q and V on the logged walks, from scratch."""
     tokenizer = Tokenizer.train(walks.letters, "char")
@@ -122,9 +132,7 @@ def sample(
     assert model.tokenizer is not None
     starts = [s for s in walks.starts for _ in range(count)]
     prompts = [model.tokenizer.encode_prompt(s) for s in starts]
-    written = generate(
-        model, prompts, guidance, max_tokens=MAX_NODES + 1, seed=seed, max_batch=512
-    )
+    written = generate(model, prompts, guidance, max_tokens=MAX_NODES + 1, seed=seed, max_batch=512)
     texts = [model.tokenizer.decode(c.tokens) for c in written]
     return [walks.optimality(s + text) for s, text in zip(starts, texts, strict=True)]
 
@@ -149,15 +157,7 @@ def q_spearman(model: ValueModel, walks: RandomWalks, rows: Sequence[dict[str, A
         found = joined_q(model, state, torch.tensor([ids], device=model.device), "mean")
         learned += found[0].tolist()
         true += q.values()
-    ranks = torch.stack([_ranks(torch.tensor(x)) for x in (learned, true)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0; ties share their mean rank."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() + 1) / 2)[inverse]
+    return spearman(np.array(learned), np.array(true))
 
 
 def _claim(output: Path) -> Path:
@@ -166,8 +166,6 @@ def _claim(output: Path) -> Path:
     if marker.exists():
         shutil.rmtree(output)
     if output.exists() and any(output.iterdir()):
-        from qvgpt.errors import QvgptError
-
         raise QvgptError(f"{output}: holds something other than a demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(marker, {"command": "demo"})
@@ -188,14 +186,11 @@ def _show(summary: dict[str, Any], output: Path, console: Console) -> None:
     console.print(f"{summary['seconds']} s; report: {output / 'report.html'}")
 
 
-def _report(
-    output: Path, summary: dict[str, Any], model: ValueModel, walks: RandomWalks
-) -> None:
+def _report(output: Path, summary: dict[str, Any], model: ValueModel, walks: RandomWalks) -> None:
     log = read_log(output / "log.jsonl")
     steps = [r["step"] for r in log]
     curves = [
-        Series(name, steps, [r.get(name) for r in log])
-        for name in ("LM/nll", "ILQL/q", "ILQL/v")
+        Series(name, steps, [r.get(name) for r in log]) for name in ("LM/nll", "ILQL/q", "ILQL/v")
     ]
     rows = [
         {"policy": "logged walks", "optimality": summary["data_return"]},

@@ -202,7 +202,9 @@ def _logged(
 
 def _show(rows: list[Row], metric: str, output: Path) -> None:
     """The table, on the standard output."""
-    shown = Table("method", metric, "difference", "KL", "tokens", "µs/token", *rows[0].metrics)
+    shown = Table()
+    for heading in ("method", metric, "difference", "KL", "tokens", "µs/token", *rows[0].metrics):
+        shown.add_column(heading, overflow="fold")
     for row in rows:
         low, high = row.score.delta_ci95 or (math.nan, math.nan)
         shown.add_row(
@@ -215,8 +217,10 @@ def _show(rows: list[Row], metric: str, output: Path) -> None:
             *(f"{estimate.value:.4g}" for estimate in row.metrics.values()),
         )
     console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no edge to fold at
     console.print(shown)
-    console.print(f"report: {output / 'report.html'}", highlight=False)
+    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _sections(
@@ -232,7 +236,8 @@ def _sections(
             "What guidance brings",
             f"{rows[0].n} prompts, {config.samples} texts each where sampled. Intervals are 95 %, "
             "bootstrapped over prompts; differences are to the base at the same temperature, "
-            "paired by prompt. KL is that to the plain model, summed over a text, in nats.",
+            "paired by prompt. KL is that to the plain model at temperature 1 without truncation, "
+            "summed over a text, in nats (greedy: −log of the plain model's probability).",
             _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
         )
     ]
@@ -277,9 +282,9 @@ def _rows_table(rows: list[Row], metric: str) -> str:
     lines = []
     for row in rows:
         line = {
-            "method": row.method,
+            "method": row.method.replace(" ", "\u00a0"),
             metric: (row.score.value, *row.score.ci95),
-            "difference": (row.score.delta, *(row.score.delta_ci95 or ())),
+            f"Δ {metric}": (row.score.delta, *(row.score.delta_ci95 or ())),
             "KL": row.kl_per_sequence,
             "tokens": row.tokens_mean,
             "cut": row.cut,
@@ -287,7 +292,7 @@ def _rows_table(rows: list[Row], metric: str) -> str:
         }
         for name, estimate in row.metrics.items():
             line[name] = (estimate.value, *estimate.ci95)
-            line[f"{name}, difference"] = (estimate.delta, *(estimate.delta_ci95 or ()))
+            line[f"Δ {name}"] = (estimate.delta, *(estimate.delta_ci95 or ()))
         lines.append(line)
     return table(lines, best=dict.fromkeys((metric, *rows[0].metrics), "max"))
 

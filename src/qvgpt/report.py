@@ -5,7 +5,6 @@ page that loads nothing from anywhere, follows the reader's light or dark mode a
 Text handed in is escaped. What is no finite number (NaN, ±inf, None) becomes a gap.
 """
 
-import html
 import itertools
 import math
 import os
@@ -15,15 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from qvgpt.report_page import MARKERS, PAGE_HEAD, PAGE_TAIL, escape
+
 Number = float | int | None
 """What a figure may hold; None (JSON's null) reads as NaN."""
-
-_MARKERS = (  # circle, square, triangle, diamond: a second cue beside colour
-    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
-    "M-3.6,-3.6H3.6V3.6H-3.6Z",
-    "M0,-5L4.6,3.6H-4.6Z",
-    "M0,-5.2L5.2,0L0,5.2L-5.2,0Z",
-)
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,6 @@ class Section:
     heading: str
     paragraph: str = ""
     body_html: str = ""
-
-
-def _escape(value: object) -> str:
-    """Text safe in HTML and in attributes; control characters and lone surrogates are replaced."""
-    unprintable = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
-    return html.escape(re.sub(unprintable, "\ufffd", str(value)))
 
 
 def _float(value: object) -> float:
@@ -183,7 +171,7 @@ def _draw_labels(frame: _Frame, points: Sequence[_Point], drop: int) -> str:
         x, y = frame.at(p.x, p.y)
         end, shift = (" end", -8) if x > frame.right - 70 else ("", 8)
         place = f'class="label{end}" x="{x + shift:.1f}" y="{y + drop:.1f}"'
-        parts.append(f"<text {place}>{_escape(p.label)}</text>" if p.label else "")
+        parts.append(f"<text {place}>{escape(p.label)}</text>" if p.label else "")
     return "".join(parts)
 
 
@@ -196,7 +184,7 @@ def _draw_hover(frame: _Frame, name: str, points: Sequence[_Point], axes: tuple[
         interval = f" [{_number(p.low)}, {_number(p.high)}]" if p.low <= p.high else ""
         head = " · ".join(filter(None, (name, p.label)))
         text = f"{head}\n{axes[0]}: {_number(p.x)}\n{axes[1]}: {_number(p.y)}{interval}"
-        title = f"<title>{_escape(text)}</title>"
+        title = f"<title>{escape(text)}</title>"
         parts.append(f'<circle class="hit" cx="{x}" cy="{y}" r="9">{title}</circle>')
     return "".join(parts)
 
@@ -216,8 +204,8 @@ def _draw_axes(frame: _Frame, x_label: str, y_label: str) -> str:
     return (
         f'<path class="grid" d="{"".join(grid)}"/>{"".join(texts)}'
         f'<path class="axis" d="M{frame.left},{frame.bottom}H{frame.right}"/>'
-        f'<text class="name" x="4" y="16">{_escape(y_label)}</text>'
-        f'<text class="name mid" x="{middle}" y="{below}">{_escape(x_label)}</text>'
+        f'<text class="name" x="4" y="16">{escape(y_label)}</text>'
+        f'<text class="name mid" x="{middle}" y="{below}">{escape(x_label)}</text>'
     )
 
 
@@ -228,9 +216,9 @@ def _colour(index: int) -> str:
 def _legend(names: Sequence[str], style: str, diagonal: bool) -> str:
     line, entries = '<path class="line" d="M1,7H25"/>', []
     for index, name in enumerate(names):
-        mark = f'<path class="mark" d="{_MARKERS[index % 4]}" transform="translate(13,7)"/>'
+        mark = f'<path class="mark" d="{MARKERS[index % 4]}" transform="translate(13,7)"/>'
         swatch = line * (style != "points") + mark * (style != "line")
-        entries.append((_colour(index), swatch, _escape(name)))
+        entries.append((_colour(index), swatch, escape(name)))
     if diagonal:
         entries.append(("", '<path class="diagonal" d="M1,7H25"/>', "y = x"))
     return "".join(
@@ -264,7 +252,7 @@ def line_chart(
         ends = ((x_ticks[0], x_ticks[0]), (x_ticks[-1], x_ticks[-1]))
         parts.append(f'<path class="diagonal" d="{frame.path(ends)}"/>')
     for index, points in enumerate(data):
-        drawing = _draw_series(frame, points, style, _MARKERS[index % 4])
+        drawing = _draw_series(frame, points, style, MARKERS[index % 4])
         parts.append(f'<g style="{_colour(index)}">{drawing}</g>')
     for index, points in enumerate(data):  # above all series; alternating, as curves run close
         parts.append(_draw_labels(frame, points, drop=17 if index % 2 else -8))
@@ -274,10 +262,10 @@ def line_chart(
         parts.append(f'<text x="{width / 2}" y="{height / 2}" class="mid">no data</text>')
     legend = _legend([one.name for one in series], style, diagonal)
     return (
-        f'<figure class="chart"><figcaption>{_escape(title)}</figcaption>'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
-        f'aria-label="{_escape(title)}">'
+        f'aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
@@ -314,7 +302,7 @@ def _cell(cell: object, decimals: int | None) -> str:
     if len(numbers) > 1:
         *value, low, high = (_number(number, decimals) for number in numbers)
         return " ".join([*value, f"[{low}, {high}]"])
-    return _number(cell, decimals) if numbers or cell is None else _escape(cell)
+    return _number(cell, decimals) if numbers or cell is None else escape(cell)
 
 
 def table(
@@ -336,7 +324,7 @@ def table(
         cells = [row.get(key) for row in rows]
         decimals = _column_decimals(cells)
         kind = ' class="end"' if all(c is None or _numbers(c) for c in cells) else ""
-        head.append(f'<th scope="col"{kind}>{_escape(heading)}</th>')
+        head.append(f'<th scope="col"{kind}>{escape(heading)}</th>')
         choose = {"max": max, "min": min}.get((best or {}).get(key, ""))
         values = [(_numbers(cell) or [math.nan])[0] for cell in cells]
         winner = choose(filter(math.isfinite, values), default=None) if choose else None
@@ -352,7 +340,7 @@ def table(
 
 def _token(token: TokenValue, scale: float) -> str:
     """One token as a span; a newline shows as ↵ and breaks the line, an empty token as ∅."""
-    text = _escape(token.text).replace("\n", "<i>↵</i>\n") or "<i>∅</i>"
+    text = escape(token.text).replace("\n", "<i>↵</i>\n") or "<i>∅</i>"
     if not token.is_action:
         return f'<span class="prompt">{text}</span>'
     advantage = _float(token.advantage)
@@ -389,13 +377,13 @@ def coloured_text(
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
     """Writes the page, whole or not at all, and returns its path."""
-    parts = [f"{_HEAD}<title>{_escape(title)}</title></head><body><h1>{_escape(title)}</h1>\n"]
+    parts = [f"{PAGE_HEAD}<title>{escape(title)}</title></head><body><h1>{escape(title)}</h1>\n"]
     for section in sections:
-        parts.append(f"<section><h2>{_escape(section.heading)}</h2>\n")
+        parts.append(f"<section><h2>{escape(section.heading)}</h2>\n")
         lead = re.split(r"\n\s*\n", section.paragraph.strip())
-        parts += [f'<p class="lead">{_escape(text)}</p>\n' for text in lead if text]
+        parts += [f'<p class="lead">{escape(text)}</p>\n' for text in lead if text]
         parts.append(f'<div class="body">{section.body_html}</div></section>\n')
-    page = "".join([*parts, _TAIL])
+    page = "".join([*parts, PAGE_TAIL])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -405,76 +393,3 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-# The page's style stays beside the code that writes its classes, at the price of a longer file.
-# The policy forbids every load, so that the page stays self-contained whatever a section holds.
-# Colours: Okabe and Ito's palette (legible to the colour-blind), brightened for the dark ground.
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-:root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#59636e;--rule:#dfe3e8;--panel:#f6f7f9;
---c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b5598c;--c4:#c58500;--c5:#3b9ad0;--c6:#555;
---good:47,128,196;--bad:222,92,66;--full:.68}
-@media(prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e6e9ed;--soft:#9aa5b1;--rule:#2b3138;
---panel:#1c2026;--c0:#56b4e9;--c1:#f0803c;--c2:#2fc39a;--c3:#e39ac6;--c4:#f0b840;--c5:#9fd0f5;
---c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.8}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1120px;padding:24px 20px 64px;background:var(--bg);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","PingFang SC",
-"Microsoft YaHei","Noto Sans CJK SC",sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.25;margin:.4em 0 1em}
-h2{font-size:1.2rem;margin:0 0 .4em}
-section{border-top:1px solid var(--rule);padding:20px 0 12px}
-.lead{max-width:72ch;margin:0 0 .8em;color:var(--soft)}
-.body{display:flex;flex-wrap:wrap;gap:16px 28px}.body>*{flex:1 1 100%;min-width:0}
-.body>.chart{flex:1 1 min(420px,100%);max-width:640px;margin:8px 0;container-type:inline-size}
-figcaption{font-weight:600;margin-bottom:2px}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;margin-bottom:6px}
-.legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{width:26px;height:14px}
-.chart>svg{display:block;width:100%}.chart text{font-size:13.5px;fill:var(--soft)}
-@container(max-width:440px){.chart text{font-size:18px}}
-.chart .name,.chart .label{fill:var(--ink)}.chart .mid{text-anchor:middle}
-.chart .label{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
-.chart path{fill:none}.grid{stroke:var(--rule)}.axis,.diagonal{stroke:var(--soft)}
-.diagonal{stroke-dasharray:5 4}.line{stroke:var(--c);stroke-width:2;stroke-linejoin:round}
-.chart .band{fill:var(--c);opacity:.18}.bar{stroke:var(--c);stroke-width:1.4}
-.chart .mark{fill:var(--c);stroke:var(--bg)}.hit{fill:transparent}.hit:hover{stroke:var(--soft)}
-.table{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
-th,td{padding:6px 14px;text-align:left;border-bottom:1px solid var(--rule);overflow-wrap:normal}
-th{color:var(--soft);font-weight:600;border-bottom-width:2px}tbody tr:hover{background:var(--panel)}
-.chart .end{text-anchor:end}th.end,td.end{text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}
-.text{background:var(--panel);border-radius:8px;padding:14px 18px}
-.text p{margin:0;line-height:1.9;white-space:pre-wrap}.prompt{color:var(--soft)}
-.text i{font-style:normal;opacity:.45}.token{padding:2px 0;border-radius:3px;cursor:default;
--webkit-box-decoration-break:clone;box-decoration-break:clone;print-color-adjust:exact}
-.token:hover,.token:focus{outline:2px solid var(--soft)}
-.good{background:rgba(var(--good),calc(var(--a)*var(--full)))}
-.bad{background:rgba(var(--bad),calc(var(--a)*var(--full)))}
-.key{display:flex;gap:10px;align-items:center;margin-top:12px;font-size:.8rem;color:var(--soft)}
-.ramp{width:120px;height:10px;border-radius:3px;background:linear-gradient(90deg,
-rgba(var(--bad),var(--full)),rgba(var(--bad),0) 50%,rgba(var(--good),0) 50%,
-rgba(var(--good),var(--full)))}
-#tip{position:fixed;z-index:9;max-width:min(340px,90vw);padding:7px 11px;border-radius:6px;
-background:var(--ink);color:var(--bg);font-size:.82rem;line-height:1.45;white-space:pre-line;
-pointer-events:none}
-</style>
-"""
-# Hover texts are titles; the script shows them at once, and on touch, in a box of the page's own.
-_TAIL = """<div id="tip" role="tooltip" hidden></div><script>
-const tip=document.getElementById("tip");
-for(const e of document.querySelectorAll("[title],.hit")){const t=e.querySelector("title");
-e.dataset.tip=t?t.textContent:e.title;t?t.remove():e.removeAttribute("title")}
-const show=({target})=>{const e=target.closest?.("[data-tip]");tip.hidden=!e;if(!e)return;
-tip.textContent=e.dataset.tip;
-const r=e.getBoundingClientRect(),w=tip.offsetWidth,h=tip.offsetHeight;
-tip.style.left=Math.max(8,Math.min(r.left+r.width/2-w/2,innerWidth-w-8))+"px";
-tip.style.top=(r.top>h+12?r.top-h-8:r.bottom+8)+"px"};
-addEventListener("pointerover",show);addEventListener("focusin",show);
-addEventListener("scroll",()=>tip.hidden=true,{passive:true})
-</script></body></html>
-"""

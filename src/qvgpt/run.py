@@ -99,12 +99,13 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
                 table.add_row(*(_shown(row.get(column)) for column in value[0]))
             console.print(table)
         elif value not in (None, [], {}):
-            console.print(f"{name:<28} {_shown(value)}", markup=False, highlight=False)
+            line = f"{name:<28} {_shown(value)}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}"
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
@@ -159,18 +160,10 @@ class RunProgress:
         self.writer: Any = None
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                self.writer = _tensorboard(output / "tensorboard", done)
             _forget_after(output / "log.jsonl", done)
             self.file = (output / "log.jsonl").open("a")
-            if tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise QvgptError(
-                        "tensorboard is not installed: pip install 'qvgpt[tensorboard]', "
-                        "or leave fit.tensorboard off"
-                    ) from None
-
-                self.writer = SummaryWriter(output / "tensorboard")
 
     def __enter__(self) -> "RunProgress":
         self.bar.start()
@@ -191,13 +184,14 @@ class RunProgress:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.last_line > _QUIET_SECONDS:
             self.last_line = now
-            self.console.print(f"step {step}/{self.total}  {losses}  {rate:,.0f} tok/s")
+            line = f"step {step}/{self.total}  {losses}  {rate:,.0f} tok/s"
+            self.console.print(line, soft_wrap=True)
 
     def log(self, step: int, values: dict[str, float], show: bool = False) -> None:
         """Append to log.jsonl (and TensorBoard); `show` prints it too."""
         if show:
             text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-            self.console.print(f"step {step}/{self.total}  {text}")
+            self.console.print(f"step {step}/{self.total}  {text}", soft_wrap=True)
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -225,3 +219,14 @@ def _forget_after(log: Path, step: int) -> None:
         except (ValueError, KeyError):  # the last line of a killed run may be half there
             continue
     log.write_text("".join(line + "\n" for line in kept))
+
+
+def _tensorboard(directory: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise QvgptError(
+            "tensorboard is not installed: pip install 'qvgpt[tensorboard]', "
+            "or leave fit.tensorboard off"
+        ) from None
+    return SummaryWriter(directory, purge_step=done + 1)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from qvgpt.data.rows import Row, read_rows
-from qvgpt.data.rows import _prompt as prompt_tokens
+from qvgpt.data.rows import Row, prompt_tokens, read_rows
 from qvgpt.decode.engine import Engine, Request, TokenReport
 from qvgpt.envs.env import completion_text
 from qvgpt.errors import QvgptError

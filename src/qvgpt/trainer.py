@@ -477,7 +477,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         parts |= {"q": model.heads.q, "v": model.heads.v}
     summary = {
         "data": counts,
-        "eval_data": eval_counts,
+        "eval_data": eval_counts if config.eval_data else None,
         **fitted,
         "vocab_size": model.trunk.vocab_size,
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},

@@ -5,15 +5,18 @@ Every Q head has the same form, whatever its kind:
     Q(s, a) = b(s) + (wₐ − w̄) · f(s)          w̄ = meanₐ wₐ
 
 with features f(s) = h (linear), P·h (low rank) or relu(U·h) (mlp). It is a dueling head with a
-centred advantage: linear in h wherever f is, so that it folds into the LM head. The centring
-cures a trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards
-are negative that makes them the best ones. The last layers are zero at the start, so guidance
-begins as a no-op. Heads and slow copies stay in fp32.
+centred advantage: linear in h wherever f is, so that it folds into the LM head. The last layers
+are zero at the start, so guidance begins as a no-op. Heads and slow copies stay in fp32.
+
+A trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards are
+negative that makes them the best ones. Centring puts them at the mean of all tokens instead, and
+`ValueHeads.start_at` sees to it that no constant in the rewards has to be learned at all: else
+the advantages of the tokens seen take up a part of it.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -131,6 +134,17 @@ class ValueHeads(nn.Module):
         self.q = nn.ModuleList([QHead(embed_dim, vocab_size, config) for _ in range(config.num_q)])
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
         self.shape = (vocab_size, embed_dim)
+
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Let V and every Q of fresh heads be `value`, best the mean return of the data.
+
+        With γ = 1 a constant added to every terminal reward then leaves all that is learned of
+        advantages exactly as it was.
+        """
+        heads: list[Any] = [*self.q, *self.target_q]
+        for head in (self.v, *(head.baseline for head in heads)):
+            head.layers[-1].bias.fill_(value)
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:

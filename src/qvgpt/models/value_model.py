@@ -171,7 +171,11 @@ class ValueModel(nn.Module):
                 f"{path}: tokenizer.json is not the one the values were learned with; "
                 "restore it, or train the values again"
             )
-        model = cls(trunk, HeadsConfig(**config["heads"]), tokenizer, freeze_trunk)
+        try:
+            heads = HeadsConfig(**config["heads"])
+        except (KeyError, TypeError, QvgptError) as error:
+            raise QvgptError(f"{path}/value_config.json: bad heads: {error}") from None
+        model = cls(trunk, heads, tokenizer, freeze_trunk)
         known = ValueInfo.__dataclass_fields__
         model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
         model._load_heads(path / "value_heads.safetensors")

@@ -1,0 +1,239 @@
+"""A text must not depend on who shares its batch, and what is reported must be true."""
+
+import pytest
+import torch
+
+from qvgpt.decode import engine as engine_module
+from qvgpt.decode.engine import Engine, Request, generate, generate_with_reports
+from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.errors import QvgptError
+
+PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2], [1, 12, 13, 2]]
+GUIDANCES = {
+    "folded": Guidance(beta=1.0),
+    "gathered": Guidance(beta=1.0, top_k=8, temperature=0.8),
+    "greedy": Guidance(beta=1.0, temperature=0.0),
+    "plain": Guidance(),
+}
+
+
+def drain(engine, finished=None):
+    tokens, ends = {}, {}
+    while engine.busy:
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).append(event.token)
+            if event.finished:
+                ends[event.request_id] = event.finished
+    return tokens, ends
+
+
+def alone(model, request):
+    engine = Engine(model)
+    engine.submit(request)
+    (tokens,) = drain(engine)[0].values()
+    return tokens
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("max_batch", [64, 2])
+def test_a_batch_writes_what_each_writes_alone(model, guidance, max_batch):
+    together = generate(model, PROMPTS, guidance, max_tokens=20, seed=5, max_batch=max_batch)
+    for i, prompt in enumerate(PROMPTS):
+        (single,) = generate(model, [prompt], guidance, max_tokens=20, seed=5 + i)
+        assert together[i] == single
+
+
+@torch.no_grad()
+def test_distributions_in_a_batch_are_those_of_the_whole_text(model, monkeypatch):
+    seen = []
+
+    def spy(model, hidden, guidance, folded=None):
+        picked = next_token(model, hidden, guidance, folded)
+        seen.append(picked.logprob)
+        return picked
+
+    monkeypatch.setattr(engine_module, "next_token", spy)
+    guidance = Guidance(beta=1.0)
+    engine = Engine(model)
+    texts = {engine.submit(Request(p, 9, guidance, i)): list(p) for i, p in enumerate(PROMPTS)}
+    while engine.busy:
+        rows = [row.request_id for row in engine._slots if row] or list(texts)
+        events = engine.step()
+        assert [e.request_id for e in events] == rows
+        for event, found in zip(events, seen.pop(), strict=True):
+            text = texts[event.request_id]
+            hidden = model.trunk.hidden(torch.tensor([text]))[:, -1]
+            exact = next_token(model, hidden, guidance).logprob[0]
+            torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
+            text.append(event.token)
+
+
+def test_the_same_seed_gives_the_same_text(model):
+    once = generate(model, PROMPTS, max_tokens=20, seed=1)
+    assert once == generate(model, PROMPTS, max_tokens=20, seed=1)
+    assert once != generate(model, PROMPTS, max_tokens=20, seed=100)
+
+
+def test_samples_of_one_prompt_share_its_reading(model):
+    engine = Engine(model)
+    requests = [Request(PROMPTS[2], 1, seed=i) for i in range(5)]
+    for request in requests:
+        engine.submit(request)
+    tokens, _ = drain(engine)
+    assert list(tokens.values()) == [alone(model, r) for r in requests]
+    assert len({t[0] for t in tokens.values()}) > 1
+    assert engine.forward_tokens == len(PROMPTS[2]) - 1 + 5
+
+
+@pytest.mark.parametrize("max_batch", [64, 3])
+def test_requests_join_midway(model, max_batch):
+    engine = Engine(model, max_batch)
+    requests = [Request(p, 12 + 3 * i, GUIDANCES["folded"], seed=i) for i, p in enumerate(PROMPTS)]
+    ids = {}
+    tokens = {}
+    for i, request in enumerate(requests):  # each needs a longer cache than those before
+        ids[engine.submit(request)] = i
+        for _ in range(2):
+            for event in engine.step():
+                tokens.setdefault(event.request_id, []).append(event.token)
+    for request_id, rest in drain(engine)[0].items():
+        tokens.setdefault(request_id, []).extend(rest)
+    assert {ids[k]: v for k, v in tokens.items()} == {
+        i: alone(model, request) for i, request in enumerate(requests)
+    }
+
+
+def test_who_joins_is_served_at_once(model):
+    engine = Engine(model)
+    engine.end_ids = frozenset()
+    first = engine.submit(Request([1, 9], 10))
+    engine.step()
+    second = engine.submit(Request([1, 8, 2], 40))
+    assert [event.request_id for event in engine.step()] == [first, second]
+
+
+def test_guidances_mix_in_a_batch(model):
+    requests = [
+        Request(p, 10, g, seed=3) for p, g in zip(PROMPTS, GUIDANCES.values(), strict=False)
+    ]
+    engine = Engine(model)
+    ids = [engine.submit(request) for request in requests]
+    tokens, _ = drain(engine)
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in requests]
+
+
+def test_slots_are_used_again(model):
+    engine = Engine(model, max_batch=2)
+    requests = [Request(p, 3 + 5 * (i % 2), seed=i) for i, p in enumerate(PROMPTS)]
+    ids = [engine.submit(request) for request in requests]
+    widths, tokens = [], {}
+    while engine.busy:
+        events = engine.step()
+        widths.append(len(events))
+        for event in events:
+            tokens.setdefault(event.request_id, []).append(event.token)
+    assert max(widths) == 2
+    assert [tokens[i] for i in ids] == [alone(model, request) for request in requests]
+
+
+def test_cancelled_requests_are_forgotten(model):
+    engine = Engine(model, max_batch=2)
+    engine.end_ids = frozenset()
+    ids = [engine.submit(Request(p, 6, seed=i)) for i, p in enumerate(PROMPTS[:4])]
+    engine.step()
+    engine.cancel(ids[0])  # at work
+    engine.cancel(ids[2])  # waiting
+    engine.cancel(999)
+    tokens, _ = drain(engine)
+    assert {k: len(v) for k, v in tokens.items()} == {ids[1]: 5, ids[3]: 6}
+    engine.cancel(engine.submit(Request([1], 5)))
+    assert not engine.busy
+    assert engine.step() == []
+
+
+def test_an_end_token_ends_a_text(model):
+    engine = Engine(model)
+    for i in range(60):
+        engine.submit(Request([1], 30, seed=i))
+    tokens, ends = drain(engine)
+    assert {"end", "length"} == set(ends.values())
+    for i, text in tokens.items():
+        assert (text[-1] in engine.end_ids) == (ends[i] == "end")
+        assert not engine.end_ids & set(text[:-1])
+        assert (len(text) == 30) or ends[i] == "end"
+    for completion in generate(model, [[1]] * 60, max_tokens=30):
+        assert completion.terminated == (completion.tokens[-1] in engine.end_ids)
+
+
+def test_stop_strings_end_a_text(model):
+    engine = Engine(model)
+    engine.end_ids = frozenset()
+    for i in range(10):
+        engine.submit(Request([1], 40, seed=i, stop=("a", "b")))
+    tokens, ends = drain(engine)
+    assert "stop" in ends.values()
+    for i, text in tokens.items():
+        written = model.tokenizer.decode(text)
+        assert any(s in written for s in "ab") == (ends[i] == "stop")
+        assert not any(s in model.tokenizer.decode(text[:-1]) for s in "ab")
+
+
+def test_what_cannot_be_served_is_refused(model, plain):
+    with pytest.raises(QvgptError, match="40 tokens and max_tokens 9 do not fit the context of 48"):
+        Engine(model).submit(Request([1] * 40, 9))
+    with pytest.raises(QvgptError, match="empty prompt"):
+        Engine(model).submit(Request([], 9))
+    with pytest.raises(QvgptError, match="no value heads"):
+        Engine(plain).submit(Request([1], 9, Guidance(beta=1.0)))
+    (whole,) = generate(model, [[1] * 40], max_tokens=8)  # fits to the last token
+    assert 1 <= len(whole.tokens) <= 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twins", ["mean", "min"])
+def test_reports_are_true(make_model, twins):
+    model = make_model("mlp")
+    guidance = Guidance(beta=1.5, temperature=0.7, top_p=0.9, twins=twins)
+    prompt = [1, 9, 2]
+    ((completion, reports),) = generate_with_reports(model, [prompt], guidance, max_tokens=8)
+    text = prompt + completion.tokens
+    states = model.trunk.hidden(torch.tensor([text]))[0]
+    for i, (token, report) in enumerate(zip(completion.tokens, reports, strict=True)):
+        h = states[len(prompt) - 1 + i]
+        base = (model.trunk.output_weight @ h).log_softmax(-1)
+        both = torch.stack([head(h[None])[0] for head in model.heads.target_q])
+        q = both.mean(0) if twins == "mean" else both.amin(0)
+        order = base.argsort(descending=True)
+        count = int((base[order].exp().cumsum(0) < 0.9).sum()) + 1
+        kept = order[:count]
+        logprob = ((base[kept] + 1.5 * q[kept]) / 0.7).log_softmax(0)
+        place = kept.tolist().index(token)
+        expected = {
+            "base_logprob": base[token],
+            "logprob": logprob[place],
+            "kl": (logprob.exp() * (logprob - base[kept])).sum(),
+            "q": q[token],
+            "v": model.heads.v(h),
+            "advantage": q[token] - model.heads.v(h),
+        }
+        for name, value in expected.items():
+            assert getattr(report, name) == pytest.approx(value.item(), abs=1e-5), name
+
+
+def test_reports_without_heads_know_no_values(plain):
+    ((_, reports),) = generate_with_reports(plain, [[1]], max_tokens=3)
+    assert all(r.q is None and r.v is None and r.advantage is None for r in reports)
+    assert all(r.kl == 0 and r.base_logprob == r.logprob for r in reports)
+
+
+def test_a_report_changes_no_text(model):
+    guidance = GUIDANCES["folded"]
+    reported = generate_with_reports(model, PROMPTS, guidance, max_tokens=15)
+    assert [c for c, _ in reported] == generate(model, PROMPTS, guidance, max_tokens=15)
+
+
+def test_progress_is_told(model):
+    told = []
+    generate(model, PROMPTS, max_tokens=5, on_done=told.append)
+    assert told == sorted(told)
+    assert told[-1] == len(PROMPTS)

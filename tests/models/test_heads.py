@@ -1,0 +1,150 @@
+"""Q heads: centred, a no-op at the start, the same numbers by every way of asking."""
+
+import pytest
+import torch
+
+from qvgpt.errors import QvgptError
+from qvgpt.models.heads import HeadsConfig, StateHead, ValueHeads
+
+KINDS = ["linear", "low_rank", "mlp"]
+EMBED, VOCAB = 8, 11
+
+
+def make(kind, noise=0.5, **options):
+    torch.manual_seed(0)
+    heads = ValueHeads(EMBED, VOCAB, HeadsConfig(kind, rank=3, **options))
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return heads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_asking_agrees(kind):
+    head, h = make(kind).q[0], torch.randn(5, EMBED)
+    q = head(h)
+    token, some = torch.randint(0, VOCAB, (5,)), torch.randint(0, VOCAB, (5, 4))
+    exact = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(head.of(h, token), q.gather(1, token[:, None])[:, 0], **exact)
+    torch.testing.assert_close(head.of_many(h, some), q.gather(1, some), **exact)
+    torch.testing.assert_close(head.logsumexp(h), q.logsumexp(-1), **exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_over_tokens_is_the_baseline(kind):
+    head, h = make(kind).q[0], torch.randn(5, EMBED)
+    torch.testing.assert_close(head(h).mean(-1), head.baseline(h), atol=1e-5, rtol=0)
+
+
+def learned_advantages(kind, constant):
+    """Token 0 pays 1 more than token 1; the others are never seen."""
+    heads = make(kind, noise=0.0, num_q=1)
+    heads.start_at(0.5 + constant)
+    h, token = torch.ones(2, EMBED), torch.tensor([0, 1])
+    reward = torch.tensor([1.0, 0.0]) + constant
+    head = heads.q[0]
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (head.of(h, token) - reward).square().sum().backward()
+        optimizer.step()
+    q = head(h).detach()
+    torch.testing.assert_close(q[0, :2], reward, atol=0.02, rtol=0)
+    return (q - q.mean(-1, keepdim=True))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_in_all_rewards_leaves_guidance_alone(kind):
+    """The trap is Q = 0 for the unseen where all that is seen is below 0."""
+    plain, low = learned_advantages(kind, 0.0), learned_advantages(kind, -5.0)
+    torch.testing.assert_close(plain, low, atol=1e-3, rtol=0)
+    assert (low[2:] < low[0]).all()
+    assert (low[2:] > low[1]).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_at_is_the_value_of_every_token(kind):
+    heads, h = make(kind, noise=0.0), torch.randn(5, EMBED)
+    heads.start_at(-3.0)
+    for head in [*heads.q, *heads.target_q]:
+        assert head(h).eq(-3.0).all()
+    assert heads.v(h).eq(-3.0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_head_guides_nowhere(kind):
+    heads, h = make(kind, noise=0.0), torch.randn(5, EMBED)
+    for head in [*heads.q, *heads.target_q]:
+        assert head(h).abs().max() == 0
+    assert heads.v(h).abs().max() == 0
+    if kind != "mlp":
+        assert heads.folded().abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_head_learns(kind):
+    head = make(kind, noise=0.0).q[0]
+    h, token = torch.randn(5, EMBED), torch.randint(0, VOCAB, (5,))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (head.of(h, token) - 1).square().sum().backward()
+        optimizer.step()
+    silent = [name for name, p in head.named_parameters() if not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+def test_folded_is_the_mean_of_the_slow_heads_up_to_a_constant(kind):
+    heads, h = make(kind, num_q=3), torch.randn(5, EMBED)
+    difference = h @ heads.folded().T - torch.stack([q(h) for q in heads.target_q]).mean(0)
+    assert (difference.amax(-1) - difference.amin(-1)).max() < 1e-5
+
+
+def test_mlp_does_not_fold():
+    with pytest.raises(QvgptError, match="not linear in the hidden state"):
+        make("mlp").folded()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [0.0, 0.1, 1.0])
+def test_targets_move_by_tau(kind, tau):
+    heads = make(kind)
+    before = [p.clone() for p in heads.target_q.parameters()]
+    fast = [p.clone() for p in heads.q.parameters()]
+    heads.update_targets(tau)
+    for slow, old, new in zip(heads.target_q.parameters(), before, fast, strict=True):
+        torch.testing.assert_close(slow, old + tau * (new - old))
+        assert torch.equal(slow, old) == (tau == 0)
+    for now, then in zip(heads.q.parameters(), fast, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_targets_start_as_copies_without_gradient():
+    heads = make("mlp", noise=0.0)
+    for slow, fast in zip(heads.target_q.parameters(), heads.q.parameters(), strict=True):
+        assert torch.equal(slow, fast)
+        assert slow is not fast
+        assert not slow.requires_grad
+        assert fast.requires_grad
+
+
+def test_twins_differ_from_the_start_where_they_can():
+    heads = make("mlp", noise=0.0)
+    assert not torch.equal(heads.q[0].project.weight, heads.q[1].project.weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_state_heads_take_any_shape(kind):
+    assert StateHead(EMBED, kind)(torch.zeros(2, 3, EMBED)).shape == (2, 3)
+
+
+def test_unknown_heads_are_refused():
+    with pytest.raises(QvgptError, match="at least 1"):
+        HeadsConfig(num_q=0)

@@ -1,0 +1,203 @@
+"""Trunk and heads together: what objectives read, what it costs, and the artefact on disk."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.errors import QvgptError
+from qvgpt.models import vocab
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import NEEDS
+from qvgpt.trajectory import Trajectory, collate
+
+TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz"], "char")
+BATCH = collate(
+    [
+        Trajectory([1, 9, 2, 10, 11, 3], [False] * 3 + [True] * 3, [0.0] * 6, True),
+        Trajectory([1, 12, 8, 13], [False, True, False, True], [0.0, 1.0, 0.0, 2.0], False),
+        Trajectory([1, 12], [False, True], [0.0, 1.0], False),
+    ]
+)
+
+
+def make(kind="linear", noise=0.3, freeze=False, tied=True, tokenizer=TOKENIZER, **heads):
+    torch.manual_seed(0)
+    trunk = GPT(TOKENIZER.vocab_size, 16, 2, 2, seq_len=32, tied=tied)
+    model = ValueModel(trunk, HeadsConfig(kind, rank=4, **heads), tokenizer, freeze)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp"])
+def test_values_are_read_at_the_states_of_the_decisions(kind):
+    model = make(kind)
+    values = model(BATCH)
+    for row, steps in ((0, [(2, 10), (3, 11), (4, 3)]), (1, [(0, 12), (2, 13)])):
+        length = int(BATCH.attention_mask[row].sum())
+        tokens = BATCH.tokens[row, :length]
+        hidden = model.trunk.hidden(tokens[None])[0]
+        logprob = (hidden @ model.trunk.output_weight.T).log_softmax(-1)
+        for k, (state, action) in enumerate(steps):
+            h = hidden[state : state + 1]
+            for i, head in enumerate(model.heads.q):
+                assert values.q[i, row, k] == pytest.approx(head(h)[0, action].item(), abs=1e-5)
+                expected = head(h)[0].logsumexp(-1).item()
+                assert values.q_logsumexp[i, row, k] == pytest.approx(expected, abs=1e-5)
+                slow = model.heads.target_q[i](h)[0, action].item()
+                assert values.target_q[i, row, k] == pytest.approx(slow, abs=1e-5)
+            assert values.logprob[row, k] == pytest.approx(logprob[state, action].item(), abs=1e-5)
+            assert values.v[row, k] == pytest.approx(model.heads.v(h).item(), abs=1e-5)
+        end = model.heads.v(hidden[-1]).item()
+        assert values.v[row, len(steps)] == pytest.approx(end, abs=1e-5)
+        seen = logprob[:-1].gather(1, tokens[1:, None])[:, 0]
+        torch.testing.assert_close(values.token_logprob[row, : length - 1], seen, atol=1e-5, rtol=0)
+    assert values.q[:, ~BATCH.mask].eq(0).all()
+    assert values.token_logprob[~BATCH.attention_mask[:, 1:]].eq(0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("needs", [set(), {"v"}, {"logprob"}, {"q", "target_q"}, set(NEEDS)])
+def test_only_what_is_needed_is_computed(needs):
+    values = make()(BATCH, frozenset(needs))
+    assert {name for name, value in vars(values).items() if value is not None} == needs
+
+
+def test_gradients_reach_what_learns_and_nothing_else():
+    model = make().train()
+    values = model(BATCH)
+    (values.q.sum() + values.v.sum() + values.logprob.sum()).backward()
+    assert model.trunk.token_embedding.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.heads.target_q.parameters())
+    assert not values.target_q.requires_grad
+
+    frozen = make(freeze=True).train()
+    assert frozen.heads.training
+    assert not frozen.trunk.training
+    values = frozen(BATCH)
+    (values.q.sum() + values.v.sum()).backward()
+    assert all(p.grad is None for p in frozen.trunk.parameters())
+    assert all(p.grad is not None for p in frozen.heads.q.parameters())
+
+
+def test_heads_stay_in_fp32_under_autocast():
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = model(BATCH)
+    assert {t.dtype for t in vars(values).values()} == {torch.float32}
+    torch.testing.assert_close(values.q, model(BATCH).q, atol=0.2, rtol=0.1)
+    assert {p.dtype for p in model.heads.parameters()} == {torch.float32}
+
+
+def test_a_batch_without_decisions_gives_zeros():
+    batch = collate([Trajectory([1, 3], [False, True], [0.0, 1.0], False)], end_ids=[3])
+    assert not batch.mask.any()
+    values = make()(batch)
+    assert values.q.eq(0).all()
+    assert values.logprob.eq(0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_read_it_is_the_same(tmp_path, kind, tied):
+    model = make(kind, tied=tied, num_q=3, v="linear")
+    model.info.gamma = 0.9
+    model.info.objectives = [{"ILQL": {"weight": 1.0}}]
+    model.info.recommended_guidance = {"beta": 2.0}
+    model.save(tmp_path)
+    again = ValueModel.from_pretrained(tmp_path).eval()
+    assert again.info == model.info
+    assert again.heads.config == model.heads.config
+    assert again.tokenizer.sha256 == TOKENIZER.sha256
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for name, value in vars(model(BATCH)).items():
+        torch.testing.assert_close(vars(again(BATCH))[name], value, atol=0, rtol=0)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    logits = hf(BATCH.tokens[:1]).logits
+    torch.testing.assert_close(logits, model.trunk(BATCH.tokens[:1]), atol=1e-5, rtol=0)
+    assert hf.generation_config.eos_token_id == [3, 4]
+
+
+def test_a_directory_without_values_is_a_plain_model(tmp_path):
+    model = make()
+    ValueModel(model.trunk, None, TOKENIZER).save(tmp_path)
+    plain = ValueModel.from_pretrained(tmp_path)
+    assert plain.heads is None
+    with pytest.raises(QvgptError, match="no value heads"):
+        plain(BATCH)
+    plain(BATCH, frozenset({"logprob", "token_logprob"}))
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    big = Tokenizer.train(["abcdefghijklmnopqrstuvwxyzäöü"], "char")
+    with pytest.raises(QvgptError, match="do not belong together"):
+        make(tokenizer=big)
+    make().save(tmp_path)
+    Tokenizer.train(["zyxwvu"], "char").save(tmp_path)
+    with pytest.raises(QvgptError, match=r"tokenizer\.json is not the one"):
+        ValueModel.from_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    config = json.loads((tmp_path / "value_config.json").read_text())
+    damaged = {
+        "value format 99": {"format_version": 99},
+        "does not fit value_config": {"heads": {"kind": "mlp"}},
+        "bad heads: .*num_q": {"heads": {"num_q": 0}},
+        "bad heads: .*colour": {"heads": {"colour": "red"}},
+    }
+    for message, change in damaged.items():
+        (tmp_path / "value_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(QvgptError, match=message):
+            ValueModel.from_pretrained(tmp_path)
+    with pytest.raises(QvgptError, match="no such directory"):
+        ValueModel.from_pretrained(tmp_path / "nowhere")
+
+
+def naive(hidden, weight, token):
+    logits = hidden @ weight.T
+    return (
+        F.log_softmax(logits, -1).gather(1, token[:, None])[:, 0],
+        logits.logsumexp(-1),
+        logits.gather(1, token[:, None])[:, 0],
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**24])
+def test_chunked_vocabulary_operations_are_the_naive_ones(monkeypatch, chunk):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    token = torch.randint(0, 13, (9,))
+    inputs = [torch.randn(9, 6), torch.randn(13, 6)]
+    weights = torch.randn(3, 9)
+    results = []
+    for chunked in (True, False):
+        hidden, weight = (x.clone().requires_grad_() for x in inputs)
+        if chunked:
+            found = (
+                vocab.log_prob(hidden, weight, token),
+                vocab.logsumexp(hidden, weight),
+                vocab.gather_dot(hidden, weight, token),
+            )
+        else:
+            found = naive(hidden, weight, token)
+        sum((w * x).sum() for w, x in zip(weights, found, strict=True)).backward()
+        results.append([*found, hidden.grad, weight.grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_change_no_value_of_a_model(monkeypatch):
+    model = make("mlp")
+    expected = vars(model(BATCH))
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", 64)
+    for name, value in vars(model(BATCH)).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)

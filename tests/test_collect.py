@@ -1,0 +1,197 @@
+"""Collecting: what is written reads back as it was sampled, and survives being stopped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvgpt import collect as collecting
+from qvgpt.collect import CollectConfig, collect
+from qvgpt.data.rows import load_trajectories
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.rewards import get_reward
+from qvgpt.errors import QvgptError
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+
+PAIRS = [("ab", "a a b"), ("c", "c b"), ("d e", "h"), ("f", "f g h a"), ("gh", "b"), ("e", "c d")]
+
+
+@pytest.fixture
+def task(tmp_path) -> CollectConfig:
+    tokenizer = Tokenizer.train(["abcdefgh "], "char")
+    torch.manual_seed(0)
+    gpt = GPT(tokenizer.vocab_size, embed_dim=16, num_heads=2, num_layers=1, seq_len=32)
+    ValueModel(gpt, HeadsConfig(), tokenizer).save(tmp_path / "model")
+    rows = [{"prompt": p, "completion": c, "topic": i} for i, (p, c) in enumerate(PAIRS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CollectConfig(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "in.jsonl"),
+        reward="chrf",
+        output=str(tmp_path / "out"),
+        samples=4,
+        max_tokens=8,
+        max_batch=1,  # two prompts a chunk
+    )
+
+
+def read(config: CollectConfig) -> list[dict]:
+    lines = (Path(config.output) / "data.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_rows_read_back_as_sampled(task):
+    summary = collect(task)
+    tokenizer = Tokenizer.load(task.model)
+    trajectories, report = load_trajectories(Path(task.output) / "data.jsonl", tokenizer)
+    lines = read(task)
+    assert [line["prompt"] for line in lines] == [p for p, _ in PAIRS]
+    assert [line["topic"] for line in lines] == list(range(6))
+    assert lines[0]["references"] == ["a a b"]
+    assert report.trajectories == 24
+    flat = [(line, i) for line in lines for i in range(len(line["completions"]))]
+    for t, (line, i) in zip(trajectories, flat, strict=True):
+        prompt = tokenizer.encode_prompt(line["prompt"])
+        assert t.tokens == prompt + line["completion_ids"][i]
+        assert t.prompt == tuple(prompt)
+        assert t.total_reward == line["rewards"][i]
+        assert t.reward[-1] == line["rewards"][i]
+        ended = t.tokens[-1] in tokenizer.template.end_ids
+            assert line["length_limited"][i] is not ended
+            assert t.terminated  # the reward is final, cut or not
+        assert t.terminated is ended
+        assert get_reward("chrf")([line["completions"][i]], [line]) == [line["rewards"][i]]
+    assert {True, False} == {cut for line in lines for cut in line["truncated"]}
+    assert (summary["prompts"], summary["samples"]) == (6, 24)
+    assert summary["tokens"] == sum(len(ids) for line in lines for ids in line["completion_ids"])
+    assert 0 < summary["truncated_share"] < 1
+    assert 0 < summary["reward_std_within_prompt"] < summary["reward_std"]
+    assert json.loads((Path(task.output) / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("brevity", [True, False])
+def test_shaped_rewards_sum_to_the_metric(task, brevity):
+    task = replace(task, reward="bleu", shaped=True, brevity=brevity, include_references=True)
+    collect(task)
+    for line in read(task):
+        scores = get_reward("bleu")(line["completions"], [line] * 5)
+        assert [sum(r) for r in line["token_rewards"]] == pytest.approx(scores, abs=1e-12)
+        assert [len(r) for r in line["token_rewards"]] == [len(i) for i in line["completion_ids"]]
+        assert "rewards" not in line
+    trajectories, _ = load_trajectories(
+        Path(task.output) / "data.jsonl", Tokenizer.load(task.model)
+    )
+    given = [r for line in read(task) for r in line["token_rewards"]]
+    for t, rewards in zip(trajectories, given, strict=True):
+        assert [r for r, a in zip(t.reward, t.is_action, strict=True) if a] == rewards
+
+
+def test_references_are_added_with_their_own_reward(task):
+    collect(replace(task, include_references=True))
+    tokenizer = Tokenizer.load(task.model)
+    for line, (_, own) in zip(read(task), PAIRS, strict=True):
+        assert line["completions"][4:] == [own]
+        assert line["completion_ids"][4] == [*tokenizer.encode(own), tokenizer.template.eos]
+        assert line["rewards"][4] == pytest.approx(1)
+        assert (line["truncated"][4], line["sampled"]) == (False, 4)
+    summary = json.loads((Path(task.output) / "summary.json").read_text())
+    assert (summary["samples"], summary["references_added"]) == (24, 6)
+    assert summary["reward_mean"] < 0.5
+
+
+def test_a_row_without_a_text_to_add_is_named(task, tmp_path):
+    with Path(task.data).open("a") as lines:
+        lines.write('{"prompt": "a", "label": true, "completion_ids": [3]}\n')
+    with pytest.raises(QvgptError, match=r"in.jsonl:7: column 'completion'"):
+        collect(replace(task, include_references=True))
+    assert not Path(task.output).exists()
+
+
+def test_unique_keeps_one_of_each(task, tmp_path):
+    greedy = replace(task, temperatures=[0.0, 2.0], samples=6)
+    collect(greedy)
+    collect(replace(greedy, unique=True, output=str(tmp_path / "unique")))
+    for all_, kept in zip(read(greedy), read(replace(greedy, output=str(tmp_path / "unique"))),
+                          strict=True):  # fmt: skip
+        ids = all_["completion_ids"]
+        assert ids[0] == ids[2] == ids[4]  # the greedy ones
+        assert kept["completion_ids"] == [x for i, x in enumerate(ids) if x not in ids[:i]]
+        assert kept["sampled"] == len(kept["rewards"]) == len(kept["completions"]) <= 4
+
+
+def test_samples_depend_on_the_seed_alone(task, tmp_path):
+    collect(task)
+    large = replace(task, max_batch=64, output=str(tmp_path / "large"))
+    other = replace(task, seed=1, output=str(tmp_path / "other"))
+    collect(large)
+    collect(other)
+    assert read(task) == read(large)
+    ids = [[line["completion_ids"] for line in read(c)] for c in (task, other)]
+    assert all(one != two for one, two in zip(*ids, strict=True))
+
+
+@pytest.mark.parametrize(
+    "left", ["nothing", "half a line", "a line and a half", "a chunk", "a chunk and a half line"]
+)
+def test_a_stopped_collection_goes_on_to_the_same_file(task, tmp_path, monkeypatch, left):
+    collect(task)
+    whole = (Path(task.output) / "data.jsonl").read_bytes()
+    stopped = replace(task, output=str(tmp_path / "stopped"))
+    chunks = []
+
+    def stop_after_one(*args, **kwargs):
+        chunks.append(args)
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        return collecting_write(*args, **kwargs)
+
+    collecting_write = collecting.write_texts
+    monkeypatch.setattr(collecting, "write_texts", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        collect(stopped)
+    monkeypatch.undo()
+    file = tmp_path / "stopped" / "data.jsonl"
+    assert whole.startswith(file.read_bytes())
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    assert len(file.read_bytes()) == ends[1]
+    keep = {
+        "nothing": 0,
+        "half a line": ends[0] // 2,
+        "a line and a half": (ends[0] + ends[1]) // 2,
+        "a chunk": ends[1],
+        "a chunk and a half line": (ends[1] + ends[2]) // 2,
+    }
+    file.write_bytes(whole[: keep[left]])
+    with pytest.raises(QvgptError, match="resume"):
+        collect(stopped)
+    summary = collect(replace(stopped, resume=True))
+    assert file.read_bytes() == whole
+    assert summary["samples"] == 24
+    again = collect(replace(stopped, resume=True))  # nothing is left to do
+    assert file.read_bytes() == whole
+    assert again["tokens"] == summary["tokens"]
+
+
+def test_resume_notices_other_data(task):
+    collect(task)
+    Path(task.data).write_text('{"prompt": "h", "completion": "x"}\n' * 6)
+    before = (Path(task.output) / "data.jsonl").read_bytes()
+    with pytest.raises(QvgptError, match="another prompt"):
+        collect(replace(task, resume=True))
+    assert (Path(task.output) / "data.jsonl").read_bytes() == before
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_written(task):
+    for change, message in (
+        ({"samples": 0}, "samples"),
+        ({"temperatures": []}, "temperatures"),
+        ({"max_tokens": 40}, "6 of 6 prompts"),
+        ({"data": "nowhere.jsonl"}, "no such file"),
+    ):
+        with pytest.raises(QvgptError, match=message):
+            collect(replace(task, **change))
+    assert not Path(task.output).exists()

@@ -1,0 +1,322 @@
+"""Evaluation: bootstrap against known truths, paired comparison, diagnostics, and the command."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+
+from qvgpt.bootstrap import calibration, corpus_bleu_ci, corpus_chrf_ci, mean_ci, ranks, spearman
+from qvgpt.compare import CompareOptions, compare, value_diagnostics
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.policy import Guidance
+from qvgpt.errors import QvgptError
+from qvgpt.evaluate import EvaluateConfig, evaluate
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.trajectory import Trajectory
+
+WORDS = ["a", "man", "stands", "on", "the", "street", "and", "one", "woman", "laughs", ".", "dog"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ValueModel:
+    tokenizer = Tokenizer.train(["abcdefgh "], "char")
+    torch.manual_seed(0)
+    gpt = GPT(tokenizer.vocab_size, embed_dim=16, num_heads=2, num_layers=1, seq_len=32)
+    model = ValueModel(gpt, HeadsConfig(num_q=2, v="linear"), tokenizer)
+    assert model.heads is not None
+    for parameter in model.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def prompts(model):
+    return [model.tokenizer.encode_prompt(p) for p in ("ab", "c", "d e", "fgh", "a")]
+
+
+def share_of_a(texts: list[str], index: list[int]) -> list[float]:
+    return [
+        text.count("a") / max(len(text), 1) + 0.1 * i for text, i in zip(texts, index, strict=True)
+    ]
+
+
+def corpus(n: int) -> tuple[list[str], list[list[str]]]:
+    """Hypotheses and one or two references each, an empty text among them."""
+    rng = random.Random(n)
+    wanted = [
+        [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(rng.choice([1, 1, 2]))]
+        for _ in range(n)
+    ]
+    texts = [
+        " ".join(w if rng.random() < 0.7 else rng.choice(WORDS) for w in refs[0].split())
+        for refs in wanted
+    ]
+    return [*texts[:-1], ""], wanted
+
+
+@pytest.mark.parametrize("n", [2, 5, 60])
+def test_corpus_metrics_are_sacrebleus(n):
+    texts, wanted = corpus(n)
+    columns = [[refs[i] if i < len(refs) else None for refs in wanted] for i in range(2)]
+    bleu, chrf = corpus_bleu_ci(texts, wanted, resamples=50), corpus_chrf_ci(texts, wanted)
+    assert bleu.value == pytest.approx(
+        sacrebleu.corpus_bleu(texts, columns, force=True).score, abs=1e-9
+    )
+    assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(texts, columns).score, abs=1e-9)
+
+
+def test_resampled_bleu_is_bleu_of_the_resample():
+    texts, wanted = corpus(40)
+    drawn = np.random.default_rng(3).integers(40, size=(1, 40))[0]
+    columns = [[wanted[i][k] if k < len(wanted[i]) else None for i in drawn] for k in range(2)]
+    found = corpus_bleu_ci(texts, wanted, resamples=1, seed=3).ci95[0]
+    expected = sacrebleu.corpus_bleu([texts[i] for i in drawn], columns, force=True).score
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_corpus_bleu_of_groups_counts_all_their_texts():
+    texts, wanted = corpus(12)
+    groups = [texts[i : i + 2] for i in range(0, 12, 2)]
+    same = [wanted[i] for i in range(0, 12, 2)]
+    flat = [refs for refs in same for _ in range(2)]
+    assert corpus_bleu_ci(groups, same).value == pytest.approx(corpus_bleu_ci(texts, flat).value)
+
+
+def test_a_method_against_itself_differs_by_exactly_nothing():
+    texts, wanted = corpus(30)
+    values = np.random.default_rng(0).normal(size=30).tolist()
+    for found in (mean_ci(values, values), corpus_bleu_ci(texts, wanted, texts),
+                  corpus_chrf_ci(texts, wanted, texts)):  # fmt: skip
+        assert found.delta == 0
+        assert found.delta_ci95 == (0, 0)
+        assert found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_intervals_cover_a_known_mean_and_a_known_difference():
+    rng = np.random.default_rng(1)
+    hits = paired = 0
+    for trial in range(200):
+        base = rng.normal(5, 3, size=60)
+        better = base + rng.normal(0.3, 0.5, size=60)
+        found = mean_ci(better.tolist(), base.tolist(), resamples=400, seed=trial)
+        hits += found.ci95[0] <= 5.3 <= found.ci95[1]
+        assert found.delta_ci95 is not None
+        paired += found.delta_ci95[0] <= 0.3 <= found.delta_ci95[1]
+        assert np.ptp(found.delta_ci95) < 0.5 * np.ptp(found.ci95)  # pairing takes out the noise
+    assert 180 <= hits <= 198
+    assert 180 <= paired <= 198
+
+
+def test_figures_without_prompts_or_with_unequal_ones_are_refused():
+    with pytest.raises(QvgptError, match="prompt"):
+        mean_ci([])
+    with pytest.raises(QvgptError, match="baseline"):
+        mean_ci([1.0, 2.0], [1.0])
+    with pytest.raises(QvgptError, match="references of 1"):
+        corpus_bleu_ci(["a", "b"], [["a"]])
+
+
+def test_ranks_share_ties_and_correlations_know_their_limits():
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+    x = np.arange(10.0)
+    assert spearman(x, x**3) == pytest.approx(1)
+    assert spearman(x, -np.exp(x)) == pytest.approx(-1)
+    assert np.isnan(spearman(x, np.ones(10)))
+    tenths = calibration(x, 2 * x, bins=5)
+    assert [t["predicted"] for t in tenths] == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert [t["actual"] for t in tenths] == [1, 5, 9, 13, 17]
+
+
+def test_equal_methods_compare_equal(model, prompts):
+    same = {"base": Guidance(), "again": Guidance()}
+    options = CompareOptions(samples=3, max_tokens=8, timing=4, keep_reports=2)
+    metrics = {"length": lambda texts, index: [float(len(text)) for text in texts]}
+    base, again = compare(model, prompts, share_of_a, same, options, metrics=metrics)
+    assert [s.written for s in base.samples] == [s.written for s in again.samples]
+    assert (again.baseline, again.score.delta, again.score.delta_ci95) == ("base", 0, (0, 0))
+    assert again.metrics["length"].delta_ci95 == (0, 0)
+    assert base.score.value == pytest.approx(np.mean([s.score for s in base.samples]))
+    assert (base.n, len(base.samples)) == (5, 15)
+    assert base.s_per_token is not None
+    assert base.s_per_token > 0
+    kept = [[len(s.written.reports) > 0 for s in group] for group in base.by_prompt()]
+    assert kept == [[True, False, False]] * 2 + [[False] * 3] * 3
+    json.dumps(base.as_dict(), allow_nan=False)
+
+
+def test_kl_is_nothing_for_the_base_and_grows_with_beta(model, prompts):
+    guidances = {f"{b}": Guidance(beta=b) for b in (0.0, 0.5, 2.0)}
+    guidances |= {"truncated": Guidance(top_k=3), "greedy": Guidance(temperature=0.0)}
+    options = CompareOptions(samples=4, max_tokens=8, timing=0)
+    rows = {r.method: r for r in compare(model, prompts, share_of_a, guidances, options)}
+    assert all(s.written.kl >= 0 for r in rows.values() for s in r.samples)
+    kl = {name: row.kl_per_sequence for name, row in rows.items()}
+    assert kl["0.0"] == pytest.approx(0, abs=1e-4)
+    assert 1e-3 < kl["0.5"] < kl["2.0"]
+    assert kl["truncated"] > 0.1
+    assert kl["greedy"] > kl["truncated"]
+    assert len(rows["greedy"].samples) == 5  # more would be the same
+    assert rows["greedy"].baseline == "greedy"
+    assert rows["2.0"].baseline == "0.0"
+    assert rows["0.0"].s_per_token is None
+
+
+def logged(model, seed=0, prompts=6, samples=5):
+    """Random texts whose return is their share of the token 'a', given at the end."""
+    rng, a = random.Random(seed), model.tokenizer.encode("a")[0]
+    found = []
+    for p in range(prompts):
+        prompt = model.tokenizer.encode_prompt("abcdefgh"[p])
+        for _ in range(samples):
+            written = [rng.choice(model.tokenizer.encode("abcd")) for _ in range(8)]
+            found.append(
+                Trajectory(
+                    [*prompt, *written],
+                    [False] * len(prompt) + [True] * 8,
+                    [0.0] * (len(prompt) + 7) + [written.count(a) / 8],
+                    terminated=True,
+                )
+            )
+    return found
+
+
+class Oracle(ValueModel):
+    """Values that know the returns, as far as `noise` lets them."""
+
+    noise = 0.0
+
+    def forward(self, batch, needs=frozenset()):
+        values = super().forward(batch, needs)
+        total = batch.reward.sum(1, keepdim=True)
+        v = (total + self.noise * torch.randn(values.v.shape)).expand_as(values.v)
+        return replace(values, v=v, target_q=(v[:, :-1] + 0.5 * (total - v[:, :-1]))[None])
+
+
+def test_diagnostics_of_values_that_know_and_of_values_that_do_not(model):
+    trajectories = logged(model)
+    oracle = Oracle(model.trunk, HeadsConfig(), model.tokenizer)
+    found = value_diagnostics(oracle, trajectories, batch_size=7)
+    assert found["texts"] == 30
+    assert found["decisions"] == 240
+    assert found["v"]["spearman"] == pytest.approx(1)
+    assert found["q"]["pearson"] == pytest.approx(1)
+    assert found["v"]["mse"] == pytest.approx(0, abs=1e-12)
+    assert found["v"]["mse_of_mean"] > 0.005
+    assert found["advantage"] == {"pearson": None, "spearman": None}  # nothing is left to foretell
+    within = found["within_prompt"]
+    assert within["v_middle"]["mean"] == pytest.approx(1)
+    assert within["total_last"]["mean"] == pytest.approx(1)
+    assert within["v_middle"]["groups"] == 6
+    oracle.noise = 1.0
+    noisy = value_diagnostics(oracle, trajectories)
+    assert noisy["advantage"]["spearman"] > 0.99
+    assert noisy["v"]["mse"] > noisy["v"]["mse_of_mean"]
+    assert abs(noisy["within_prompt"]["v_middle"]["mean"]) < 0.6
+    json.dumps(noisy, allow_nan=False)
+
+
+def test_diagnostics_credit_what_was_earned_before(model):
+    """With the reward at the start, V rightly foretells nothing more: the total is known."""
+    early = [replace(t, reward=[0.0] * 3 + [t.total_reward] + [0.0] * 7) for t in logged(model)]
+
+    class Zero(Oracle):
+        def forward(self, batch, needs=frozenset()):
+            values = super().forward(batch, needs)
+            return replace(values, v=torch.zeros_like(values.v))
+
+    found = value_diagnostics(Zero(model.trunk, HeadsConfig(), model.tokenizer), early)
+    assert found["within_prompt"]["v_middle"] == {"mean": None, "ci95": None, "groups": 0}
+    assert found["within_prompt"]["total_middle"]["mean"] == pytest.approx(1)
+
+
+def test_diagnostics_refuse_a_model_without_values(model):
+    with pytest.raises(QvgptError, match="no value heads"):
+        value_diagnostics(ValueModel(model.trunk, None, model.tokenizer), logged(model))
+
+
+@pytest.fixture
+def task(tmp_path, model):
+    model.save(tmp_path / "model")
+    steps = [{"step": i, "total": 1 / i, "eval/total": 2 / i} for i in range(1, 9)]
+    lines = "".join(json.dumps(step) + "\n" for step in steps)
+    (tmp_path / "model" / "log.jsonl").write_text(lines)
+    rows = [{"prompt": p, "completion": c} for p, c in (("ab", "a a"), ("c", "c b"), ("d", "h"))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return EvaluateConfig(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "data.jsonl"),
+        reward="chrf",
+        output=str(tmp_path / "out"),
+        metrics=["token_f1", "corpus_bleu", "corpus_chrf"],
+        betas=[2.0],
+        temperatures=[1.0, 0.0],
+        samples=3,
+        max_tokens=8,
+        texts=2,
+    )
+
+
+def test_command_writes_summary_and_report(task, tmp_path, capsys):
+    summary = evaluate(task)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    names = [(r["method"], r["beta"], r["temperature"]) for r in summary["rows"]]
+    assert names == [
+        ("base, T = 1", 0, 1),
+        ("guided, β = 2, T = 1", 2, 1),
+        ("base, greedy", 0, 0),
+        ("guided, β = 2, greedy", 2, 0),
+    ]
+    base, guided = summary["rows"][:2]
+    assert summary["metric"] == "chrf"
+    assert (base["n"], base["delta"], base["delta_ci95"]) == (3, 0, [0, 0])
+    assert guided["delta"] == pytest.approx(guided["mean"] - base["mean"])
+    assert guided["kl_per_sequence"] > base["kl_per_sequence"]
+    assert set(guided["metrics"]) == {"token_f1", "corpus_bleu", "corpus_chrf"}
+    assert guided["metrics"]["corpus_chrf"]["delta"] is not None
+    assert summary["values"]["texts"] == 9
+    page = (tmp_path / "out" / "report.html").read_text()
+    for part in ("What guidance brings", "Calibration", "Learning curves", "β = 2", "A = "):
+        assert part in page
+    assert "guided" in capsys.readouterr().out
+
+
+def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
+    first = evaluate(task)
+    before = (tmp_path / "out" / "summary.json").read_text()
+    with pytest.raises(QvgptError, match="another run"):
+        evaluate(task)
+    with pytest.raises(QvgptError, match="3 of 3 prompts"):
+        evaluate(replace(task, output=str(tmp_path / "long"), max_tokens=30))
+    with pytest.raises(QvgptError, match="did you mean 'chrf'"):
+        evaluate(replace(task, output=str(tmp_path / "typo"), reward="chrff"))
+    plain = ValueModel.from_pretrained(task.model)
+    plain.heads = None
+    plain.save(tmp_path / "plain")
+    without = replace(task, model=str(tmp_path / "plain"), output=str(tmp_path / "new"))
+    with pytest.raises(QvgptError, match="no value heads"):
+        evaluate(without)
+    assert not [p for p in ("long", "typo", "new") if (tmp_path / p).exists()]
+    assert (tmp_path / "out" / "summary.json").read_text() == before
+    assert evaluate(replace(without, betas=[]))["values"] is None
+    again = evaluate(replace(task, resume=True))
+    for one, two in zip(first["rows"], again["rows"], strict=True):
+        assert {**one, "s_per_token": 0} == {**two, "s_per_token": 0}
+
+
+def test_shaped_rewards_leave_the_return_as_it_is(task, tmp_path):
+    plain = evaluate(task)
+    shaped = evaluate(replace(task, output=str(tmp_path / "shaped"), shaped=True))
+    at_prompt = [s["values"]["v_at_prompt"]["calibration"] for s in (plain, shaped)]
+    for one, two in zip(*at_prompt, strict=True):
+        assert one["actual"] == pytest.approx(two["actual"], abs=1e-6)
+    assert plain["values"]["q"]["mse_of_mean"] != shaped["values"]["q"]["mse_of_mean"]
+
+
+def test_config_is_json_ready(task):
+    json.dumps(asdict(task))

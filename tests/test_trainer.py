@@ -1,0 +1,374 @@
+import json
+import math
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
+from qvgpt.data.batches import batches
+from qvgpt.objectives import parse_objectives
+from qvgpt.run import RunProgress, read_log
+from qvgpt.trainer import FitOptions, GPTShape, TokenizerConfig, TrainConfig, fit, train
+
+QUIET = Console(quiet=True)
+BOTH = ["LM", {"ILQL": {"gamma": 1.0}}]
+WALKS = RandomWalks.draw(0)
+ROWS = WALKS.logged_walks(60, 0)
+TOKENIZER = Tokenizer.train(WALKS.letters, "char")
+TINY = GPTShape(embed_dim=16, num_heads=2, num_layers=1, seq_len=24, dropout=0.1)
+FIT = FitOptions(max_steps=4, epochs=100.0, batch_size=8, lr=1e-2, tau=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def texts(count=60, reward=1.0):
+    def one(row):
+        prompt = TOKENIZER.encode_prompt(row["prompt"])
+        said = [*TOKENIZER.encode(row["completion"]), TOKENIZER.template.eos]
+        is_action = [False] * len(prompt) + [True] * len(said)
+        return Trajectory(
+            prompt + said, is_action, [0.0] * (len(is_action) - 1) + [reward * row["reward"]], True
+        )
+
+    return [one(row) for row in ROWS[:count]]
+
+
+def length(text):
+    return len(text.tokens)
+
+
+def model(dropout=0.0, heads=True, freeze=False):
+    torch.manual_seed(1)
+    gpt = GPT(TOKENIZER.vocab_size, 16, 2, 1, 24, dropout)
+    return ValueModel(gpt, HeadsConfig(num_q=2) if heads else None, TOKENIZER, freeze)
+
+
+def run(m, objectives=BOTH, options=FIT, data=None, **more):
+    data = texts() if data is None else data
+    return fit(m, data, parse_objectives(objectives), options, console=QUIET, **more)
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+
+
+def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
+    m = model()
+    found = []
+    step = RunProgress.step
+
+    def spy(self, *args):
+        slow, fast = dict(m.heads.target_q.state_dict()), dict(m.heads.q.state_dict())
+        found.append(
+            ({k: v.clone() for k, v in slow.items()}, {k: v.clone() for k, v in fast.items()})
+        )
+        return step(self, *args)
+
+    monkeypatch.setattr(RunProgress, "step", spy)
+    before = {k: v.clone() for k, v in m.heads.target_q.state_dict().items()}
+    run(m)
+    assert len(found) == 4
+    for slow, fast in found:
+        for head in ("0.", "1."):  # layers below a zero one wait for a step: some tensor moves
+            assert any(not torch.equal(slow[k], before[k]) for k in slow if k.startswith(head))
+        for k, was in before.items():
+            torch.testing.assert_close(slow[k], torch.lerp(was, fast[k], 0.5))
+        before = slow
+
+
+@pytest.mark.parametrize("objectives", [BOTH, [{"LM": {"on": "all"}}, "MonteCarlo"]])
+def test_four_micro_batches_are_one_batch(objectives):
+    """In gradients: Adam blows rounding up where one is 0 by construction (the keys' bias)."""
+    found = []
+
+    def keep(optimizer, *_):
+        grads = [p.grad.clone() for g in optimizer.param_groups for p in g["params"]]
+        found.append(torch.cat([g.flatten() for g in grads]))
+
+    hook = register_optimizer_step_pre_hook(keep)
+    for size in (None, 1):  # texts differ in length, so that a mean of means would be wrong
+        options = replace(FIT, max_steps=1, batch_size=4, micro_batch_size=size, clip=1e9)
+        run(model(), objectives, options, [*texts(2), *sorted(texts(), key=length)[:2]])
+    hook.remove()
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+    assert found[0].abs().max() > 0.01
+
+
+def test_frozen_trunk_is_bit_unchanged_and_the_heads_learn():
+    m = model(dropout=0.5, freeze=True)
+    trunk = {k: v.clone() for k, v in m.trunk.state_dict().items()}
+    heads = {k: v.clone() for k, v in m.heads.state_dict().items()}
+    run(m, ["MonteCarlo"], replace(FIT, max_steps=8))
+    assert same(trunk, m.trunk.state_dict())
+    assert not same(heads, m.heads.state_dict())
+    with pytest.raises(QvgptError, match="nothing is left to train"):
+        run(m, ["LM"])
+
+
+def test_bf16_autocast_leaves_parameters_and_values_in_fp32():
+    m = model()
+    summary = run(m, options=replace(FIT, bf16=True), eval_data=texts(9))
+    assert {p.dtype for p in m.parameters()} == {torch.float32}
+    assert math.isfinite(summary["eval"]["total"])
+    seen = []
+    m.heads.v.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    run(m, options=replace(FIT, bf16=True, max_steps=1))
+    assert {x.dtype for x in seen} == {torch.float32}
+
+
+def test_it_learns_and_keeps_the_best(tmp_path):
+    m = model()
+    options = replace(FIT, max_steps=30, eval_every=5, keep_best="LM/nll")
+    summary = run(m, options=options, eval_data=texts(20), output=tmp_path)
+    evals = [e["eval/LM/nll"] for e in read_log(tmp_path / "log.jsonl") if "eval/LM/nll" in e]
+    assert len(evals) == 6
+    assert summary["best"] == min(evals) < evals[0]
+    again = run(model(), options=replace(options, max_steps=1), eval_data=texts(20))
+    assert again["eval"]["total"] > summary["eval"]["total"]
+    assert same(dict(ValueModel.from_pretrained(tmp_path).state_dict()), dict(m.state_dict()))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resume_is_bit_identical(tmp_path, monkeypatch):
+    """20 steps straight == a checkpoint at 10, a kill at 13, and the rest."""
+    options = replace(
+        FIT, max_steps=20, save_every=5, eval_every=3, keep_best="total", patience=5, lr=0.1
+    )
+    more = {"options": options, "eval_data": texts(9)}
+    straight, resumed = model(dropout=0.3), model(dropout=0.3)
+    expected = run(straight, output=tmp_path / "a", **more)
+    step = RunProgress.step
+
+    def kill(self, at, *args):
+        step(self, at, *args)
+        if at == 13:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "step", kill)
+        with pytest.raises(Killed):
+            run(resumed, output=tmp_path / "b", **more)
+    fresh = model(dropout=0.3)
+    found = run(fresh, output=tmp_path / "b", resume=True, **more)
+    timed = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in found.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
+    assert same(dict(straight.state_dict()), dict(fresh.state_dict()))
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in "ab"]
+    for log in logs:
+        for entry in log:
+            entry.pop("tokens_per_second", None)
+    assert logs[0] == logs[1]
+
+
+def test_patience_stops_and_the_best_is_kept_in_memory_too():
+    m = model()
+    options = replace(FIT, max_steps=50, lr=0.0, eval_every=1, keep_best="total", patience=3)
+    summary = run(m, options=options, eval_data=texts(5))
+    assert (summary["steps"], summary["best_step"]) == (4, 1)
+
+
+def test_ctrl_c_saves_the_whole_step(tmp_path, monkeypatch):
+    step = RunProgress.step
+
+    def interrupt(self, at, *args):
+        step(self, at, *args)
+        if at == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="step 2 is in"):
+            run(model(dropout=0.3), output=tmp_path)
+    straight, resumed = model(dropout=0.3), model(dropout=0.3)
+    run(straight)
+    run(resumed, output=tmp_path, resume=True)
+    assert same(dict(straight.state_dict()), dict(resumed.state_dict()))
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    run(model(), options=replace(FIT, max_steps=1, tensorboard=True), output=tmp_path)
+    assert list(tmp_path.glob("tensorboard/events.out.*"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(QvgptError, match=r"pip install 'qvgpt\[tensorboard\]'"):
+        run(model(), options=replace(FIT, tensorboard=True), output=tmp_path / "b")
+
+
+def masked():
+    end = TOKENIZER.template.eos  # cut right after a turn: its only decision has no target
+    return Trajectory([1, 9, end], [False, False, True], [0.0] * 3, False)
+
+
+BAD = {
+    "empty": ({"data": []}, "the data set is empty"),
+    "NaN reward": ({"data": texts(3, math.nan)}, "text 1 of 3: its reward is NaN"),
+    "masked": ({"data": [masked()]}, "step 1: no decision in the whole batch counts"),
+    "too long": (
+        {"data": [Trajectory([1] * 30, [False] * 29 + [True], [0.0] * 30, True)]},
+        "30 tok",
+    ),
+    "no eval": ({"options": replace(FIT, keep_best="total")}, "fit.keep_best: needs evaluation"),
+    "no part": (
+        {"options": replace(FIT, keep_best="nll", max_steps=1), "eval_data": texts(2)},
+        "no loss part 'nll'; there are total, LM/nll",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_clear_line(case):
+    more, message = BAD[case]
+    with pytest.raises(QvgptError, match=message) as caught:
+        run(model(), **more)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_masked_micro_batch_is_left_out():
+    run(model(), data=[masked(), *texts(3)], options=replace(FIT, micro_batch_size=1))
+
+
+def test_a_loss_that_is_nan_stops_before_the_weights_are_spoilt():
+    m = model()
+    with torch.no_grad():
+        m.trunk.norm.weight[0] = math.nan
+    with pytest.raises(QvgptError, match=r"step 1: total, .* became NaN or infinite; lower"):
+        run(m)
+    assert not m.heads.v.layers[0].weight.isnan().any()
+
+
+def test_no_heads():
+    with pytest.raises(QvgptError, match="no value heads"):
+        run(model(heads=False))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"batch_size": 0}, "fit.batch_size: must be at least 1, not 0"),
+        ({"epochs": 0.0}, "fit.epochs: must be more than 0"),
+        ({"tau": 2.0}, "fit.tau: must be at most 1"),
+        ({"patience": 2}, "fit.patience: needs fit.keep_best"),
+    ],
+)
+def test_options_are_refused_by_name(bad, message):
+    with pytest.raises(QvgptError, match=message):
+        FitOptions(**bad)
+
+
+def test_batches_hold_everything_once_and_like_lengths_together():
+    lengths = [i % 37 for i in range(500)]
+    found = batches(lengths, 8, seed=3, epoch=1)
+    assert sorted(i for batch in found for i in batch) == list(range(500))
+    assert found == batches(lengths, 8, seed=3, epoch=1) != batches(lengths, 8, seed=3, epoch=2)
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in found]
+    assert sum(spread) / len(spread) < 2
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "walks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return TrainConfig(
+        data=[str(path)],
+        output=str(tmp_path / "run"),
+        gpt=TINY,
+        tokenizer=TokenizerConfig(kind="char"),
+        objectives=BOTH,
+        fit=replace(FIT, save_every=2),
+    )
+
+
+def test_train_from_files_to_files(config):
+    summary = train(replace(config, eval_data=config.data), QUIET)
+    out = Path(config.output)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (summary["data"]["trajectories"], summary["steps"]) == (60, 4)
+    assert set(summary["parameters"]) == {"trunk", "q", "v"}
+    assert not (out / "checkpoints").exists()
+    learnt = ValueModel.from_pretrained(out)
+    assert learnt.info.objectives[1]["ILQL"]["gamma"] == 1.0
+    from transformers import AutoModelForCausalLM
+
+    x = torch.tensor([[1, 9, 2]])
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(x).logits
+        torch.testing.assert_close(theirs, learnt.eval().trunk(x))
+
+
+def test_train_on_from_a_model_with_and_without_heads(config, tmp_path):
+    plain = replace(config, objectives=["LM"], output=str(tmp_path / "lm"))
+    train(plain, QUIET)
+    assert not (tmp_path / "lm" / "value_config.json").exists()
+    heads = HeadsConfig(kind="low_rank", rank=4)
+    value = replace(
+        config, model=plain.output, freeze_trunk=True, objectives=["MonteCarlo"], heads=heads
+    )
+    train(value, QUIET)
+    before, after = (ValueModel.from_pretrained(c.output) for c in (plain, value))
+    assert same(dict(before.trunk.state_dict()), dict(after.trunk.state_dict()))
+    assert after.heads.config == heads
+    more = replace(value, model=value.output, output=str(tmp_path / "more"), heads=None)
+    assert train(more, QUIET)["parameters"]["q"] > 0
+    with pytest.raises(QvgptError, match=r"heads: .* has other ones"):
+        train(replace(more, heads=HeadsConfig(kind="mlp"), output=str(tmp_path / "x")), QUIET)
+
+
+def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch):
+    train(config, QUIET)
+    other = replace(config, output=str(tmp_path / "other"))
+    step = RunProgress.step
+
+    def kill(self, at, *args):
+        step(self, at, *args)
+        if at == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "step", kill)
+        with pytest.raises(Killed):
+            train(other, QUIET)
+    with pytest.raises(QvgptError, match="continue it with --resume true"):
+        train(other, QUIET)
+    with pytest.raises(QvgptError, match=r"other settings \(fit.lr 0.01 → 0.5\)"):
+        train(replace(other, resume=True, fit=replace(other.fit, lr=0.5)), QUIET)
+    summary = train(replace(other, resume=True), QUIET)
+    assert summary["steps"] == 4
+    for name in ("model.safetensors", "value_heads.safetensors", "tokenizer.json"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert train(replace(other, resume=True), QUIET) == summary  # finished: nothing to do
+
+
+def test_train_refuses_before_it_writes(config, tmp_path):
+    cases = [
+        ({"max_length": 8}, "texts are longer than max_length 8"),
+        ({"max_length": 25}, "max_length: 25 is not between 2 and the context of 24"),
+        ({"freeze_trunk": True}, "freeze_trunk: a GPT from scratch"),
+        ({"objectives": ["ILQ"]}, "did you mean 'ILQL'"),
+        ({"model": str(tmp_path)}, r"config.json: no such file"),
+        ({"max_length": 3, "on_too_long": "drop"}, "none of 60 texts fits 3 tokens"),
+        ({"fit": replace(FIT, keep_best="total")}, "needs evaluation data"),
+    ]
+    for change, message in cases:
+        with pytest.raises(QvgptError, match=message):
+            train(replace(config, **change), QUIET)
+        assert not Path(config.output).exists()
+
+
+def test_long_texts_are_cut_only_when_told_to(config):
+    console = Console(record=True, quiet=True)
+    summary = train(replace(config, max_length=8, on_too_long="cut"), console)
+    assert summary["data"]["cut"] > 0
+    assert summary["data"]["cut"] + summary["data"]["dropped"] == summary["data"]["too_long"]
