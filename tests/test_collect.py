@@ -61,14 +61,13 @@ def test_rows_read_back_as_sampled(task):
         assert t.total_reward == line["rewards"][i]
         assert t.reward[-1] == line["rewards"][i]
         ended = t.tokens[-1] in tokenizer.template.end_ids
-            assert line["length_limited"][i] is not ended
-            assert t.terminated  # the reward is final, cut or not
-        assert t.terminated is ended
+        assert line["length_limited"][i] is not ended
+        assert t.terminated  # the reward is final, cut or not
         assert get_reward("chrf")([line["completions"][i]], [line]) == [line["rewards"][i]]
-    assert {True, False} == {cut for line in lines for cut in line["truncated"]}
+    assert {True, False} == {cut for line in lines for cut in line["length_limited"]}
     assert (summary["prompts"], summary["samples"]) == (6, 24)
     assert summary["tokens"] == sum(len(ids) for line in lines for ids in line["completion_ids"])
-    assert 0 < summary["truncated_share"] < 1
+    assert 0 < summary["length_limited_share"] < 1
     assert 0 < summary["reward_std_within_prompt"] < summary["reward_std"]
     assert json.loads((Path(task.output) / "summary.json").read_text()) == summary
 
