@@ -25,6 +25,15 @@ TINY = GPTShape(embed_dim=16, num_heads=2, num_layers=1, seq_len=24, dropout=0.1
 FIT = FitOptions(max_steps=4, epochs=100.0, batch_size=8, lr=1e-2, tau=0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small only lose by more, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qvgpt.errors import QvgptError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qvgpt.decode.engine import TokenReport
     from qvgpt.decode.policy import Guidance
     from qvgpt.models.value_model import ValueModel
@@ -86,11 +88,9 @@ def _run(name: str, argv: list[str]) -> int:
         return 0
     summary = function(config)
     if command.module != __name__:
-        from rich.console import Console
-
         from qvgpt.run import print_summary
 
-        print_summary(summary, Console())
+        print_summary(summary, _console())
     return int(bool(summary.get("faults")))
 
 
@@ -282,8 +282,6 @@ class CheckConfig:
 
 def check(config: CheckConfig) -> dict[str, Any]:
     """Print counts, lengths, rewards, a few texts in colours, and the faults."""
-    from rich.console import Console
-
     from qvgpt.data import check as linter
     from qvgpt.data.files import Row, row_texts, scan_rows
     from qvgpt.data.tokenizer import Tokenizer
@@ -303,7 +301,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
-        console = Console()
+        console = _console()
         console.print(f"tokenizer: {origin}, {tokenizer.vocab_size} tokens", highlight=False)
         linter.render(report, report.examples, tokenizer, console)
     _finish(output, summary)
@@ -485,12 +483,11 @@ def _row(
 
 def _show(model: "ValueModel", tokens: list[int], reports: Sequence["TokenReport"]) -> None:
     """The text coloured by advantage (green: better than V, red: worse), then its figures."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     assert model.tokenizer is not None
-    console, text = Console(), Text()
+    console, text = _console(), Text()
     table = Table("token", "q", "v", "advantage", "base p", "p")
     most = max([abs(r.advantage or 0.0) for r in reports], default=0.0) or 1.0
     for piece, report in zip(model.tokenizer.pieces(tokens), reports, strict=True):
@@ -522,8 +519,6 @@ class ScoreConfig:
 
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
-    from rich.console import Console
-
     from qvgpt.data.rows import load_trajectories
     from qvgpt.decode import score as scoring
     from qvgpt.models.value_model import ValueModel
@@ -556,7 +551,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     for group in groups.values():
         group.sort(key=lambda i: -rows[i]["advantage"])
         ranked += [{"rank": k, **rows[i]} for k, i in enumerate(group, 1)]
-    print_summary({"texts, best of each prompt first": ranked[: config.show]}, Console())
+    print_summary({"texts, best of each prompt first": ranked[: config.show]}, _console())
     if output is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
         (output / "scores.jsonl").write_text(lines, "utf-8")
@@ -582,15 +577,20 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Fold values into the LM head and say how faithful the result is."""
-    from rich.console import Console
-
     from qvgpt.export import export_hf
     from qvgpt.run import print_summary
 
     summary = export_hf(config.model, config.output, config.beta)
-    print_summary(summary, Console())
+    print_summary(summary, _console())
     _finish(Path(config.output), summary)
     return summary
+
+
+def _console() -> "Console":
+    """Standard output; wide enough for whole tables where nobody looks at it."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _claim(output: str | None, command: str, config: Any) -> Path | None:

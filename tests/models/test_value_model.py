@@ -201,3 +201,14 @@ def test_chunks_change_no_value_of_a_model(monkeypatch):
     monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", 64)
     for name, value in vars(model(BATCH)).items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}]
+)
+def test_another_gpt2_is_not_read_as_ours(tmp_path, change):
+    make().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(QvgptError, match="is not known here, only"):
+        ValueModel.from_pretrained(tmp_path)

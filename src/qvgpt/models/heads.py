@@ -143,8 +143,9 @@ class ValueHeads(nn.Module):
         advantages exactly as it was.
         """
         heads: list[Any] = [*self.q, *self.target_q]
-        for head in (self.v, *(head.baseline for head in heads)):
-            head.layers[-1].bias.fill_(value)
+        for state_head in [self.v, *(head.baseline for head in heads)]:
+            last: Any = state_head.layers[-1]
+            last.bias.fill_(value)
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:

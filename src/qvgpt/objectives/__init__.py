@@ -75,19 +75,34 @@ def parse_objectives(
 def _parse_objective(entry: Any) -> tuple[float, Objective]:
     if isinstance(entry, str):
         entry = {entry: {}}
-    if not isinstance(entry, Mapping):
+    if isinstance(entry, Objective):
         return 1.0, entry
+    if not isinstance(entry, Mapping):
+        raise QvgptError(f"objectives: a method was expected, not {entry!r}")
     if len(entry) != 1:
         raise QvgptError(f"objectives: one method per entry was expected, not {list(entry)}")
     name, options = next(iter(entry.items()))
     if name not in METHODS:
         raise QvgptError(f"objectives: unknown method {name!r}{nearest(name, METHODS)}")
-    options = dict(options or {})
-    weight = float(options.pop("weight", 1.0))
+    if not isinstance(options, Mapping | None):
+        raise QvgptError(f"objectives: {name}: options were expected, not {options!r}")
     method = METHODS[name]
-    known = [f.name for f in fields(method)]  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            hint = nearest(option, known)
+    defaults = {"weight": 1.0} | {f.name: f.default for f in fields(method)}  # type: ignore[arg-type]
+    given = {}
+    for option, value in (options or {}).items():
+        if option not in defaults:
+            hint = nearest(str(option), defaults)
             raise QvgptError(f"objectives: {name} has no option {option!r}{hint}")
-    return weight, method(**options)
+        given[option] = _like(defaults[option], value, f"objectives: {name}: {option}")
+    weight = given.pop("weight", 1.0)
+    return weight, method(**given)
+
+
+def _like(default: Any, value: Any, where: str) -> Any:
+    """The value, if it is of the default's type; whole numbers do for fractions."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        expected = type(default).__name__
+        raise QvgptError(f"{where} is a {expected}, not {value!r}")
+    return value

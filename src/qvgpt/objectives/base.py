@@ -4,7 +4,7 @@ One frozen dataclass per method: its fields are the hyper-parameters, its call i
 No tensor here has a vocabulary axis; `models/` has already reduced it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qvgpt.errors import QvgptError
 from qvgpt.losses import masked_mean
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -52,6 +53,13 @@ class Objective(Protocol):
     needs: ClassVar[frozenset[str]]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss: ...  # noqa: D102
+
+
+def check_options(method: object, checks: Mapping[str, bool]) -> None:
+    """Raise `QvgptError` with the first of the messages that does not hold."""
+    for message, holds in checks.items():
+        if not holds:
+            raise QvgptError(f"{type(method).__name__}: {message}, not as in {method}")
 
 
 def weighted_loss(

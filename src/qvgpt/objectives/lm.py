@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from qvgpt.errors import QvgptError
 from qvgpt.losses import awac_weight
-from qvgpt.objectives.base import Loss, Values, weighted_loss
+from qvgpt.objectives.base import Loss, Values, check_options, weighted_loss
 from qvgpt.trajectory import TrajectoryBatch
 
 
@@ -48,6 +48,14 @@ class AWAC:
     """Clamp of the weight."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "target_q", "v"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "temperature must be above 0": self.temperature > 0,
+            "max_weight must be above 0": self.max_weight > 0,
+        }
+        check_options(self, checks)
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Mean weighted −log π per decision; the weights carry no gradient."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qvgpt.losses import expectile_loss
-from qvgpt.objectives.base import Loss, Values, discount, weighted_loss
+from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
 from qvgpt.returns import lambda_returns
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -29,7 +29,13 @@ class ILQL:
     needs: ClassVar[frozenset[str]] = frozenset({"q", "target_q", "v", "q_logsumexp"})
 
     def __post_init__(self) -> None:
-        """Without a conservative term nobody needs the sum over the vocabulary."""
+        """Refuse what has no meaning; drop a need that nobody has."""
+        checks = {
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "expectile must lie in (0, 1)": 0 < self.expectile < 1,
+            "cql_weight must be 0 or more": self.cql_weight >= 0,
+        }
+        check_options(self, checks)
         if self.cql_weight == 0:
             object.__setattr__(self, "needs", self.needs - {"q_logsumexp"})
 
@@ -66,6 +72,14 @@ class MonteCarlo:
     """Apply γ at the ends of turns only."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"q", "v"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
+        }
+        check_options(self, checks)
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared errors of Q (summed over the heads) and of v."""

@@ -1,0 +1,220 @@
+"""Worked numbers; and on problems small enough to solve by hand, training must reach the answer."""
+
+import pytest
+import torch
+
+from qvgpt.errors import QvgptError
+from qvgpt.objectives import AWAC, ILQL, LM, MonteCarlo, Objectives, Values, parse_objectives
+from qvgpt.objectives.base import discount
+from qvgpt.trajectory import Trajectory, collate
+
+# one decision, two actions: token 1 pays 1, token 2 pays 0
+BANDIT = collate([Trajectory([0, a], [False, True], [0.0, float(a == 1)], True) for a in (1, 2)])
+# two decisions of one turn, and one more row with a single decision
+TWO_ROWS = collate(
+    [
+        Trajectory([0, 1, 2], [False, True, True], [0.0, 0.5, 1.0], True),
+        Trajectory([0, 3], [False, True], [0.0, 2.0], False),
+    ]
+)
+VALUES = Values(
+    q=torch.tensor([[[1.0, 2.0], [3.0, 9.0]], [[0.0, 1.0], [1.0, 9.0]]]),
+    target_q=torch.tensor([[[1.0, 0.0], [2.0, 9.0]], [[2.0, 2.0], [3.0, 9.0]]]),
+    v=torch.tensor([[1.0, 4.0, 7.0], [1.5, 4.0, 9.0]]),
+    q_logsumexp=torch.tensor([[[2.0, 2.0], [4.0, 9.0]], [[1.0, 3.0], [1.0, 9.0]]]),
+    logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
+    token_logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
+)
+
+
+def parts(loss):
+    return {name: value.item() for name, value in loss.parts.items()}
+
+
+def test_ilql_by_hand():
+    # targets: .5 + .9·4 = 4.1;  1 + 0;  2 + .9·4 = 5.6
+    q = (3.1**2 + 1**2 + 2.6**2) + (4.1**2 + 0 + 4.6**2)  # the twins are summed
+    # u = min Q̄ − v: 0, −4, .5
+    v = 0.2 * 16 + 0.8 * 0.25
+    cql = (1 + 0 + 1) + (1 + 2 + 0)
+    loss = ILQL(gamma=0.9, expectile=0.8, cql_weight=0.1)(VALUES, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"q": q / 3, "v": v / 3, "cql": cql / 3})
+    assert loss.total.item() == pytest.approx((q + v + 0.1 * cql) / 3)
+
+
+def test_monte_carlo_by_hand():
+    # returns: .5 + .9·1 = 1.4;  1;  2 + .9·4 = 5.6 (cut short: bootstraps)
+    q = (0.4**2 + 1 + 2.6**2) + (1.4**2 + 0 + 4.6**2)
+    v = 0.4**2 + 3**2 + 4.1**2
+    loss = MonteCarlo(gamma=0.9)(VALUES, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"q": q / 3, "v": v / 3})
+    assert loss.total.item() == pytest.approx((q + v) / 3)
+
+
+def test_monte_carlo_with_lambda_zero_has_the_td_target_of_ilql():
+    td = MonteCarlo(gamma=0.9, lambda_=0.0)(VALUES, TWO_ROWS)
+    assert parts(td)["q"] == pytest.approx(parts(ILQL(gamma=0.9)(VALUES, TWO_ROWS))["q"])
+
+
+def test_awac_by_hand():
+    # A = min Q̄ − v: 0, −4, .5
+    weights = torch.tensor([0.0, -2.0, 0.25]).exp()
+    expected = (weights * torch.tensor([1.0, 2.0, 3.0])).sum().item() / 3
+    loss = AWAC(temperature=2.0)(VALUES, TWO_ROWS)
+    assert loss.total.item() == pytest.approx(expected)
+    plain = AWAC(temperature=1e9)(VALUES, TWO_ROWS)
+    assert plain.total.item() == pytest.approx(LM()(VALUES, TWO_ROWS).total.item())
+
+
+def test_lm_on_completions_or_on_all():
+    batch = collate([Trajectory([0, 5, 6, 7], [False, False, True, True], [0.0] * 4, True)])
+    completions = Values(logprob=torch.tensor([[-1.0, -3.0]]))
+    everything = Values(token_logprob=torch.tensor([[-5.0, -1.0, -3.0]]))
+    assert LM().needs == {"logprob"}
+    assert LM(on="all").needs == {"token_logprob"}
+    assert LM()(completions, batch).total == 2.0
+    assert LM(on="all")(everything, batch).total == 3.0
+
+
+def learn(objective, batch, states, steps=500):
+    """Tabular Q[state, token] and V[state]; `states` [batch, steps+1] says where one is."""
+    q = torch.zeros(int(states.max()) + 1, 4, requires_grad=True)
+    v = torch.zeros(len(q), requires_grad=True)
+    optimizer = torch.optim.Adam([q, v], lr=0.05)
+    for _ in range(steps):
+        taken = q[states[:, :-1], batch.action][None]
+        total = q.logsumexp(-1)[states[:, :-1]][None]
+        values = Values(q=taken, target_q=taken.detach(), v=v[states], q_logsumexp=total)
+        optimizer.zero_grad()
+        objective(values, batch).total.backward()
+        optimizer.step()
+    return q.detach(), v.detach()
+
+
+def test_ilql_seeks_the_better_action():
+    objective = ILQL(gamma=1.0, expectile=0.9, cql_weight=0.0)
+    q, v = learn(objective, BANDIT, torch.tensor([[0, 1], [0, 1]]))
+    torch.testing.assert_close(q[0, 1:3], torch.tensor([1.0, 0.0]), atol=0.02, rtol=0)
+    assert abs(v[0] - 0.9) < 0.02  # the 0.9-expectile of {1, 0}
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+def test_monte_carlo_evaluates_the_data(lambda_):
+    q, v = learn(MonteCarlo(lambda_=lambda_), BANDIT, torch.tensor([[0, 1], [0, 1]]))
+    torch.testing.assert_close(q[0, 1:3], torch.tensor([1.0, 0.0]), atol=0.02, rtol=0)
+    assert abs(v[0] - 0.5) < 0.02  # the mean of {1, 0}
+
+
+def test_the_conservative_term_lowers_what_was_not_taken():
+    states = torch.tensor([[0, 1], [0, 1]])
+    free, _ = learn(ILQL(gamma=1.0, cql_weight=0.0), BANDIT, states)
+    held, _ = learn(ILQL(gamma=1.0, cql_weight=0.1), BANDIT, states)
+    assert free[0, 3] == 0
+    assert held[0, 3] < -0.5
+    assert held[0, 1] > held[0, 2] > held[0, 3]
+
+
+def two_turns(first, second, reward):
+    """State 0 —first→ (observation 7) → state 1 —second→ end, paid at the end."""
+    tokens, is_action = [0, first, 7, second], [False, True, False, True]
+    return Trajectory(tokens, is_action, [0.0, 0.0, 0.0, reward], True)
+
+
+def test_ilql_stitches_across_an_observation():
+    """No text took 1 and then 3, yet 3 is best after 1: value flows back over the reply."""
+    texts = [two_turns(1, 2, 0.0), two_turns(1, 3, 1.0), two_turns(2, 2, 0.3)]
+    batch = collate(texts)
+    states = torch.tensor([[0, 1, 3], [0, 1, 3], [0, 2, 3]])
+    objective = ILQL(gamma=0.9, expectile=0.95, cql_weight=0.0)
+    q, v = learn(objective, batch, states, steps=800)
+    assert abs(v[1] - 0.95) < 0.02
+    torch.testing.assert_close(q[0, 1:3], 0.9 * torch.tensor([0.95, 0.3]), atol=0.02, rtol=0)
+    q, _ = learn(MonteCarlo(gamma=0.9), batch, states, steps=800)
+    torch.testing.assert_close(q[0, 1:3], 0.9 * torch.tensor([0.5, 0.3]), atol=0.02, rtol=0)
+
+
+def test_per_turn_discount_applies_at_the_ends_of_turns():
+    batch = collate(
+        [Trajectory([0, 1, 2, 7, 1, 2], [False, True, True, False, True, True], [0.0] * 6, True)]
+    )
+    assert discount(batch, 0.5, per_turn=False).tolist() == [[0.5, 0.5, 0.5, 0.0]]
+    assert discount(batch, 0.5, per_turn=True).tolist() == [[1.0, 0.5, 1.0, 0.0]]
+    values = Values(q=torch.zeros(1, 1, 4), v=torch.zeros(1, 5))
+    paid = collate(
+        [Trajectory([0, 1, 2, 7, 1, 2], [False, True, True, False, True, True],
+                    [0.0] * 5 + [1.0], True)]
+    )  # fmt: skip
+    loss = MonteCarlo(gamma=0.5, per_turn_discount=True)(values, paid)
+    assert parts(loss)["v"] == pytest.approx((0.25 + 0.25 + 1 + 1) / 4)
+
+
+def test_no_conservative_term_no_sum_over_the_vocabulary():
+    assert "q_logsumexp" in ILQL().needs
+    assert ILQL(cql_weight=0.0).needs == {"q", "target_q", "v"}
+    values = Values(q=VALUES.q, target_q=VALUES.target_q, v=VALUES.v)
+    assert set(ILQL(cql_weight=0.0)(values, TWO_ROWS).parts) == {"q", "v"}
+
+
+def test_targets_carry_no_gradient():
+    v = VALUES.v.clone().requires_grad_()
+    q = VALUES.q.clone().requires_grad_()
+    target_q = VALUES.target_q.clone().requires_grad_()
+    logprob = VALUES.logprob.clone().requires_grad_()
+    values = Values(q=q, target_q=target_q, v=v, q_logsumexp=VALUES.q_logsumexp, logprob=logprob)
+    ILQL()(values, TWO_ROWS).total.backward()
+    assert target_q.grad is None
+    assert v.grad[1].tolist()[1:] == [0.0, 0.0]  # the bootstrap of a cut text, and padding
+    v.grad = q.grad = None
+    AWAC()(values, TWO_ROWS).total.backward()
+    assert v.grad is None
+    assert q.grad is None
+    assert logprob.grad[1, 1] == 0.0
+
+
+def test_objectives_add_up_with_their_weights():
+    both = parse_objectives(["LM", {"MonteCarlo": {"gamma": 0.9, "weight": 0.25}}])
+    assert both.needs == {"logprob", "q", "v"}
+    assert both.learns_values
+    assert not parse_objectives("LM").learns_values
+    loss = both(VALUES, TWO_ROWS)
+    lm, mc = LM()(VALUES, TWO_ROWS), MonteCarlo(gamma=0.9)(VALUES, TWO_ROWS)
+    assert loss.total.item() == pytest.approx((lm.total + 0.25 * mc.total).item())
+    assert set(loss.parts) == {"LM/nll", "MonteCarlo/q", "MonteCarlo/v"}
+
+
+def test_objectives_are_read_as_written():
+    ilql = {"ILQL": {"expectile": 0.8, "weight": 2}}
+    spec = [{"LM": {"on": "all"}}, ilql, AWAC(), "MonteCarlo"]
+    parsed = parse_objectives(spec)
+    assert parsed.terms == (
+        (1.0, LM(on="all")), (2.0, ILQL(expectile=0.8)), (1.0, AWAC()), (1.0, MonteCarlo()),
+    )  # fmt: skip
+    assert parse_objectives(parsed.as_list()) == parsed
+    assert parse_objectives(parsed) is parsed
+    assert parse_objectives([{"ILQL": None}]) == Objectives(((1.0, ILQL()),))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (["ILQ"], "unknown method 'ILQ' .did you mean 'ILQL'"),
+        (["MonteCarol"], "did you mean 'MonteCarlo'"),
+        (["zebra"], "unknown method 'zebra'$"),
+        ([{"ILQL": {"expectil": 0.8}}], "ILQL has no option 'expectil' .did you mean 'expectile'"),
+        ([{"ILQL": {}, "LM": {}}], "one method per entry"),
+        ([], "at least one of"),
+        ([{"ILQL": 0.8}], "ILQL: options were expected"),
+        ([{"ILQL": {"weight": "much"}}], "ILQL: weight"),
+        ([{"ILQL": {"expectile": "high"}}], "ILQL: expectile is a float, not 'high'"),
+        ([{"ILQL": {"expectile": 1}}], r"ILQL: expectile must lie in \(0, 1\)"),
+        ([{"ILQL": {"per_turn_discount": "no"}}], "per_turn_discount is a bool"),
+        ([{"ILQL": {"gamma": -1}}], r"gamma must lie in \[0, 1\]"),
+        ([{"ILQL": {"cql_weight": -1}}], "cql_weight must be 0 or more"),
+        ([{"MonteCarlo": {"lambda_": 2.0}}], "lambda_ must lie"),
+        ([{"AWAC": {"temperature": 0.0}}], "temperature must be above 0"),
+        ([{"AWAC": {"max_weight": 0.0}}], "max_weight must be above 0"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(QvgptError, match=message):
+        parse_objectives(spec)

@@ -1,0 +1,359 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from qvgpt.cli import COMMANDS, main
+from qvgpt.envs.random_walk import RandomWalks
+
+ROWS = RandomWalks.draw(0).logged_walks(40, 0)
+YAML = """
+data: {data}
+output: {output}
+tokenizer: {{kind: char}}
+gpt: {{embed_dim: 16, num_heads: 2, num_layers: 1, seq_len: 24}}
+objectives: [LM, {{ILQL: {{gamma: 1.0}}}}]
+fit: {{max_steps: 3, batch_size: 8, lr: 1e-2}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A data file, a YAML file and a trained model."""
+    folder = tmp_path_factory.mktemp("cli")
+    write(folder / "walks.jsonl", *ROWS)
+    text = YAML.format(data=folder / "walks.jsonl", output=folder / "unused")
+    (folder / "train.yaml").write_text(text)
+    assert main(["train", "--config", str(folder / "train.yaml"), f"--output={folder}/model"]) == 0
+    return folder
+
+
+@pytest.fixture
+def call(place, tmp_path, capsys):
+    """Runs `qvgpt` on words, DATA, YAML, MODEL and OUT being paths; (exit code, stdout, stderr)."""
+    paths = {"DATA": place / "walks.jsonl", "YAML": place / "train.yaml", "MODEL": place / "model"}
+    paths["OUT"] = tmp_path / "out"
+
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(paths.get(word, word)) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def write(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def qvgpt(*words, cwd=None):
+    program = Path(sys.executable).parent / "qvgpt"
+    return subprocess.run([program, *words], capture_output=True, text=True, timeout=100, cwd=cwd)
+
+
+def summary(folder):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def test_help_is_fast_and_imports_no_torch():
+    best = 9.0
+    for _ in range(3):  # the best of three: the machine may be busy
+        started = time.perf_counter()
+        done = qvgpt("--help")
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.5
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    code = (
+        "import sys, qvgpt, qvgpt.cli; qvgpt.__version__; dir(qvgpt); print(*sorted(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert {"torch", "jsonargparse", "rich", "transformers"}.isdisjoint(loaded.stdout.split())
+
+
+def test_public_names():
+    import qvgpt
+    import qvgpt.evaluate  # a module of the name of a function: the function must win
+
+    for name in qvgpt.__all__:
+        assert getattr(qvgpt, name) is not None
+    assert callable(qvgpt.evaluate)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = qvgpt.Nothing
+
+
+def test_the_program_as_a_user_runs_it(place, tmp_path):
+    shutil.copy(place / "walks.jsonl", tmp_path)
+    text = YAML.format(data="walks.jsonl", output="run")
+    (tmp_path / "train.yaml").write_text(text)
+    done = qvgpt("train", "--config", "train.yaml", "--fit.max_steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parameters.trunk" in done.stdout
+    assert "warn" not in done.stderr.lower()
+    assert summary(tmp_path / "run")["steps"] == 2
+    again = qvgpt("train", "--config", "train.yaml", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("qvgpt: error: run: holds another run already;")
+    assert again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_describes_its_options(name, call):
+    if importlib.util.find_spec(COMMANDS[name].module) is None:
+        pytest.skip("not written yet")
+    code, out, err = call(name, "--help")
+    assert (code, err) == (0, "")
+    assert f"usage: qvgpt {name}" in out
+    assert "--config" in out
+
+
+def test_print_config_and_overrides(call):
+    words = "train --print_config --config YAML --fit.lr 3 --objectives LM --heads.kind mlp"
+    code, out, _ = call(*words.split())
+    assert code == 0
+    assert "lr: 3.0" in out
+    assert "batch_size: 8" in out
+    assert "kind: mlp" in out
+    assert "ILQL" not in out
+
+
+# what is typed → what is said
+MISTYPED = [
+    ("trian", "unknown command 'trian' (did you mean 'train'?)"),
+    ("train --config nowhere.yaml", "nowhere.yaml: no such file"),
+    ("train --config YAML --fit.lrr 3", "--fit.lrr (did you mean '--fit.lr'?)"),
+    ("train --config YAML --lr 3", "--lr (did you mean '--fit.lr'?)"),
+    ("train --config YAML --batch_sise 3", "(did you mean '--fit.batch_size'?)"),
+    ("train --config YAML --fit.lr much", "fit.lr: expected a number, found much"),
+    ("train --config YAML --fit.epochs 0", "fit.epochs: must be more than 0"),
+    ("train --config YAML --on_too_long x", "on_too_long: expected 'error' or 'drop' or 'cut'"),
+    ("train --config YAML --objectives ILQ", "unknown method 'ILQ' (did you mean 'ILQL'?)"),
+    ("train --config YAML x", "unexpected argument 'x'"),
+    ("train --config YAML --fit.lr", "--fit.lr: expected a value"),
+    ("train --data DATA", "--output: missing"),
+    ("check", "DATA: missing"),
+    ("generate nowhere --prompt c", "nowhere: no such directory"),
+    ("generate MODEL", "give either --prompt or --data"),
+    ("generate MODEL --prompt c --n 0", "n, max_tokens and max_batch must be at least 1"),
+    ("generate MODEL --prompt c --top_p 2", "top_p must lie in (0, 1]"),
+    ("score MODEL", "--data: missing"),
+    ("export MODEL --output OUT", "recommends no beta"),
+    ("export MODEL --output OUT --to gguf", "to: expected 'hf'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTYPED)
+def test_mistyped(words, message, call):
+    code, out, err = call(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("qvgpt: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+UNKNOWN_KEYS = [
+    ("fit: {lrr: 1}", "unknown key 'fit.lrr' (did you mean 'fit.lr'?)"),
+    ("lr: 1", "unknown key 'lr' (did you mean 'fit.lr'?)"),
+    ("outptu: x", "unknown key 'outptu' (did you mean 'output'?)"),
+    ("heads: {knd: mlp}", "unknown key 'heads.knd' (did you mean 'heads.kind'?)"),
+    ("zzz: 1", "unknown key 'zzz'\n"),
+    ("a: [", "broken YAML"),
+    ("[]", "expected `key: value` lines"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNKNOWN_KEYS)
+def test_a_yaml_key_nobody_knows(text, message, call, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    code, _, err = call("train", "--config", tmp_path / "x.yaml")
+    assert code == 2
+    assert err.startswith(f"qvgpt: error: {tmp_path}/x.yaml: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def unknown(fields):
+    return [{"prompt": "b", "completion": "c", **fields}]
+
+
+BAD_DATA = {
+    "missing": (None, "no such file"),
+    "empty": ([], "the file is empty"),
+    "broken JSON": ([*ROWS[:2], '{"prompt": '], ":3: not JSON"),
+    "wrong type": (unknown({"reward": "1"}), ":1: column 'reward': expected a number, found '1'"),
+    "unknown field": (
+        unknown({"rewad": 1}),
+        ":1: column 'rewad': unknown (did you mean 'reward'?)",
+    ),
+    "too long": (
+        [*ROWS[:2], {"prompt": "b" * 30, "completion": "c"}],
+        "1 of 3 texts are longer than max_length 24",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_and_leaves_nothing(case, call, tmp_path):
+    rows, message = BAD_DATA[case]
+    path = tmp_path / "bad.jsonl"
+    if rows is not None:
+        write(path, *rows)
+    code, out, err = call("train", "--config", "YAML", "--data", path, "--output", "OUT")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_holds_another_run(call, place, tmp_path):
+    before = {p: p.read_bytes() for p in (place / "model").iterdir()}
+    for words in (
+        f"train --config YAML --output {place}/model",
+        f"train --config YAML --output {place}/model --resume --fit.lr 0.5",
+        f"check DATA --output {place}/model",
+        f"generate MODEL --prompt b --output {place}/model",
+        f"score MODEL --data DATA --output {place}/model",
+        f"export MODEL --beta 1 --output {place}/model",
+    ):
+        code, out, err = call(*words.split())
+        assert (code, out) == (2, "")
+        assert "choose another output" in err
+    assert {p: p.read_bytes() for p in (place / "model").iterdir()} == before
+
+
+def test_tokenizer_and_model_that_do_not_belong_together(call, place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "copy")
+    other = tmp_path / "copy" / "tokenizer.json"
+    other.write_text(other.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    code, _, err = call("generate", tmp_path / "copy", "--prompt", "b")
+    assert code == 2
+    assert "tokenizer.json is not the one the values were learned with" in err
+    words = f"train --config YAML --model MODEL --output OUT --tokenizer.path {tmp_path}/copy"
+    code, _, err = call(*words.split())
+    assert code == 2
+    assert "is not the tokenizer of" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_check(call, tmp_path):
+    code, out, _ = call("check", "DATA", "--kind", "char", "--max_length", "6", "--output", "OUT")
+    assert code == 0
+    assert "tokenizer: char, trained on this data" in out
+    assert "longer than max_length 6" in out
+    assert summary(tmp_path / "out")["rows"] == 40
+    code, out, err = call("check", "DATA", "--tokenizer", "MODEL", "--json")
+    assert (code, json.loads(out)["faults"], err) == (0, 0, "")
+    bad = write(tmp_path / "bad.jsonl", *ROWS[:2], "{")
+    code, out, _ = call("check", bad, "DATA")
+    assert code == 1
+    assert "bad.jsonl:3: not JSON" in out
+    assert call("check", "nowhere.jsonl")[0] == 2
+
+
+def test_generate_streams_one_text(call):
+    code, first, err = call("generate", "MODEL", "--prompt", "c", "--beta", "2", "--seed", "3")
+    assert (code, err) == (0, "")
+    assert first.endswith("\n")
+    assert call("generate", "MODEL", "--prompt", "c", "--beta", "2", "--seed", "3")[1] == first
+    code, many, _ = call("generate", "MODEL", "--prompt", "c", "--n", "3", "--max_tokens", "4")
+    assert (code, many.count("\n")) == (0, 3)
+
+
+def test_generate_shows_values(call):
+    code, out, _ = call("generate", "MODEL", "--prompt", "c", "--values", "--top_k", "5")
+    assert code == 0
+    assert "advantage" in out
+
+
+def test_generate_writes_rows_that_can_be_trained_on(call, tmp_path):
+    words = "generate MODEL --data DATA --n 2 --max_tokens 6 --output OUT --temperature 0.5"
+    code, out, _ = call(*words.split())
+    assert (code, out) == (0, "")
+    rows = read(tmp_path / "out" / "completions.jsonl")
+    assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in ROWS]
+    assert set(rows[0]) >= {"prompt", "completion", "completion_ids", "logprob", "truncated"}
+    assert all(row["logprob"] < 0 and len(row["completion_ids"]) <= 6 for row in rows)
+    found = summary(tmp_path / "out")
+    assert found["tokens"] == sum(len(row["completion_ids"]) for row in rows)
+    assert found["guidance"]["temperature"] == 0.5
+    code, out, _ = call("check", tmp_path / "out" / "completions.jsonl", "--tokenizer", "MODEL")
+    assert code == 0
+
+
+def test_prompts_longer_than_the_context_are_counted(call, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "b"}, {"prompt": "b" * 30}, {"prompt": "c" * 22})
+    code, out, err = call("generate", "MODEL", "--data", path)
+    assert (code, out) == (2, "")
+    assert (
+        "2 of 3 prompts (the longest has 32 tokens) leave less than 1 in the context of 24" in err
+    )
+
+
+def test_recommended_guidance_is_the_default(call, place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "copy")
+    file = tmp_path / "copy" / "value_config.json"
+    config = json.loads(file.read_text())
+    config["recommended_guidance"] = {"beta": 4.0, "top_k": 3}
+    file.write_text(json.dumps(config))
+    words = f"generate {tmp_path}/copy --prompt c --top_k 0 --output OUT"
+    assert call(*words.split())[0] == 0
+    used = summary(tmp_path / "out")["guidance"]
+    assert (used["beta"], used["top_k"]) == (4.0, None)
+
+
+def test_score_ranks_within_each_prompt(call, tmp_path):
+    code, out, _ = call("score", "MODEL", "--data", "DATA", "--output", "OUT", "--show", "2")
+    assert code == 0
+    assert "advantage" in out
+    rows = read(tmp_path / "out" / "scores.jsonl")
+    assert len(rows) == 40
+    for before, after in pairwise(rows):
+        if before["prompt"] == after["prompt"]:
+            assert before["advantage"] >= after["advantage"]
+            assert after["rank"] == before["rank"] + 1
+    assert summary(tmp_path / "out")["texts"] == 40
+
+
+def test_export(call, tmp_path):
+    code, out, _ = call("export", "MODEL", "--to", "hf", "--output", "OUT", "--beta", "2")
+    assert code == 0
+    assert "beta" in out
+    assert summary(tmp_path / "out")["beta"] == 2.0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_ctrl_c_is_130(call, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt("; step 2 is in run/checkpoints: go on with --resume")
+
+    monkeypatch.setattr("qvgpt.trainer.fit", interrupted)
+    code, out, err = call("train", "--config", "YAML", "--output", "OUT")
+    assert (code, out) == (130, "")
+    assert err == "qvgpt: interrupted; step 2 is in run/checkpoints: go on with --resume\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_one_line(call, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = call("train", "--config", "YAML", "--output", "OUT")
+    assert code == 2
+    assert "Permission denied" in err

@@ -1,0 +1,102 @@
+"""The one time convention: what a decision is, whose a reward is, and where values bootstrap."""
+
+import pytest
+import torch
+
+from qvgpt.errors import QvgptError
+from qvgpt.trajectory import Trajectory, collate
+
+END = 99
+
+
+def actions(*flags):
+    return [bool(f) for f in flags]
+
+
+def test_decisions_skip_observations():
+    episode = Trajectory(
+        tokens=[1, 2, 10, 11, 3, 4, 12, 13],
+        is_action=actions(0, 0, 1, 1, 0, 0, 1, 1),
+        reward=[0.0] * 7 + [1.0],
+        terminated=True,
+    )
+    short = Trajectory([1, 10], actions(0, 1), [0.0, 5.0], terminated=False)
+    batch = collate([episode, short], pad_id=7)
+    assert batch.tokens[1].tolist() == [1, 10, 7, 7, 7, 7, 7, 7]
+    assert batch.attention_mask.sum(1).tolist() == [8, 2]
+    assert batch.state_index.tolist() == [[1, 2, 5, 6, 7], [0, 1, 0, 0, 0]]
+    assert batch.action.tolist() == [[10, 11, 12, 13], [10, 0, 0, 0]]
+    assert batch.nonterminal.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch.ends_turn.tolist() == [actions(0, 1, 0, 1), actions(0, 0, 0, 0)]
+    assert batch.mask.tolist() == [[True] * 4, [True, False, False, False]]
+    assert batch.reward.tolist() == [[0, 0, 0, 1], [5, 0, 0, 0]]
+    assert batch.reward.dtype == torch.float32
+
+
+def test_the_picture_at_the_head_of_the_file():
+    episode = Trajectory(
+        list(range(8)), actions(0, 0, 1, 1, 0, 0, 1, 1), [0.0] * 5 + [-1.0, 0.0, 1.0], True
+    )
+    batch = collate([episode])
+    assert batch.reward.tolist() == [[0, -1, 0, 1]]  # the observation's, to the decision before
+    assert batch.ends_turn.tolist() == [actions(0, 1, 0, 1)]
+
+
+def test_rewards_of_several_observation_tokens_add_up():
+    reward = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
+    episode = Trajectory([1, 10, 2, 3, 11, 4], actions(0, 1, 0, 0, 1, 0), reward, True)
+    batch = collate([episode])
+    assert batch.reward.tolist() == [[7, 24]]
+    assert batch.reward.sum() == episode.total_reward
+    assert batch.state_index.tolist() == [[0, 3, 5]]
+    assert batch.nonterminal.tolist() == [[1, 0]]
+
+
+def test_truncated_within_a_turn_bootstraps():
+    episode = Trajectory([1, 10, 11], actions(0, 1, 1), [0.0] * 3, terminated=False)
+    batch = collate([episode], end_ids=[END])
+    assert batch.mask.tolist() == [[True, True]]
+    assert batch.nonterminal.tolist() == [[1, 1]]
+    assert batch.ends_turn.tolist() == [[False, False]]
+    assert batch.state_index.tolist() == [[0, 1, 2]]
+
+
+def test_truncated_after_a_whole_turn_has_no_target():
+    episode = Trajectory([1, 10, END], actions(0, 1, 1), [0.0] * 3, terminated=False)
+    batch = collate([episode], end_ids=[END])
+    assert batch.mask.tolist() == [[True, False]]
+    assert batch.nonterminal.tolist() == [[1, 1]]
+    assert batch.ends_turn.tolist() == [[False, True]]
+
+
+def test_truncated_after_an_observation_bootstraps_from_it():
+    episode = Trajectory([1, 10, END, 5, 6], actions(0, 1, 1, 0, 0), [0.0] * 5, terminated=False)
+    batch = collate([episode], end_ids=[END])
+    assert batch.mask.tolist() == [[True, True]]
+    assert batch.nonterminal.tolist() == [[1, 1]]
+    assert batch.ends_turn.tolist() == [[False, True]]
+    assert batch.state_index.tolist() == [[0, 1, 4]]
+
+
+def test_terminated_after_the_end_token_counts():
+    episode = Trajectory([1, 10, END], actions(0, 1, 1), [0.0, 0.0, 1.0], terminated=True)
+    batch = collate([episode], end_ids=[END])
+    assert batch.mask.all()
+    assert batch.nonterminal.tolist() == [[1, 0]]
+
+
+def test_bad_trajectories_are_refused():
+    with pytest.raises(QvgptError, match="needs a token before its first action"):
+        collate([Trajectory([10, 11], actions(1, 1), [0.0, 1.0], True)])
+    with pytest.raises(QvgptError, match="and an action"):
+        collate([Trajectory([1, 2], actions(0, 0), [0.0, 0.0], True)])
+    with pytest.raises(QvgptError, match="belongs to no decision"):
+        collate([Trajectory([1, 10], actions(0, 1), [1.0, 1.0], True)])
+    with pytest.raises(QvgptError, match="empty batch"):
+        collate([])
+
+
+def test_prompt_and_return():
+    episode = Trajectory([1, 2, 10, 3], actions(0, 0, 1, 0), [0.0, 0.0, 0.5, 0.25], True)
+    assert episode.prompt == (1, 2)
+    assert episode.total_reward == 0.75
