@@ -76,6 +76,18 @@ def test_lm_on_completions_or_on_all():
     assert LM(on="all")(everything, batch).total == 3.0
 
 
+def test_filtered_lm_learns_the_good_texts_only():
+    good = Trajectory([0, 5, 6], [False, True, True], [0.0, 0.4, 0.3], True)
+    bad = Trajectory([0, 5], [False, True], [0.0, 0.6], True)
+    batch = collate([good, bad])
+    values = Values(logprob=torch.tensor([[-1.0, -3.0], [-100.0, 0.0]]))
+    everything = Values(token_logprob=torch.tensor([[-1.0, -4.0], [-100.0, 0.0]]))
+    assert LM(min_return=0.7)(values, batch).total == 2.0
+    assert LM(on="all", min_return=0.7)(everything, batch).total == 2.5
+    assert LM(min_return=0.9)(values, batch).total == 0.0
+    assert LM(min_return=0.6)(values, batch).total == pytest.approx(104 / 3)
+
+
 def learn(objective, batch, states, steps=500):
     """Tabular Q[state, token] and V[state]; `states` [batch, steps+1] says where one is."""
     q = torch.zeros(int(states.max()) + 1, 4, requires_grad=True)

@@ -15,6 +15,9 @@ class LM:
 
     on: Literal["completions", "all"] = "completions"
     """completions: the actions only (fine-tuning). all: every token (pre-training)."""
+    min_return: float | None = None
+    """Learn only texts whose rewards sum to at least this: filtered cloning, of the best samples
+    or, where they are among the samples with their full reward, of the references."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "token_logprob"})
 
@@ -27,12 +30,14 @@ class LM:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Mean of −log π per decision, or per token."""
+        logprob, mask = values.logprob, batch.mask
         if self.on == "all":
-            assert values.token_logprob is not None
-            mask = batch.attention_mask[:, 1:]
-            return weighted_loss(mask, nll=(1.0, -values.token_logprob))
-        assert values.logprob is not None
-        return weighted_loss(batch.mask, nll=(1.0, -values.logprob))
+            logprob, mask = values.token_logprob, batch.attention_mask[:, 1:]
+        assert logprob is not None
+        if self.min_return is not None:
+            good = batch.reward.sum(1) >= self.min_return - 1e-6  # rewards may be sums of parts
+            mask = mask & good[:, None]
+        return weighted_loss(mask, nll=(1.0, -logprob))
 
 
 @dataclass(frozen=True)
