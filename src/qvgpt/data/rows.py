@@ -302,9 +302,6 @@ def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_prompt(_string(row, "prompt"))
 
 
-_prompt = prompt_tokens  # its name before it was public
-
-
 def _finish(
     row: Row, tokens: list[int], is_action: list[bool], reward: Sequence[float] | None = None
 ) -> Trajectory:
