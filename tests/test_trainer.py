@@ -12,9 +12,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
 from qvgpt.data.batches import batches
+from qvgpt.loop import FitOptions, fit
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, read_log
-from qvgpt.trainer import FitOptions, GPTShape, TokenizerConfig, TrainConfig, fit, train
+from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
 QUIET = Console(quiet=True)
 BOTH = ["LM", {"ILQL": {"gamma": 1.0}}]

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from qvgpt.envs.random_walk import RandomWalks
     from qvgpt.errors import QvgptError
     from qvgpt.evaluate import evaluate
+    from qvgpt.loop import FitOptions, fit
     from qvgpt.models.gpt import GPT
     from qvgpt.models.heads import HeadsConfig
     from qvgpt.models.value_model import ValueModel
     from qvgpt.objectives import AWAC, ILQL, LM, MonteCarlo
-    from qvgpt.trainer import fit, train
+    from qvgpt.trainer import train
     from qvgpt.trajectory import Trajectory, collate
 
     __version__: str
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AWAC": "objectives",
     "Engine": "decode.engine",
+    "FitOptions": "loop",
     "GPT": "models.gpt",
     "Guidance": "decode.policy",
     "HeadsConfig": "models.heads",
@@ -43,7 +45,7 @@ _HOMES = {
     "ValueModel": "models.value_model",
     "collate": "trajectory",
     "evaluate": "evaluate",
-    "fit": "trainer",
+    "fit": "loop",
     "generate": "decode.engine",
     "train": "trainer",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "ILQL",
     "LM",
     "Engine",
+    "FitOptions",
     "Guidance",
     "HeadsConfig",
     "MonteCarlo",

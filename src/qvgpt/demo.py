@@ -25,6 +25,7 @@ from qvgpt.decode.engine import generate, generate_with_reports
 from qvgpt.decode.policy import Guidance, joined_q
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import QvgptError
+from qvgpt.loop import FitOptions, fit
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -32,7 +33,6 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, write_report
 from qvgpt.report import table as html_table
 from qvgpt.run import read_log, write_json
-from qvgpt.trainer import FitOptions, fit
 
 OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.9, "cql_weight": 0.01}}]
 HEADS = HeadsConfig(kind="mlp")

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
@@ -19,18 +18,9 @@ from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
-from qvgpt.run import check_run, open_run, read_log, write_json
+from qvgpt.run import check_run, open_run, output_console, read_log, write_json
 from qvgpt.sampling import TextProgress, load_prompts
 from qvgpt.trajectory import Trajectory
-
-__all__ = [
-    "EvaluateConfig",
-    "compare",
-    "corpus_bleu_ci",
-    "corpus_chrf_ci",
-    "evaluate",
-    "value_diagnostics",
-]
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
@@ -216,9 +206,7 @@ def _show(rows: list[Row], metric: str, output: Path) -> None:
             "–" if row.s_per_token is None else f"{1e6 * row.s_per_token:.0f}",
             *(f"{estimate.value:.4g}" for estimate in row.metrics.values()),
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no edge to fold at
+    console = output_console()
     console.print(shown)
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -7,6 +7,7 @@ a bar on a terminal and lines elsewhere; `log.jsonl` is written always.
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -88,6 +89,11 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
+
+
+def output_console() -> Console:
+    """Standard output; wide enough for whole tables where nobody looks at it."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:

@@ -9,7 +9,7 @@ Losses see decisions only, so step k+1 follows step k even across an observation
 
     decision          0  1        2  3       the four a's
     state_index       1  2        5  6  7    the token before each; then the one that ends the text
-    reward            0 -1        0  1       what an observation brings belongs to the decision before
+    reward            0 -1        0  1       of an observation: goes to the decision before it
     ends_turn         0  1        0  1
 
 Truncated is not terminated. Where a text was cut in the middle of a turn, its last state has a

@@ -1,0 +1,336 @@
+"""Commands that are only files around a function: check, generate, score, export."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from qvgpt.data import check as linter
+from qvgpt.data.files import Row, read_rows, row_texts, scan_rows
+from qvgpt.data.rows import load_trajectories, prompt_tokens
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode import score as scoring
+from qvgpt.decode.engine import Engine, Request, TokenReport
+from qvgpt.decode.policy import Guidance
+from qvgpt.errors import QvgptError
+from qvgpt.export import export_hf
+from qvgpt.models.value_model import ValueModel
+from qvgpt.run import open_run, output_console, print_summary, write_json
+from qvgpt.sampling import write_texts
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """The data linter: what would be trained on, and every fault with its row."""
+
+    data: list[str]
+    """Files of rows: .jsonl, .csv, or a directory that `datasets` saved."""
+    tokenizer: str | None = None
+    """Directory of a tokenizer or model; none: one is trained on this data."""
+    kind: Literal["bpe", "char"] = "bpe"
+    """Which to train where none is given."""
+    max_length: int | None = None
+    """Say how many texts have more tokens than this."""
+    output: str | None = None
+    """Directory for summary.json; new or empty."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def check(config: CheckConfig) -> dict[str, Any]:
+    """Print counts, lengths, rewards, a few texts in colours, and the faults."""
+
+    for path in config.data:
+        if not Path(path).exists():
+            raise QvgptError(f"{path}: no such file")
+    output = _claim(config.output, "check", config)
+    if config.tokenizer is not None:
+        tokenizer, origin = Tokenizer.load(config.tokenizer), f"from {config.tokenizer}"
+    else:
+        rows = (row for path in config.data for row in scan_rows(path) if isinstance(row, Row))
+        tokenizer = Tokenizer.train((t for row in rows for t in row_texts(row)), config.kind)
+        origin = f"{config.kind}, trained on this data"
+    report = linter.check(config.data, tokenizer, config.max_length)
+    summary = {"tokenizer": origin, "vocab_size": tokenizer.vocab_size, **report.as_dict()}
+    if config.json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        console = output_console()
+        console.print(f"tokenizer: {origin}, {tokenizer.vocab_size} tokens", highlight=False)
+        linter.render(report, report.examples, tokenizer, console)
+    _finish(output, summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text, guided by the values."""
+
+    model: str
+    """Directory of the model."""
+    prompt: str | None = None
+    """One prompt: its text is streamed."""
+    data: str | None = None
+    """A file of rows with prompts: JSONL is written."""
+    beta: float | None = None
+    """Strength of guidance; none: what the model recommends, as for all options down to twins."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens that holds this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this likely, relative to the likeliest."""
+    candidates: Literal["base", "guided"] | None = None
+    """Which distribution top_k, top_p and min_p look at."""
+    twins: Literal["mean", "min"] | None = None
+    """How several Q heads are joined."""
+    max_tokens: int | None = None
+    """Longest text; none: what the context holds, at most 256."""
+    n: int = 1
+    """Texts a prompt."""
+    seed: int = 0
+    """The same seed gives the same texts."""
+    max_batch: int = 64
+    """Texts written at once."""
+    values: bool = False
+    """Show the tokens coloured by advantage, with their Q and V."""
+    output: str | None = None
+    """Directory for completions.jsonl and summary.json; new or empty."""
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Stream one text, or write many as JSONL."""
+
+    if (config.prompt is None) == (config.data is None):
+        raise QvgptError("generate: give either --prompt or --data")
+    model = ValueModel.from_pretrained(config.model)
+    if config.values and model.heads is None:
+        raise QvgptError(f"--values: {config.model} has no value heads")
+    guidance = _guidance(model, config)
+    texts, prompts = _prompts(model, config)
+    most = [min(config.max_tokens or 256, model.trunk.seq_len - len(p)) for p in prompts]
+    requests = [
+        Request(prompt, room, guidance, config.seed + i * config.n + k)
+        for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
+        for k in range(config.n)
+    ]
+    output = _claim(config.output, "generate", config)
+    started = time.perf_counter()
+    streamed = config.prompt is not None and config.n == 1 and not config.values
+    rows = _stream(model, requests[0]) if streamed else _write(model, requests, config)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    for i, row in enumerate(rows):
+        row["prompt"] = texts[i // config.n]
+    if config.data is not None or output is not None:
+        lines = [json.dumps({"prompt": r.pop("prompt"), **r}, ensure_ascii=False) for r in rows]
+        if output is not None:
+            (output / "completions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        else:
+            print("\n".join(lines))
+    summary = {
+        "texts": len(rows),
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "guidance": vars(guidance),
+    }
+    _finish(output, summary)
+    return summary
+
+
+def _guidance(model: ValueModel, config: GenerateConfig) -> Guidance:
+    """The recommended guidance, with what was said put over it."""
+
+    names = ("beta", "temperature", "top_k", "top_p", "min_p", "candidates", "twins")
+    said = {n: value for n in names if (value := getattr(config, n)) is not None}
+    if said.get("top_k") == 0:
+        said["top_k"] = None
+    return replace(Guidance(**(model.info.recommended_guidance or {})), **said)
+
+
+def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
+    """The prompts as given and as tokens, each with room for a completion."""
+
+    assert model.tokenizer is not None
+    if config.n < 1 or (config.max_tokens or 1) < 1 or config.max_batch < 1:
+        raise QvgptError("generate: n, max_tokens and max_batch must be at least 1")
+    if config.prompt is not None:
+        texts, prompts = [config.prompt], [model.tokenizer.encode_prompt(config.prompt)]
+    else:
+        rows = list(read_rows(config.data or ""))
+        prompts = [prompt_tokens(row, model.tokenizer) for row in rows]
+        texts = [row.fields.get("prompt", "") for row in rows]
+    context, least = model.trunk.seq_len, config.max_tokens or 1
+    too_long = sum(len(p) + least > context for p in prompts)
+    if too_long:
+        raise QvgptError(
+            f"{too_long} of {len(prompts)} prompts (the longest has {max(map(len, prompts))} "
+            f"tokens) leave less than {least} in the context of {context}: lower --max_tokens, "
+            "or shorten the prompts"
+        )
+    return texts, prompts
+
+
+def _stream(model: ValueModel, request: Any) -> list[dict[str, Any]]:
+    """Print a text while it is written."""
+
+    assert model.tokenizer is not None
+    engine = Engine(model, max_batch=1, report=True)
+    engine.submit(request)
+    written, shown, reports, cut = [], "", [], False
+    while engine.busy:
+        for event in engine.step():
+            cut = event.finished == "length"
+            written.append(event.token)
+            reports.append(event.report)
+            text = model.tokenizer.decode(written)
+            if not text.endswith("\ufffd"):  # half a character waits for the rest
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    print()
+    return [_row(shown, written, reports, cut)]
+
+
+def _write(model: ValueModel, requests: list[Any], config: GenerateConfig) -> list[dict[str, Any]]:
+    """All texts in batches, with a progress bar; printed where there is one prompt."""
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("generate", total=len(requests))
+        texts = write_texts(
+            model, requests, max_batch=config.max_batch, measure_kl=True,
+            keep_reports=range(len(requests)), on_step=lambda n, _: progress.advance(task, n),
+        )  # fmt: skip
+    for text in texts if config.prompt is not None or config.values else ():
+        _show(model, text.tokens, text.reports) if config.values else print(text.text)
+    return [_row(t.text, t.tokens, t.reports, not t.terminated) for t in texts]
+
+
+def _row(text: str, tokens: list[int], reports: Sequence[TokenReport], cut: bool) -> dict[str, Any]:
+    return {
+        "completion": text,
+        "completion_ids": tokens,
+        "truncated": cut,
+        "logprob": sum(report.logprob for report in reports),
+        "base_logprob": sum(report.base_logprob for report in reports),
+    }
+
+
+def _show(model: ValueModel, tokens: list[int], reports: Sequence[TokenReport]) -> None:
+    """The text coloured by advantage (green: better than V, red: worse), then its figures."""
+
+    assert model.tokenizer is not None
+    console, text = output_console(), Text()
+    table = Table("token", "q", "v", "advantage", "base p", "p")
+    most = max([abs(r.advantage or 0.0) for r in reports], default=0.0) or 1.0
+    for piece, report in zip(model.tokenizer.pieces(tokens), reports, strict=True):
+        advantage = report.advantage or 0.0
+        weak = round(255 * (1 - abs(advantage) / most))
+        colour = f"rgb({weak},255,{weak})" if advantage >= 0 else f"rgb(255,{weak},{weak})"
+        text.append(piece, style=f"black on {colour}")
+        figures = (report.q, report.v, advantage)
+        chances = (math.exp(report.base_logprob), math.exp(report.logprob))
+        cells = [f"{x:+.3f}" for x in figures if x is not None] + [f"{p:.3f}" for p in chances]
+        table.add_row(Text(repr(piece)[1:-1]), *cells)
+    console.print(text)
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """V, Q and A of given texts, ranked within each prompt."""
+
+    model: str
+    """Directory of a model with value heads."""
+    data: list[str] = field(default_factory=list)
+    """Files of rows; their rewards are shown but not looked at."""
+    output: str | None = None
+    """Directory for scores.jsonl and summary.json; new or empty."""
+    show: int = 50
+    """Rows of the table."""
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
+
+    if not config.data:
+        raise QvgptError("--data: missing")
+    model = ValueModel.from_pretrained(config.model)
+    if model.heads is None or model.tokenizer is None:
+        raise QvgptError(f"{config.model}: has no value heads to score with")
+    texts, _ = load_trajectories(config.data, model.tokenizer)
+    too_long = sum(len(t.tokens) > model.trunk.seq_len for t in texts)
+    if too_long:
+        context = model.trunk.seq_len
+        raise QvgptError(f"{too_long} of {len(texts)} texts are longer than the context, {context}")
+    output = _claim(config.output, "score", config)
+    rows: list[dict[str, Any]] = []
+    for text, found in zip(texts, scoring.score(model, texts), strict=True):
+        first, last = found.reports[0], found.reports[-1]
+        rows.append({
+            "prompt": model.tokenizer.decode(text.prompt),
+            "completion": model.tokenizer.decode(text.tokens[len(text.prompt) :]),
+            "v": first.v, "q": last.q, "advantage": found.advantage,
+            "logprob": found.base_logprob, "reward": text.total_reward,
+        })  # fmt: skip
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, text in enumerate(texts):
+        groups.setdefault(text.prompt, []).append(i)
+    ranked = []
+    for group in groups.values():
+        group.sort(key=lambda i: -rows[i]["advantage"])
+        ranked += [{"rank": k, **rows[i]} for k, i in enumerate(group, 1)]
+    print_summary({"texts, best of each prompt first": ranked[: config.show]}, output_console())
+    if output is not None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
+        (output / "scores.jsonl").write_text(lines, "utf-8")
+    mean = sum(row["advantage"] for row in rows) / len(rows)
+    summary = {"texts": len(rows), "prompts": len(groups), "mean_advantage": mean}
+    _finish(output, summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A guided model as an ordinary checkpoint, for engines that know nothing of values."""
+
+    model: str
+    """Directory of the model."""
+    output: str
+    """Directory for the checkpoint; new or empty."""
+    to: Literal["hf"] = "hf"
+    """Format: Hugging Face."""
+    beta: float | None = None
+    """Strength of guidance to fold in; none: what the model recommends."""
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Fold values into the LM head and say how faithful the result is."""
+
+    summary = export_hf(config.model, config.output, config.beta)
+    _finish(Path(config.output), summary)
+    return summary
+
+
+def _claim(output: str | None, command: str, config: Any) -> Path | None:
+
+    return None if output is None else open_run(output, command, vars(config))
+
+
+def _finish(output: Path | None, summary: dict[str, Any]) -> None:
+
+    if output is not None:
+        write_json(output / "summary.json", summary)
+        print(f"written to {output}", file=sys.stderr)

@@ -1,0 +1,379 @@
+"""The training loop, from data in memory to a trained model. Device and backward: Accelerate's."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from qvgpt.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+)
+from qvgpt.data.batches import batches
+from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import Objective, Objectives
+from qvgpt.run import Interruption, RunProgress
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
+
+_SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train; what to learn is said by the objectives."""
+
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever the epochs."""
+    batch_size: int = 32
+    """Texts per optimizer step."""
+    micro_batch_size: int | None = None
+    """Texts per forward; None: the whole batch at once."""
+    lr: float = 1e-3
+    """Peak learning rate of the trunk."""
+    value_lr: float | None = None
+    """Peak learning rate of the value heads; None: that of the trunk."""
+    weight_decay: float = 0.01
+    """AdamW's decay, on the trunk's matrices only."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    tau: float = 0.005
+    """Rate of the slow targets, per optimizer step."""
+    bf16: bool = False
+    """Autocast to bfloat16; the value heads stay in fp32."""
+    eval_every: int | None = None
+    """Steps between evaluations; None: once an epoch."""
+    save_every: int | None = None
+    """Steps between checkpoints; None: at evaluations, at most once a minute."""
+    keep_best: str | None = None
+    """An eval loss part (such as LM/nll) or `total`: the model of its lowest value is kept."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better one (needs keep_best)."""
+    seed: int = 0
+    """Of initial weights, data order and dropout."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the log."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning, naming the key."""
+        least = {"max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 1,
+                 "save_every": 1, "patience": 1, "warmup": 0, "final_lr": 0, "tau": 0,
+                 "weight_decay": 0, "lr": 0, "value_lr": 0}  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise QvgptError(f"fit.{name}: must be at least {low}, not {value}")
+        for name in ("epochs", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise QvgptError(f"fit.{name}: must be more than 0, not {getattr(self, name)}")
+        for name in ("warmup", "tau"):
+            if getattr(self, name) > 1:
+                raise QvgptError(f"fit.{name}: must be at most 1, not {getattr(self, name)}")
+        if self.patience and not self.keep_best:
+            raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
+
+
+class _Loop:
+    """The state of one `fit`: everything the loop touches, in one place."""
+
+    def __init__(
+        self,
+        model: ValueModel,
+        data: Sequence[Trajectory],
+        objectives: Objectives,
+        options: FitOptions,
+        eval_data: Sequence[Trajectory],
+        output: Path | None,
+    ):
+        refuse(model, data, objectives, options, eval_data)
+        self.data, self.objectives, self.options = data, objectives, options
+        self.lengths = [len(t.tokens) for t in data]
+        self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
+        total = math.ceil(options.epochs * self.steps_per_epoch)
+        self.total_steps = min(total, options.max_steps or total)
+        self.pad_id, self.end_ids = 0, ()
+        if model.tokenizer is not None:
+            template = model.tokenizer.template
+            self.pad_id, self.end_ids = template.pad, tuple(template.end_ids)
+        size = 2 * (options.micro_batch_size or options.batch_size)
+        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
+        self.eval_batches = [
+            self.collate([eval_data[i] for i in order[start : start + size]])
+            for start in range(0, len(order), size)
+        ]
+        torch.manual_seed(options.seed)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
+        )
+        self.accelerator = Accelerator()
+        self.bare = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.state = TrainState()
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.checkpoints = output / "checkpoints" if output else None
+        self.best_models = output / "best" if output else None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        assert self.checkpoints is not None
+        if newest := newest_checkpoint(self.checkpoints):
+            self.state = load_checkpoint(newest, self.bare, self.optimizer)
+
+    def run(self, progress: RunProgress) -> None:
+        """All steps still to come, with evaluations and checkpoints between them."""
+        state, options = self.state, self.options
+        eval_every = options.eval_every or self.steps_per_epoch
+        started = time.perf_counter() - state.seconds
+        saved_at, saved_step = time.monotonic(), state.step
+        with Interruption() as interruption:
+            for micro_batches in self.optimizer_steps():
+                parts = self.learn(micro_batches)
+                state.tokens += sum(int(b.attention_mask.sum()) for b in micro_batches)
+                state.seconds = time.perf_counter() - started
+                progress.step(state.step, parts, state.tokens / state.seconds)
+                at_eval = state.step % eval_every == 0 or state.step == self.total_steps
+                if at_eval and self.eval_batches:
+                    self.evaluate(progress)
+                if options.patience and state.bad_evals >= options.patience:
+                    return
+                if options.save_every:
+                    due = state.step % options.save_every == 0
+                else:
+                    due = at_eval and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+                if self.checkpoints is not None and (due or interruption.asked):
+                    save_checkpoint(self.checkpoints, self.bare, self.optimizer, state)
+                    saved_at, saved_step = time.monotonic(), state.step
+                if interruption.asked:
+                    where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
+                    raise KeyboardInterrupt(where if self.checkpoints else "")
+
+    def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
+        return collate(texts, self.pad_id, self.end_ids)
+
+    def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
+        """The micro-batches of each step still to come."""
+        while self.state.step < self.total_steps:
+            epoch, position = divmod(self.state.step, self.steps_per_epoch)
+            order = batches(self.lengths, self.options.batch_size, self.options.seed, epoch)
+            for indices in order[position:]:
+                size = self.options.micro_batch_size or len(indices)
+                parts = [indices[i : i + size] for i in range(0, len(indices), size)]
+                yield [self.collate([self.data[i] for i in part]) for part in parts]
+                if self.state.step >= self.total_steps:
+                    return
+
+    def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
+        """The loss and its parts, over all micro-batches as if they were one; with gradients.
+
+        Every decision weighs the same, however a batch is split; so does every token where an
+        objective counts those.
+        """
+        counts = [[_units(o, b) for _, o in self.objectives.terms] for b in micro_batches]
+        totals = [sum(column) for column in zip(*counts, strict=True)]
+        if not any(totals):
+            raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
+        parts: dict[str, float] = {}
+        for batch, units in zip(micro_batches, counts, strict=True):
+            shares = [n / max(total, 1) for n, total in zip(units, totals, strict=True)]
+            if not any(shares):
+                continue
+            loss, found = self.loss(batch.to(self.accelerator.device), shares)
+            for name, value in found.items():
+                parts[name] = parts.get(name, 0.0) + value
+            self.stop_if_not_finite(parts)
+            if learn:
+                self.accelerator.backward(loss)
+        return parts
+
+    def loss(
+        self, batch: TrajectoryBatch, shares: list[float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Σ weight · share · loss, and its parts times their share."""
+        # not Accelerator(mixed_precision=...): that is global to the process and set once
+        kind = self.accelerator.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.options.bf16):
+            values = self.model(batch, self.objectives.needs)
+        total = torch.zeros((), device=batch.tokens.device)
+        parts: dict[str, torch.Tensor] = {}
+        for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):
+            loss = objective(values, batch)
+            total = total + weight * share * loss.total
+            name = type(objective).__name__
+            parts |= {f"{name}/{part}": share * value for part, value in loss.parts.items()}
+        numbers = torch.stack([total.detach(), *parts.values()]).tolist()  # one wait for the device
+        return total, dict(zip(["total", *parts], numbers, strict=True))
+
+    def learn(self, micro_batches: Sequence[TrajectoryBatch]) -> dict[str, float]:
+        """One optimizer step; returns the loss parts."""
+        self.model.train()
+        parts = self.measure(micro_batches, learn=True)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        parts["grad_norm"] = float(norm) if norm is not None else math.nan
+        self.stop_if_not_finite(parts)
+        factor = learning_rate_factor(self.state.step, self.total_steps, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bare.heads is not None and self.objectives.learns_values:
+            self.bare.heads.update_targets(self.options.tau)
+        self.state.step += 1
+        return parts
+
+    def stop_if_not_finite(self, parts: dict[str, float]) -> None:
+        bad = [name for name, value in parts.items() if not math.isfinite(value)]
+        if bad:
+            raise QvgptError(
+                f"step {self.state.step + 1}: {', '.join(bad)} became NaN or infinite; "
+                "lower the learning rate or look at the rewards with `qvgpt check`"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, progress: RunProgress) -> None:
+        """Loss parts over the evaluation data, and what follows from them."""
+        self.model.eval()
+        found = self.state.eval = self.measure(self.eval_batches, learn=False)
+        progress.log(self.state.step, {f"eval/{k}": v for k, v in found.items()}, show=True)
+        name = self.options.keep_best
+        if name is None:
+            return
+        if name not in found:
+            raise QvgptError(f"fit.keep_best: no loss part {name!r}; there are {', '.join(found)}")
+        if self.state.best is not None and found[name] >= self.state.best:
+            self.state.bad_evals += 1
+            return
+        self.state.best, self.state.best_step = found[name], self.state.step
+        self.state.bad_evals = 0
+        if self.best_models is not None:
+            save_model(self.best_models, self.bare, self.state.step)
+        else:
+            self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
+
+    def restore_best(self) -> None:
+        """Put the model of the best evaluation back."""
+        if self.state.best is None:
+            return
+        if self.best_weights is not None:
+            self.bare.load_state_dict(self.best_weights)
+        elif self.best_models is not None and (best := newest_checkpoint(self.best_models)):
+            load_model(best, self.bare)
+
+
+def fit(
+    model: ValueModel,
+    data: Sequence[Trajectory],
+    objectives: Objectives,
+    options: FitOptions,
+    *,
+    eval_data: Sequence[Trajectory] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place and return a summary (steps, tokens/s, last and best losses).
+
+    With `output`, writes log.jsonl, checkpoints and, at the end, the model itself there; where
+    `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
+    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
+    The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
+    """
+    loop = _Loop(model, data, objectives, options, eval_data, output)
+    if objectives.learns_values:
+        model.info.objectives = objectives.as_list()
+        model.info.gamma = min([getattr(o, "gamma", 1.0) for _, o in objectives.terms])
+    if output is not None and resume:
+        loop.resume()
+    elif output is not None:
+        for stale in ("checkpoints", "best"):
+            shutil.rmtree(output / stale, ignore_errors=True)
+    state = loop.state
+    with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
+        loop.run(shown)
+    loop.restore_best()
+    model.eval()
+    if output is not None:
+        model.save(output)
+    return {
+        "steps": state.step,
+        "seconds": round(state.seconds, 2),
+        "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        "eval": state.eval,
+        "best": state.best,
+        "best_step": state.best_step if state.best is not None else None,
+    }
+
+
+def refuse(
+    model: ValueModel,
+    data: Sequence[Trajectory],
+    objectives: Objectives,
+    options: FitOptions,
+    eval_data: Sequence[Trajectory],
+) -> None:
+    """Raise `QvgptError` for what could only fail later, or fail silently."""
+    if not data:
+        raise QvgptError("the data set is empty: there is nothing to train on")
+    if objectives.learns_values and model.heads is None:
+        raise QvgptError("the objectives learn values, but the model has no value heads")
+    if model.trunk_is_frozen and not objectives.learns_values:
+        raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    if options.keep_best and not eval_data:
+        raise QvgptError("fit.keep_best: needs evaluation data")
+    for name, texts in (("text", data), ("evaluation text", eval_data)):
+        for i, text in enumerate(texts):
+            if not math.isfinite(sum(text.reward)):
+                raise QvgptError(f"{name} {i + 1} of {len(texts)}: its reward is NaN or infinite")
+            if len(text.tokens) > model.trunk.seq_len:
+                raise QvgptError(
+                    f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
+                    f"context of {model.trunk.seq_len}"
+                )
+
+
+def _units(objective: Objective, batch: TrajectoryBatch) -> int:
+    """What the objective takes its mean over: decisions, or all tokens but the first."""
+    if "token_logprob" in objective.needs:
+        return int(batch.attention_mask[:, 1:].sum())
+    return int(batch.mask.sum())
+
+
+def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:
+    """Linear warm-up, then a cosine down to `final_lr`."""
+    warmup = max(1, round(options.warmup * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return options.final_lr + (1 - options.final_lr) * cosine
+
+
+def _parameter_groups(model: ValueModel, options: FitOptions) -> list[dict[str, Any]]:
+    value_lr = options.lr if options.value_lr is None else options.value_lr
+    trunk = [p for p in model.trunk.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trunk if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trunk if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group |= {"lr": options.lr, "peak_lr": options.lr}
+    if model.heads is not None:
+        params = [p for p in model.heads.parameters() if p.requires_grad]
+        groups.append({"params": params, "weight_decay": 0.0, "lr": value_lr, "peak_lr": value_lr})
+    return [g for g in groups if g["params"]]
