@@ -204,6 +204,7 @@ def test_objectives_are_read_as_written():
     assert parse_objectives(parsed.as_list()) == parsed
     assert parse_objectives(parsed) is parsed
     assert parse_objectives([{"ILQL": None}]) == Objectives(((1.0, ILQL()),))
+    assert parse_objectives([{"LM": {"min_return": 1}}]).terms == ((1.0, LM(min_return=1.0)),)
 
 
 @pytest.mark.parametrize(

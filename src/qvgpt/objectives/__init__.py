@@ -99,7 +99,14 @@ def _parse_objective(entry: Any) -> tuple[float, Objective]:
 
 
 def _like(default: Any, value: Any, where: str) -> Any:
-    """The value, if it is of the default's type; whole numbers do for fractions."""
+    """The value, if it is of the default's type; whole numbers do for fractions.
+
+    An option that is None unless given is a number.
+    """
+    if default is None:
+        if value is None:
+            return None
+        default = 0.0
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
