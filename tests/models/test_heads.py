@@ -31,6 +31,31 @@ def test_every_way_of_asking_agrees(kind):
     torch.testing.assert_close(head.logsumexp(h), q.logsumexp(-1), **exact)
 
 
+def test_the_mean_kept_for_decoding_follows_every_change():
+    heads, h = make("linear"), torch.randn(5, EMBED)
+    head, slow = heads.q[0], heads.target_q[0]
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.1, fused=True)
+
+    def learn():
+        head(h)[:, 0].square().sum().backward()
+        optimizer.step()
+
+    changes = {
+        "optimizer": learn,
+        "slow copy": lambda: heads.update_targets(0.5),
+        "loading": lambda: heads.load_state_dict(make("linear", noise=1.0).state_dict()),
+        "device": lambda: heads.to(torch.float64),
+    }
+    for name, change in changes.items():
+        before = slow.mean_weight()
+        assert slow.mean_weight() is before
+        change()
+        assert torch.equal(head.mean_weight(), head.weight.mean(0)), name
+        assert torch.equal(slow.mean_weight(), slow.weight.mean(0)), name
+    assert head.mean_weight().requires_grad
+    assert not slow.mean_weight().requires_grad
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_over_tokens_is_the_baseline(kind):

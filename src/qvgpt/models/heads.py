@@ -72,6 +72,7 @@ class QHead(nn.Module):
         width = {"linear": embed_dim, "low_rank": config.rank, "mlp": 2 * embed_dim}[config.kind]
         self.baseline = StateHead(embed_dim, config.v)
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+        self._mean: tuple[tuple[int, int], Tensor] | None = None
         if config.kind == "low_rank":
             self.project = nn.Linear(embed_dim, width, bias=False)
         elif config.kind == "mlp":
@@ -84,16 +85,26 @@ class QHead(nn.Module):
         projected = self.project(hidden)
         return projected.relu() if self.kind == "mlp" else projected
 
+    def mean_weight(self) -> Float[Tensor, "features"]:
+        """w̄; that of a slow copy is kept until the copy moves, for decoding asks at each token."""
+        if self.weight.requires_grad:
+            return self.weight.mean(0)
+        # in-place changes count up; only fused optimizers do not, which never touch a slow copy
+        state = (self.weight._version, self.weight.data_ptr())
+        if self._mean is None or self._mean[0] != state:
+            self._mean = (state, self.weight.mean(0))
+        return self._mean[1]
+
     def centred_weight(self) -> Float[Tensor, "vocab features"]:
         """wₐ − w̄."""
-        return self.weight - self.weight.mean(0)
+        return self.weight - self.mean_weight()
 
     def of(
         self, hidden: Float[Tensor, "rows embed"], token: Int[Tensor, "rows"]
     ) -> Float[Tensor, "rows"]:
         """Q of one token per row, reading only that token's weights (and their mean)."""
         f = self.features(hidden)
-        return self.baseline(hidden) + gather_dot(f, self.weight, token) - f @ self.weight.mean(0)
+        return self.baseline(hidden) + gather_dot(f, self.weight, token) - f @ self.mean_weight()
 
     def of_many(
         self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
@@ -101,17 +112,17 @@ class QHead(nn.Module):
         """Q of several candidate tokens per row."""
         f = self.features(hidden)
         taken = torch.einsum("rf,rcf->rc", f, self.weight[tokens])
-        return taken + (self.baseline(hidden) - f @ self.weight.mean(0))[:, None]
+        return taken + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
 
     def forward(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows vocab"]:
         """Q of every token."""
         f = self.features(hidden)
-        return f @ self.centred_weight().T + self.baseline(hidden)[:, None]
+        return f @ self.weight.T + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
 
     def logsumexp(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows"]:
         """log Σₐ exp Q(s, a), in chunks."""
         f = self.features(hidden)
-        return logsumexp(f, self.weight) - f @ self.weight.mean(0) + self.baseline(hidden)
+        return logsumexp(f, self.weight) - f @ self.mean_weight() + self.baseline(hidden)
 
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The matrix F with A(s, a) = Fₐ · h up to a number per state, where there is one."""
