@@ -148,8 +148,8 @@ def test_a_stopped_collection_goes_on_to_the_same_file(task, tmp_path, monkeypat
             raise KeyboardInterrupt
         return collecting_write(*args, **kwargs)
 
-    collecting_write = collecting.write_texts
-    monkeypatch.setattr(collecting, "write_texts", stop_after_one)
+    collecting_write = collecting.write
+    monkeypatch.setattr(collecting, "write", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         collect(stopped)
     monkeypatch.undo()

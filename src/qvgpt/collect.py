@@ -15,13 +15,13 @@ from typing import Any
 
 from qvgpt.data.rows import FORMS, Row
 from qvgpt.data.tokenizer import Tokenizer
-from qvgpt.decode.engine import Request
+from qvgpt.decode.engine import Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.rewards import Metric, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import check_run, open_run, write_json
-from qvgpt.sampling import Text, TextProgress, load_prompts, write_texts
+from qvgpt.sampling import TextProgress, load_prompts
 
 _KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
@@ -97,7 +97,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
             requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
-            texts = write_texts(model, requests, max_batch=config.max_batch, on_step=progress.step)
+            texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
             groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
             found = [
                 _collected(rows[i], group, reward, model, config)
@@ -118,7 +118,6 @@ def collect(config: CollectConfig) -> dict[str, Any]:
 
 def _requests(prompt: Sequence[int], index: int, config: CollectConfig) -> list[Request]:
     """The K requests of one prompt; seeds are those of prompt and sample alone."""
-    first = config.seed * 1_000_003 + index * config.samples
     return [
         Request(
             prompt,
@@ -130,7 +129,7 @@ def _requests(prompt: Sequence[int], index: int, config: CollectConfig) -> list[
                 top_p=config.top_p,
                 min_p=config.min_p,
             ),
-            first + k,
+            row_seed(config.seed, index * config.samples + k),
         )
         for k in range(config.samples)
     ]

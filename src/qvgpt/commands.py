@@ -4,28 +4,25 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as Coloured
 
 from qvgpt.data import check as linter
-from qvgpt.data.files import Row, read_rows, row_texts, scan_rows
-from qvgpt.data.rows import load_trajectories, prompt_tokens
+from qvgpt.data.files import Row, row_texts, scan_rows
+from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
-from qvgpt.decode.engine import Engine, Request, TokenReport
+from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
-from qvgpt.sampling import write_texts
+from qvgpt.sampling import TextProgress, check_room, load_prompts
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,6 @@ class CheckConfig:
 
 def check(config: CheckConfig) -> dict[str, Any]:
     """Print counts, lengths, rewards, a few texts in colours, and the faults."""
-
     for path in config.data:
         if not Path(path).exists():
             raise QvgptError(f"{path}: no such file")
@@ -111,7 +107,6 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Stream one text, or write many as JSONL."""
-
     if (config.prompt is None) == (config.data is None):
         raise QvgptError("generate: give either --prompt or --data")
     model = ValueModel.from_pretrained(config.model)
@@ -121,24 +116,23 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     texts, prompts = _prompts(model, config)
     most = [min(config.max_tokens or 256, model.trunk.seq_len - len(p)) for p in prompts]
     requests = [
-        Request(prompt, room, guidance, config.seed + i * config.n + k)
+        Request(prompt, room, guidance, row_seed(config.seed, i * config.n + k))
         for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
         for k in range(config.n)
     ]
     output = _claim(config.output, "generate", config)
     started = time.perf_counter()
     streamed = config.prompt is not None and config.n == 1 and not config.values
-    rows = _stream(model, requests[0]) if streamed else _write(model, requests, config)
+    written = [_stream(model, requests[0])] if streamed else _write(model, requests, config)
     seconds = time.perf_counter() - started
-    tokens = sum(len(row["completion_ids"]) for row in rows)
-    for i, row in enumerate(rows):
-        row["prompt"] = texts[i // config.n]
+    rows = [_row(texts[i // config.n], text) for i, text in enumerate(written)]
     if config.data is not None or output is not None:
-        lines = [json.dumps({"prompt": r.pop("prompt"), **r}, ensure_ascii=False) for r in rows]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if output is not None:
-            (output / "completions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+            (output / "completions.jsonl").write_text(lines, "utf-8")
         else:
-            print("\n".join(lines))
+            print(lines, end="")
+    tokens = sum(len(text.tokens) for text in written)
     summary = {
         "texts": len(rows),
         "tokens": tokens,
@@ -152,7 +146,6 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
 def _guidance(model: ValueModel, config: GenerateConfig) -> Guidance:
     """The recommended guidance, with what was said put over it."""
-
     names = ("beta", "temperature", "top_k", "top_p", "min_p", "candidates", "twins")
     said = {n: value for n in names if (value := getattr(config, n)) is not None}
     if said.get("top_k") == 0:
@@ -162,80 +155,65 @@ def _guidance(model: ValueModel, config: GenerateConfig) -> Guidance:
 
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
     """The prompts as given and as tokens, each with room for a completion."""
-
     assert model.tokenizer is not None
     if config.n < 1 or (config.max_tokens or 1) < 1 or config.max_batch < 1:
         raise QvgptError("generate: n, max_tokens and max_batch must be at least 1")
-    if config.prompt is not None:
-        texts, prompts = [config.prompt], [model.tokenizer.encode_prompt(config.prompt)]
-    else:
-        rows = list(read_rows(config.data or ""))
-        prompts = [prompt_tokens(row, model.tokenizer) for row in rows]
-        texts = [row.fields.get("prompt", "") for row in rows]
-    context, least = model.trunk.seq_len, config.max_tokens or 1
-    too_long = sum(len(p) + least > context for p in prompts)
-    if too_long:
-        raise QvgptError(
-            f"{too_long} of {len(prompts)} prompts (the longest has {max(map(len, prompts))} "
-            f"tokens) leave less than {least} in the context of {context}: lower --max_tokens, "
-            "or shorten the prompts"
-        )
-    return texts, prompts
+    least = config.max_tokens or 1
+    if config.data is not None:
+        rows, prompts = load_prompts(config.data, model, least)
+        return [row.fields.get("prompt", "") for row in rows], prompts
+    prompts = [model.tokenizer.encode_prompt(config.prompt or "")]
+    check_room(prompts, model, least)
+    return [config.prompt], prompts
 
 
-def _stream(model: ValueModel, request: Any) -> list[dict[str, Any]]:
+def _stream(model: ValueModel, request: Request) -> Text:
     """Print a text while it is written."""
+    tokenizer, written, shown = model.tokenizer, [], ""
+    assert tokenizer is not None
 
-    assert model.tokenizer is not None
-    engine = Engine(model, max_batch=1, report=True)
-    engine.submit(request)
-    written, shown, reports, cut = [], "", [], False
-    while engine.busy:
-        for event in engine.step():
-            cut = event.finished == "length"
-            written.append(event.token)
-            reports.append(event.report)
-            text = model.tokenizer.decode(written)
-            if not text.endswith("\ufffd"):  # half a character waits for the rest
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-    print()
-    return [_row(shown, written, reports, cut)]
+    def show(events: list[TokenEvent]) -> None:
+        nonlocal shown
+        written.extend(event.token for event in events)
+        text = tokenizer.decode_completion(written)
+        if not text.endswith("\ufffd"):  # half a character waits for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    [text] = write(model, [request], report=True, on_step=show)
+    print(text.text[len(shown) :])
+    return text
 
 
-def _write(model: ValueModel, requests: list[Any], config: GenerateConfig) -> list[dict[str, Any]]:
+def _write(model: ValueModel, requests: list[Request], config: GenerateConfig) -> list[Text]:
     """All texts in batches, with a progress bar; printed where there is one prompt."""
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("generate", total=len(requests))
-        texts = write_texts(
-            model, requests, max_batch=config.max_batch, measure_kl=True,
-            keep_reports=range(len(requests)), on_step=lambda n, _: progress.advance(task, n),
-        )  # fmt: skip
+    with TextProgress("generate", len(requests)) as progress:
+        texts = write(
+            model, requests, max_batch=config.max_batch, report=True, on_step=progress.step
+        )
     for text in texts if config.prompt is not None or config.values else ():
-        _show(model, text.tokens, text.reports) if config.values else print(text.text)
-    return [_row(t.text, t.tokens, t.reports, not t.terminated) for t in texts]
+        _show(model, text) if config.values else print(text.text)
+    return texts
 
 
-def _row(text: str, tokens: list[int], reports: Sequence[TokenReport], cut: bool) -> dict[str, Any]:
+def _row(prompt: Any, text: Text) -> dict[str, Any]:
     return {
-        "completion": text,
-        "completion_ids": tokens,
-        "truncated": cut,
-        "logprob": sum(report.logprob for report in reports),
-        "base_logprob": sum(report.base_logprob for report in reports),
+        "prompt": prompt,
+        "completion": text.text,
+        "completion_ids": text.tokens,
+        "truncated": not text.terminated,
+        "logprob": sum(report.logprob for report in text.reports),
+        "base_logprob": sum(report.base_logprob for report in text.reports),
     }
 
 
-def _show(model: ValueModel, tokens: list[int], reports: Sequence[TokenReport]) -> None:
+def _show(model: ValueModel, written: Text) -> None:
     """The text coloured by advantage (green: better than V, red: worse), then its figures."""
-
     assert model.tokenizer is not None
-    console, text = output_console(), Text()
+    console, text = output_console(), Coloured()
     table = Table("token", "q", "v", "advantage", "base p", "p")
-    most = max([abs(r.advantage or 0.0) for r in reports], default=0.0) or 1.0
-    for piece, report in zip(model.tokenizer.pieces(tokens), reports, strict=True):
+    most = max([abs(r.advantage or 0.0) for r in written.reports], default=0.0) or 1.0
+    for piece, report in zip(model.tokenizer.pieces(written.tokens), written.reports, strict=True):
         advantage = report.advantage or 0.0
         weak = round(255 * (1 - abs(advantage) / most))
         colour = f"rgb({weak},255,{weak})" if advantage >= 0 else f"rgb(255,{weak},{weak})"
@@ -243,7 +221,7 @@ def _show(model: ValueModel, tokens: list[int], reports: Sequence[TokenReport]) 
         figures = (report.q, report.v, advantage)
         chances = (math.exp(report.base_logprob), math.exp(report.logprob))
         cells = [f"{x:+.3f}" for x in figures if x is not None] + [f"{p:.3f}" for p in chances]
-        table.add_row(Text(repr(piece)[1:-1]), *cells)
+        table.add_row(Coloured(repr(piece)[1:-1]), *cells)
     console.print(text)
     console.print(table)
 
@@ -264,7 +242,6 @@ class ScoreConfig:
 
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
-
     if not config.data:
         raise QvgptError("--data: missing")
     model = ValueModel.from_pretrained(config.model)
@@ -318,7 +295,6 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Fold values into the LM head and say how faithful the result is."""
-
     summary = export_hf(config.model, config.output, config.beta)
     _finish(Path(config.output), summary)
     return summary

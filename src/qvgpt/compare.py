@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Float
 
 from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
-from qvgpt.decode.engine import Request
+from qvgpt.decode.engine import OnStep, Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.returns import lambda_returns
-from qvgpt.sampling import OnStep, Text, write_texts
 from qvgpt.trajectory import Trajectory, collate
 
 Score = Callable[[list[str], list[int]], list[float]]
@@ -278,11 +277,11 @@ def _write(
     """Every prompt's samples, measured and scored."""
     owners, requests = _requests(prompts, guidance, options)
     shown = {owners.index(i) for i in range(min(options.keep_reports, len(prompts)))}
-    texts = write_texts(
+    texts = write(
         model,
         requests,
         max_batch=options.max_batch,
-        measure_kl=True,
+        report=True,
         keep_reports=shown,
         on_step=on_step,
     )
@@ -296,9 +295,9 @@ def _requests(
     """Each text's prompt and request; sample k of a prompt has the same seed in every method."""
     copies = 1 if guidance.temperature == 0 else options.samples
     owners = [i for i in range(len(prompts)) for _ in range(copies)]
-    first = options.seed * 1_000_003
+    seed, samples = options.seed, options.samples
     return owners, [
-        Request(prompt, options.max_tokens, guidance, first + i * options.samples + k)
+        Request(prompt, options.max_tokens, guidance, row_seed(seed, i * samples + k))
         for i, prompt in enumerate(prompts)
         for k in range(copies)
     ]
@@ -317,7 +316,7 @@ def _time(
         for name, guidance in guidances.items():
             requests = _requests(prompts, guidance, options)[1][: options.timing]
             started = time.perf_counter()
-            texts = write_texts(model, requests, max_batch=options.max_batch)
+            texts = write(model, requests, max_batch=options.max_batch)
             rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
             best[name] = min(rate, best.get(name, rate))
     return best

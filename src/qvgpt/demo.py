@@ -21,7 +21,7 @@ from rich.table import Table
 from qvgpt.bootstrap import spearman
 from qvgpt.data.rows import Row, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
-from qvgpt.decode.engine import generate, generate_with_reports
+from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.policy import Guidance, joined_q
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import QvgptError
@@ -229,12 +229,10 @@ def _coloured_walks(model: ValueModel, walks: RandomWalks) -> str:
     for start in starts:
         for guidance in (Guidance(), GUIDANCE):
             prompt = tokenizer.encode_prompt(start)
-            [(completion, reports)] = generate_with_reports(
-                model, [prompt], guidance, max_tokens=MAX_NODES + 1, seed=1
-            )
+            [text] = write(model, [Request(prompt, MAX_NODES + 1, guidance, seed=1)], report=True)
             tokens = [TokenValue(start, is_action=False)]
-            pieces = tokenizer.pieces(completion.tokens)
-            for piece, r in zip(pieces, reports, strict=True):
+            pieces = tokenizer.pieces(text.tokens)
+            for piece, r in zip(pieces, text.reports, strict=True):
                 probabilities = torch.tensor([r.base_logprob, r.logprob]).exp().tolist()
                 tokens.append(TokenValue(piece, r.advantage, r.q, r.v, *probabilities))  # type: ignore[arg-type]
             html.append(coloured_text(tokens, scale=0.5, legend=not html))

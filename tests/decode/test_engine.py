@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qvgpt.decode import engine as engine_module
-from qvgpt.decode.engine import Engine, Request, generate, generate_with_reports
+from qvgpt.decode.engine import Engine, Request, generate, row_seed, write
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.errors import QvgptError
 
@@ -38,9 +38,8 @@ def alone(model, request):
 @pytest.mark.parametrize("max_batch", [64, 2])
 def test_a_batch_writes_what_each_writes_alone(model, guidance, max_batch):
     together = generate(model, PROMPTS, guidance, max_tokens=20, seed=5, max_batch=max_batch)
-    for i, prompt in enumerate(PROMPTS):
-        (single,) = generate(model, [prompt], guidance, max_tokens=20, seed=5 + i)
-        assert together[i] == single
+    for i, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True)):
+        assert text.tokens == alone(model, Request(prompt, 20, guidance, row_seed(5, i)))
 
 
 @torch.no_grad()
@@ -72,6 +71,12 @@ def test_the_same_seed_gives_the_same_text(model):
     once = generate(model, PROMPTS, max_tokens=20, seed=1)
     assert once == generate(model, PROMPTS, max_tokens=20, seed=1)
     assert once != generate(model, PROMPTS, max_tokens=20, seed=100)
+
+
+def test_other_seeds_share_no_random_numbers(model):
+    """Were row i seeded with seed + i, seed 1 would write seed 0's texts again, one row up."""
+    one, two = (generate(model, [[1]] * 30, max_tokens=20, seed=seed) for seed in (0, 1))
+    assert not [i for i in range(29) if one[i + 1] == two[i] and len(two[i].tokens) > 3]
 
 
 def test_samples_of_one_prompt_share_its_reading(model):
@@ -195,10 +200,10 @@ def test_reports_are_true(make_model, twins):
     model = make_model("mlp")
     guidance = Guidance(beta=1.5, temperature=0.7, top_p=0.9, twins=twins)
     prompt = [1, 9, 2]
-    ((completion, reports),) = generate_with_reports(model, [prompt], guidance, max_tokens=8)
-    text = prompt + completion.tokens
+    (written,) = write(model, [Request(prompt, 8, guidance)], report=True)
+    text = prompt + written.tokens
     states = model.trunk.hidden(torch.tensor([text]))[0]
-    for i, (token, report) in enumerate(zip(completion.tokens, reports, strict=True)):
+    for i, (token, report) in enumerate(zip(written.tokens, written.reports, strict=True)):
         h = states[len(prompt) - 1 + i]
         base = (model.trunk.output_weight @ h).log_softmax(-1)
         both = torch.stack([head(h[None])[0] for head in model.heads.target_q])
@@ -221,19 +226,26 @@ def test_reports_are_true(make_model, twins):
 
 
 def test_reports_without_heads_know_no_values(plain):
-    ((_, reports),) = generate_with_reports(plain, [[1]], max_tokens=3)
+    reports = write(plain, [Request([1], 3)], report=True)[0].reports
     assert all(r.q is None and r.v is None and r.advantage is None for r in reports)
     assert all(r.kl == 0 and r.base_logprob == r.logprob for r in reports)
 
 
 def test_a_report_changes_no_text(model):
     guidance = GUIDANCES["folded"]
-    reported = generate_with_reports(model, PROMPTS, guidance, max_tokens=15)
-    assert [c for c, _ in reported] == generate(model, PROMPTS, guidance, max_tokens=15)
+    requests = [Request(p, 15, guidance, seed=i) for i, p in enumerate(PROMPTS)]
+    silent, reported = write(model, requests), write(model, requests, report=True)
+    assert [t.tokens for t in silent] == [t.tokens for t in reported]
+    assert not any(t.reports for t in silent)
 
 
-def test_progress_is_told(model):
+def test_what_is_written_is_told_step_by_step(model):
     told = []
-    generate(model, PROMPTS, max_tokens=5, on_done=told.append)
-    assert told == sorted(told)
-    assert told[-1] == len(PROMPTS)
+    requests = [Request(p, 5, seed=i) for i, p in enumerate(PROMPTS)]
+    texts = write(model, requests, report=True, keep_reports=[2], on_step=told.append)
+    events = [event for step in told for event in step]
+    assert len(events) == sum(len(t.tokens) for t in texts)
+    assert sum(e.finished is not None for e in events) == len(PROMPTS)
+    assert [len(t.reports) for t in texts] == [0, 0, len(texts[2].tokens), 0, 0, 0]
+    assert texts[2].kl == sum(r.kl for r in texts[2].reports)
+    assert texts[2].text == model.tokenizer.decode_completion(texts[2].tokens)

@@ -203,11 +203,28 @@ def test_sampling_frequencies_and_greedy():
     tokens = torch.tensor([[15, 14, 13, 12, 11, 10]])
     policy = NextToken(tokens.expand(n, -1), p.log().expand(n, -1), p.log().expand(n, -1))
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    token, place = policy.sample(uniform, greedy=False)
+    token, place = policy.sample(uniform)
     frequency = torch.bincount(place, minlength=6) / n
     torch.testing.assert_close(frequency, p[0], atol=0.012, rtol=0)
     assert torch.equal(token, tokens[0][place])
-    assert (policy.sample(uniform, greedy=True)[0] == 14).all()
+    assert (policy.greedy().sample(uniform)[0] == 14).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "guidance",
+    [Guidance(), Guidance(beta=1.3), Guidance(beta=1.3, top_k=4), Guidance(beta=1.3, top_p=0.5)],
+)
+def test_greedy_is_all_probability_on_the_best(model, guidance):
+    h = states(model)
+    policy = next_token(model, h, Guidance(**{**vars(guidance), "temperature": 0.0}))
+    best = dense(next_token(model, h, guidance), 35).argmax(-1)
+    base = (h @ model.trunk.output_weight.T).log_softmax(-1)
+    assert torch.equal(policy.tokens[:, 0], best)
+    assert policy.logprob.eq(0).all()
+    expected = -base.gather(1, best[:, None])[:, 0]
+    torch.testing.assert_close(policy.kl(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(policy.sample(torch.rand(len(h)))[0], best)
 
 
 @pytest.mark.parametrize("p", [[0.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
@@ -216,8 +233,8 @@ def test_the_edges_pick_no_impossible_token(p):
     policy = NextToken(torch.arange(4)[None], logprob, logprob)
     possible = [i for i, x in enumerate(p) if x]
     for dtype in (torch.float32, torch.float64):
-        low = policy.sample(torch.zeros(1, dtype=dtype), greedy=False)[0].item()
+        low = policy.sample(torch.zeros(1, dtype=dtype))[0].item()
         assert low == possible[0]
         for u in (1.0, 1 - 2**-53, 1 - 2**-24):
-            high = policy.sample(torch.tensor([u], dtype=dtype), greedy=False)[0].item()
+            high = policy.sample(torch.tensor([u], dtype=dtype))[0].item()
             assert high == possible[-1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qvgpt.decode.engine import generate_with_reports
+from qvgpt.decode.engine import Request, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import score
 from qvgpt.errors import QvgptError
@@ -36,13 +36,17 @@ def as_tensor(reports):
 def test_scores_are_the_engines_reports(make_model, kind, guidance, chunk, monkeypatch):
     monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
     model = make_model(kind)
-    written = generate_with_reports(model, PROMPTS, guidance, max_tokens=12)
-    texts = [as_trajectory(p, c) for p, (c, _) in zip(PROMPTS, written, strict=True)]
+    requests = [Request(p, 12, guidance, seed=i) for i, p in enumerate(PROMPTS)]
+    written = write(model, requests, report=True)
+    texts = [as_trajectory(p, text) for p, text in zip(PROMPTS, written, strict=True)]
     scores = score(model, texts, guidance, batch_size=3)
-    for found, (completion, reports) in zip(scores, written, strict=True):
-        assert found.tokens == completion.tokens
+    for found, text in zip(scores, written, strict=True):
+        reports = text.reports
+        assert found.tokens == text.tokens
         torch.testing.assert_close(as_tensor(found.reports), as_tensor(reports), atol=1e-5, rtol=0)
-        assert found.kl == pytest.approx(sum(r.kl for r in reports), abs=1e-4)
+        assert found.kl == pytest.approx(text.kl, abs=1e-4)
+        if guidance.temperature == 0:
+            assert (found.logprob, found.kl) == (0.0, pytest.approx(-found.base_logprob))
         assert found.logprob == pytest.approx(sum(r.logprob for r in reports), abs=1e-4)
         assert found.advantage == pytest.approx(sum(r.q - r.v for r in reports), abs=1e-4)
 

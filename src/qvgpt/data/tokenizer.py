@@ -162,6 +162,11 @@ class Tokenizer:
         """The text of `ids`, without the special tokens unless `skip_special` is False."""
         return self._hf.decode(list(ids), skip_special_tokens=skip_special)
 
+    def decode_completion(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, without the end token, special or not, where one was sampled."""
+        ends = bool(ids) and ids[-1] in self.template.end_ids
+        return self.decode(ids[:-1] if ends else ids)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One string per id, for display; special tokens by name.
 

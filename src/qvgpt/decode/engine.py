@@ -5,13 +5,13 @@
     while engine.busy:
         for event in engine.step(): ...
 
-`generate` is this loop over a list of prompts.
+`write` is this loop over a list of requests, `generate` over a list of prompts.
 """
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -48,9 +48,10 @@ class TokenReport:
     base_logprob: float
     """log π₀, over the whole vocabulary at temperature 1."""
     logprob: float
-    """log π of the distribution sampled from."""
+    """log π of the distribution sampled from; greedy is one on a single token."""
     kl: float
-    """KL(π ‖ π₀) of the step, in nats, exact."""
+    """KL(π ‖ π₀) of the step, in nats, exact; π₀ is the plain model, untruncated, at
+    temperature 1."""
     q: float | None
     """Expected return of the text continued with this token."""
     v: float | None
@@ -70,6 +71,25 @@ class TokenEvent:
     token: int
     finished: Literal["end", "length", "stop"] | None
     report: TokenReport | None = None
+
+
+OnStep = Callable[[list[TokenEvent]], None]
+"""Told the events of each step."""
+
+
+@dataclass
+class Text:
+    """What was written to one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    """As sampled, the end token included where one came."""
+    text: str = ""
+    """The same as text, where the model has a tokenizer."""
+    terminated: bool = False
+    """False if the length limit cut it."""
+    kl: float = 0.0
+    """Σ over its tokens of KL(π ‖ π₀), where reports were asked for."""
+    reports: list[TokenReport] = field(default_factory=list)
 
 
 @dataclass
@@ -159,7 +179,7 @@ class Engine:
         picked = self._distribution(hidden, guidance)
         numbers = [row.random.random() for row in rows]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=hidden.device)
-        token, place = picked.sample(uniform, greedy=guidance.temperature == 0)
+        token, place = picked.sample(uniform)
         reports = self._reports(hidden, guidance, picked, token, place) if self.report else None
         events = []
         for i, (slot, row, t) in enumerate(zip(slots, rows, token.tolist(), strict=True)):
@@ -267,6 +287,11 @@ class Engine:
         self._slots = [self._slots[i] for i in active]
 
 
+def row_seed(seed: int, row: int) -> int:
+    """The seed of one of many texts; two runs with different `seed`s share none."""
+    return seed * 1_000_003 + row
+
+
 def generate(
     model: ValueModel,
     prompts: Sequence[Sequence[int]],
@@ -276,47 +301,46 @@ def generate(
     seed: int = 0,
     max_batch: int = 64,
     stop: Sequence[str] = (),
-    on_done: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Write one completion per prompt; row i is seeded with `seed + i`.
-
-    `on_done` is called with the number of finished texts. Results are in the order of prompts.
-    """
-    return [c for c, _ in generate_with_reports(
-        model, prompts, guidance, max_tokens=max_tokens, seed=seed, max_batch=max_batch,
-        stop=stop, on_done=on_done, report=False,
-    )]  # fmt: skip
-
-
-def generate_with_reports(
-    model: ValueModel,
-    prompts: Sequence[Sequence[int]],
-    guidance: Guidance | None = None,
-    *,
-    max_tokens: int = 128,
-    seed: int = 0,
-    max_batch: int = 64,
-    stop: Sequence[str] = (),
-    on_done: Callable[[int], None] | None = None,
-    report: bool = True,
-) -> list[tuple[Completion, list[TokenReport]]]:
-    """Like `generate`, with a report on every token."""
-    engine = Engine(model, max_batch, report)
-    request = Request((), max_tokens, guidance or Guidance(), seed, stop)
-    ids = [
-        engine.submit(replace(request, tokens=prompt, seed=seed + i))
+    """Write one completion per prompt, in their order; row i is seeded with `row_seed(seed, i)`."""
+    guidance = guidance or Guidance()
+    requests = [
+        Request(prompt, max_tokens, guidance, row_seed(seed, i), stop)
         for i, prompt in enumerate(prompts)
     ]
-    tokens: dict[int, list[int]] = {i: [] for i in ids}
-    reports: dict[int, list[TokenReport]] = {i: [] for i in ids}
-    ended: dict[int, bool] = {}
+    return [Completion(t.tokens, t.terminated) for t in write(model, requests, max_batch=max_batch)]
+
+
+def write(
+    model: ValueModel,
+    requests: Sequence[Request],
+    *,
+    max_batch: int = 64,
+    report: bool = False,
+    keep_reports: Collection[int] | None = None,
+    on_step: OnStep | None = None,
+) -> list[Text]:
+    """One text per request, in their order.
+
+    `report` has every token reported on, which is slower and gives `kl`; the reports themselves
+    are kept for the requests whose index is in `keep_reports` (None: for all).
+    """
+    engine = Engine(model, max_batch, report)
+    place = {engine.submit(request): i for i, request in enumerate(requests)}
+    texts = [Text() for _ in requests]
     while engine.busy:
-        for event in engine.step():
-            tokens[event.request_id].append(event.token)
+        events = engine.step()
+        for event in events:
+            i = place[event.request_id]
+            texts[i].tokens.append(event.token)
+            texts[i].terminated = event.finished in ("end", "stop")
             if event.report is not None:
-                reports[event.request_id].append(event.report)
-            if event.finished:
-                ended[event.request_id] = event.finished != "length"
-        if on_done is not None:
-            on_done(len(ended))
-    return [(Completion(tokens[i], ended[i]), reports[i]) for i in ids]
+                texts[i].kl += event.report.kl
+                if keep_reports is None or i in keep_reports:
+                    texts[i].reports.append(event.report)
+        if on_step is not None:
+            on_step(events)
+    if model.tokenizer is not None:
+        for text in texts:
+            text.text = model.tokenizer.decode_completion(text.tokens)
+    return texts

@@ -1,6 +1,6 @@
 """How values change what is sampled: π(a|s) ∝ π₀(a|s)·exp(β·A(s,a)), and in which order.
 
-    base log-probs → candidates → + β·Q → ÷ temperature → sample
+    base log-probs → candidates → + β·Q → ÷ temperature → sample     (temperature 0: the best one)
 
 V(s) is the same for every next token, so it cancels: only Q is added. Candidates (top_k, top_p,
 min_p) are taken from the base distribution, so that values choose among what the model might
@@ -72,23 +72,33 @@ class NextToken:
     """Of the whole vocabulary at temperature 1. Meaningless on the folded path."""
 
     def sample(
-        self, uniform: Float[Tensor, "rows"], greedy: bool
+        self, uniform: Float[Tensor, "rows"]
     ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
         """One token per row from one number in [0, 1) per row; also its place among candidates."""
-        if greedy:
-            place = self.logprob.argmax(-1)
-        else:
-            cumulative = self.logprob.double().exp().cumsum(-1)
-            total = cumulative[:, -1:]
-            level = uniform.double()[:, None] * total
-            last = (cumulative < total).sum(-1)  # of the tokens that are possible at all
-            place = (cumulative <= level).sum(-1).minimum(last)
+        cumulative = self.logprob.double().exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        level = uniform.double()[:, None] * total
+        last = (cumulative < total).sum(-1)  # of the tokens that are possible at all
+        place = (cumulative <= level).sum(-1).minimum(last)
         return self.tokens.gather(1, place[:, None])[:, 0], place
 
     def kl(self) -> Float[Tensor, "rows"]:
-        """KL(guided ‖ base) of this step, the base over its whole vocabulary."""
+        """KL(guided ‖ base) of this step, the base over its whole vocabulary.
+
+        Rounding may put that of equal distributions a little below 0: it is 0 then.
+        """
         p = self.logprob.exp()
-        return (p * (self.logprob - self.base_logprob)).where(p > 0, 0.0).sum(-1)
+        kl = (p * (self.logprob - self.base_logprob)).where(p > 0, 0.0).sum(-1)
+        return kl.clamp(min=0.0)
+
+    def greedy(self) -> "NextToken":
+        """All probability on the likeliest candidate, so that log π is 0 and KL is −log π₀."""
+        place = self.logprob.argmax(-1, keepdim=True)
+        return NextToken(
+            self.tokens.gather(1, place),
+            torch.zeros_like(place, dtype=self.logprob.dtype),
+            self.base_logprob.gather(1, place),
+        )
 
 
 def guided_logprob(
@@ -96,7 +106,10 @@ def guided_logprob(
     q: Float[Tensor, "rows candidates"] | None,
     guidance: Guidance,
 ) -> Float[Tensor, "rows candidates"]:
-    """log π over the given candidates: truncation, guidance and temperature in their order."""
+    """log π over the given candidates: truncation, guidance and temperature in their order.
+
+    At temperature 0 that of temperature 1: its mode is what greedy decoding picks.
+    """
     logits = base_logprob
     if guidance.candidates == "base":
         logits = _truncate(logits, guidance)
@@ -119,7 +132,7 @@ def next_token(
 
     Three ways, same result: with `folded` (LM head + β·Q as one matrix) it costs what the plain
     model costs but knows no base log-probs; with base top-k only the candidates' rows of the
-    heads are read; else Q of the whole vocabulary is formed.
+    heads are read; else Q of the whole vocabulary is formed. Greedy has one candidate left.
     """
     weight = model.trunk.output_weight
     return distribution(weight, model.heads, hidden, guidance, folded)
@@ -133,18 +146,15 @@ def distribution(
     folded: Float[Tensor, "vocab embed"] | None = None,
 ) -> NextToken:
     """`next_token` of any LM head `weight`, whose trunk need not be ours."""
-    if folded is not None:
-        logits = (hidden @ folded.T).float().log_softmax(-1)
-        plain = Guidance(**{**vars(guidance), "beta": 0.0})
-        logprob = guided_logprob(logits, None, plain)
-        return NextToken(_everything(logits), logprob, logits)
-    base = (hidden @ weight.T).float().log_softmax(-1)
-    tokens, gathered = _everything(base), None
+    base = (hidden @ (weight if folded is None else folded).T).float().log_softmax(-1)
+    tokens, gathered, q = _everything(base), None, None
     if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
         base, tokens = base.topk(guidance.top_k, dim=-1)
         gathered = tokens
-    q = slow_q(heads, hidden, gathered, guidance.twins) if guidance.beta else None
-    return NextToken(tokens, guided_logprob(base, q, guidance), base)
+    if guidance.beta and folded is None:
+        q = slow_q(heads, hidden, gathered, guidance.twins)
+    picked = NextToken(tokens, guided_logprob(base, q, guidance), base)
+    return picked.greedy() if guidance.temperature == 0 else picked
 
 
 def joined_q(

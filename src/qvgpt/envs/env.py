@@ -113,12 +113,6 @@ def rollout(
     return [episode.trajectory() for episode in episodes]
 
 
-def completion_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of sampled tokens, without the end token where one was sampled."""
-    ends = bool(tokens) and tokens[-1] in tokenizer.template.end_ids
-    return tokenizer.decode(list(tokens[:-1] if ends else tokens))
-
-
 def encode_observation(tokenizer: Tokenizer, text: str) -> list[int]:
     """An environment's reply as a user's message: `user: ` text, end of turn.
 
@@ -156,7 +150,7 @@ class _Episode:
         """Take one turn and append what the environment answers."""
         if not completion.tokens:
             raise QvgptError("the policy sampled no token: there is none to carry the reward")
-        step = self.env.step(completion_text(tokenizer, completion.tokens))
+        step = self.env.step(tokenizer.decode_completion(completion.tokens))
         self._append(completion.tokens, is_action=True)
         self.reward[-1] = float(step.reward)
         self.terminated = step.terminated

@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from qvgpt.data.tokenizer import Tokenizer
-from qvgpt.envs.env import Reward, completion_text
+from qvgpt.envs.env import Reward
 from qvgpt.errors import QvgptError, nearest
 
 Row = Mapping[str, Any]
@@ -111,7 +111,7 @@ def shape(
         raise QvgptError("an empty completion has no token to carry a reward")
     prefixes = [
         [tokenizer.decode(whole[:t]) for t in range(1, len(whole))]
-        + [completion_text(tokenizer, whole)]
+        + [tokenizer.decode_completion(whole)]
         for whole in tokens
     ]
     in_one = getattr(reward, "prefix_scores", None)
