@@ -147,6 +147,8 @@ MISTYPED = [
     ("train --config YAML --fit.epochs 0", "fit.epochs: must be more than 0"),
     ("train --config YAML --on_too_long x", "on_too_long: expected 'error' or 'drop' or 'cut'"),
     ("train --config YAML --objectives ILQ", "unknown method 'ILQ' (did you mean 'ILQL'?)"),
+    ("train --config YAML --objectives ilql", "unknown method 'ilql' (did you mean 'ILQL'?)"),
+    ("train --config YAML --Fit.LR 3", "--Fit.LR (did you mean '--fit.lr'?)"),
     ("train --config YAML x", "unexpected argument 'x'"),
     ("train --config YAML --fit.lr", "--fit.lr: expected a value"),
     ("train --data DATA", "--output: missing"),

@@ -12,10 +12,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
 from qvgpt.data.batches import batches
+from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.loop import FitOptions, fit
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.trajectory import collate, mean_return
 
 QUIET = Console(quiet=True)
 BOTH = ["LM", {"ILQL": {"gamma": 1.0}}]
@@ -84,6 +86,7 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(RunProgress, "step", spy)
+    m.heads.start_at(0.1)  # as fit does on heads that are fresh
     before = {k: v.clone() for k, v in m.heads.target_q.state_dict().items()}
     run(m)
     assert len(found) == 4
@@ -257,6 +260,50 @@ def test_a_loss_that_is_nan_stops_before_the_weights_are_spoilt():
     with pytest.raises(QvgptError, match=r"step 1: total, .* became NaN or infinite; lower"):
         run(m)
     assert not m.heads.v.layers[0].weight.isnan().any()
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_constant_in_all_rewards_leaves_guidance_alone(freeze):
+    """Through the real loop: only values know the constant, no advantage does."""
+    found = []
+    for constant in (0.0, -5.0):
+        m = model(freeze=freeze)
+        data = [replace(t, reward=[*t.reward[:-1], t.reward[-1] + constant]) for t in texts()]
+        options = replace(FIT, max_steps=30, batch_size=20)
+        run(m, ["LM", "MonteCarlo"] if not freeze else ["MonteCarlo"], options, data)
+        batch = collate(texts(10))
+        with torch.no_grad():
+            hidden = m.trunk.hidden(batch.tokens)[batch.attention_mask]
+            policy = next_token(m, hidden, Guidance(beta=5.0)).logprob.exp()
+            plain = next_token(m, hidden, Guidance()).logprob.exp()
+            found.append((policy, m.heads.v(hidden)))
+        assert (policy - plain).abs().max() > 0.02
+    (one, v_one), (two, v_two) = found
+    torch.testing.assert_close(one, two, atol=2e-3, rtol=0)
+    torch.testing.assert_close(v_one - 5.0, v_two, atol=2e-2, rtol=0)
+
+
+def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
+    still = replace(FIT, max_steps=1, lr=0.0)
+    m = model()
+    assert m.heads.are_fresh
+    run(m, options=still, output=tmp_path)
+    assert not m.heads.are_fresh
+    start = mean_return(texts())
+    assert start > 0.01
+    assert m.heads.v(torch.randn(3, 16)).detach().tolist() == pytest.approx([start] * 3)
+    learnt = ValueModel.from_pretrained(tmp_path)
+    run(learnt, options=still, data=texts(reward=7.0))
+    assert learnt.heads.v(torch.randn(1, 16)).item() == pytest.approx(start)
+    plain = model()
+    run(plain, ["LM"])
+    assert plain.heads.are_fresh
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(QvgptError, match="one process only for now"):
+        run(model())
 
 
 def test_no_heads():

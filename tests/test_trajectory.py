@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qvgpt.errors import QvgptError
-from qvgpt.trajectory import Trajectory, collate
+from qvgpt.trajectory import Trajectory, collate, mean_return
 
 END = 99
 
@@ -31,6 +31,13 @@ def test_decisions_skip_observations():
     assert batch.mask.tolist() == [[True] * 4, [True, False, False, False]]
     assert batch.reward.tolist() == [[0, 0, 0, 1], [5, 0, 0, 0]]
     assert batch.reward.dtype == torch.float32
+
+
+def test_mean_return_counts_each_decision_with_what_is_still_to_come():
+    late = Trajectory([1, 2, 3, 4, 5], actions(0, 1, 1, 0, 1), [0.0, 1.0, 0.0, -2.0, 4.0], True)
+    early = Trajectory([1, 2], actions(0, 1), [0.0, 9.0], True)
+    assert mean_return([late]) == pytest.approx((3 + 2 + 4) / 3)
+    assert mean_return([late, early]) == pytest.approx((3 + 2 + 4 + 9) / 4)
 
 
 def test_the_picture_at_the_head_of_the_file():

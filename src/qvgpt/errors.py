@@ -10,5 +10,6 @@ class QvgptError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` (did you mean 'reward'?)`, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

@@ -25,7 +25,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objective, Objectives
 from qvgpt.run import Interruption, RunProgress
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -123,6 +123,10 @@ class _Loop:
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
         self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            raise QvgptError(
+                "training runs in one process only for now: start it without a launcher"
+            )
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = TrainState()
@@ -292,6 +296,7 @@ def fit(
     With `output`, writes log.jsonl, checkpoints and, at the end, the model itself there; where
     `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
     `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
+    Fresh value heads start at the mean return of `data`, so that no constant has to be learned.
     The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
     """
     loop = _Loop(model, data, objectives, options, eval_data, output)
@@ -303,6 +308,8 @@ def fit(
     elif output is not None:
         for stale in ("checkpoints", "best"):
             shutil.rmtree(output / stale, ignore_errors=True)
+    if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
+        model.heads.start_at(mean_return(data))
     state = loop.state
     with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
         loop.run(shown)

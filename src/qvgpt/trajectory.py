@@ -17,7 +17,7 @@ value to bootstrap from. Where it was cut right after a turn's end token, the ne
 never seen, so that decision has no target and is masked.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,18 @@ class Trajectory:
     def total_reward(self) -> float:
         """The undiscounted return of the whole text."""
         return float(sum(self.reward))
+
+
+def mean_return(trajectories: Iterable[Trajectory]) -> float:
+    """The undiscounted rewards still to come, in the mean over all decisions."""
+    total, decisions = 0.0, 0
+    for t in trajectories:
+        to_come = 0.0
+        for reward, is_action in zip(reversed(t.reward), reversed(t.is_action), strict=True):
+            to_come += reward
+            total += to_come * is_action
+            decisions += is_action
+    return total / max(decisions, 1)
 
 
 @dataclass(frozen=True)

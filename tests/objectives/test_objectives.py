@@ -27,6 +27,15 @@ VALUES = Values(
 )
 
 
+def test_v_needs_one_state_more_than_steps():
+    v = torch.zeros(2, 3)
+    Values(v=v)
+    Values(v=v, logprob=torch.zeros(2, 2))
+    for name, shape in {"logprob": (2, 3), "q": (1, 2, 3), "target_q": (1, 2, 1)}.items():
+        with pytest.raises(ValueError, match="v needs one state more than steps"):
+            Values(v=v, **{name: torch.zeros(shape)})
+
+
 def parts(loss):
     return {name: value.item() for name, value in loss.parts.items()}
 

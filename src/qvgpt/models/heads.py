@@ -146,6 +146,14 @@ class ValueHeads(nn.Module):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
         self.shape = (vocab_size, embed_dim)
 
+    @property
+    def are_fresh(self) -> bool:
+        """Whether nothing was learned yet: what begins at 0 is 0 still."""
+        heads: list[Any] = [*self.q, *self.target_q]
+        last: list[Any] = [h.layers[-1] for h in (self.v, *(head.baseline for head in heads))]
+        found = [head.weight for head in heads] + [p for x in last for p in (x.weight, x.bias)]
+        return not any(bool(tensor.any()) for tensor in found)
+
     @torch.no_grad()
     def start_at(self, value: float) -> None:
         """Let V and every Q of fresh heads be `value`, best the mean return of the data.

@@ -34,6 +34,14 @@ class Values:
     token_logprob: Float[Tensor, "batch pairs"] | None = None
     """log π of every token but the first, prompts included: time − 1 of them."""
 
+    def __post_init__(self) -> None:
+        """The one shape that annotations cannot say, since each of the others may be None."""
+        found = (self.q, self.target_q, self.q_logsumexp, self.logprob)
+        steps = {x.size(-1) for x in found if x is not None}
+        if self.v is not None and not steps <= {self.v.size(-1) - 1}:
+            states = self.v.size(-1)
+            raise ValueError(f"v needs one state more than steps: {states} states, {steps} steps")
+
 
 NEEDS = frozenset(Values.__dataclass_fields__)
 
