@@ -72,6 +72,6 @@ def test_summary_lines():
     with shown.capture() as captured:
         print_summary(json.loads(json.dumps(summary)), shown)
     text = captured.get()
-    assert "x.y                          0.1235" in text
+    assert "x.y   0.1235" in text
     assert "base" in text
     assert "none" not in text

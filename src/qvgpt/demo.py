@@ -32,6 +32,7 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, write_report
 from qvgpt.report import table as html_table
+from qvgpt.report_page import side_by_side
 from qvgpt.run import read_log, write_json
 
 OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.9, "cql_weight": 0.01}}]
@@ -141,22 +142,20 @@ def sample(
 def q_spearman(model: ValueModel, walks: RandomWalks, rows: Sequence[dict[str, Any]]) -> float:
     """Rank correlation of learned Q with exact Q*, over legal actions in the logged states."""
     assert model.tokenizer is not None
-    exact = walks.solve()
-    tokenizer = model.tokenizer
-    prefixes = {
-        (row["prompt"] + row["completion"])[: i + 1]
-        for row in rows
-        for i in range(min(len(row["completion"]), MAX_NODES - 1))
-    }
+    exact, tokenizer = walks.solve(), model.tokenizer
     learned, true = [], []
-    for prefix in sorted(prefixes):
-        tokens = tokenizer.encode_prompt(prefix[0]) + tokenizer.encode(prefix[1:])
-        state = model.trunk.hidden(torch.tensor([tokens], device=model.device))[:, -1]
-        q = exact.q(prefix)
-        ids = [tokenizer.encode(a)[0] if a else tokenizer.template.eos for a in q]
-        found = joined_q(model, state, torch.tensor([ids], device=model.device), "mean")
-        learned += found[0].tolist()
-        true += q.values()
+    for length in range(1, MAX_NODES):  # walks of one length need no padding
+        whole = (r["prompt"] + r["completion"] for r in rows if len(r["completion"]) >= length)
+        walked = sorted({walk[:length] for walk in whole})
+        tokens = [tokenizer.encode_prompt(w[0]) + tokenizer.encode(w[1:]) for w in walked]
+        if not tokens:
+            break
+        state = model.trunk.hidden(torch.tensor(tokens, device=model.device))[:, -1]
+        found = joined_q(model, state, None, "mean").tolist()
+        for walk, q in zip(walked, found, strict=True):
+            for action, value in exact.q(walk).items():
+                learned.append(q[tokenizer.encode(action)[0] if action else tokenizer.template.eos])
+                true.append(value)
     return spearman(np.array(learned), np.array(true))
 
 
@@ -214,8 +213,8 @@ def _report(output: Path, summary: dict[str, Any], model: ValueModel, walks: Ran
         ),
         Section(
             "Walks, coloured by advantage",
-            "Base above, guided below, from the same start. Blue: better than what the model "
-            "would do on average; red: worse.",
+            "Each with its optimality. Blue: better than what the model would do on average; "
+            "red: worse.",
             _coloured_walks(model, walks),
         ),
     ]
@@ -225,15 +224,15 @@ def _report(output: Path, summary: dict[str, Any], model: ValueModel, walks: Ran
 def _coloured_walks(model: ValueModel, walks: RandomWalks) -> str:
     assert model.tokenizer is not None
     tokenizer, html = model.tokenizer, []
-    starts = walks.starts[:4]
-    for start in starts:
-        for guidance in (Guidance(), GUIDANCE):
-            prompt = tokenizer.encode_prompt(start)
+    for start in walks.starts[:4]:
+        prompt, cells = tokenizer.encode_prompt(start), []
+        for name, guidance in (("base", Guidance()), ("guided", GUIDANCE)):
             [text] = write(model, [Request(prompt, MAX_NODES + 1, guidance, seed=1)], report=True)
             tokens = [TokenValue(start, is_action=False)]
-            pieces = tokenizer.pieces(text.tokens)
-            for piece, r in zip(pieces, text.reports, strict=True):
+            for piece, r in zip(tokenizer.pieces(text.tokens), text.reports, strict=True):
                 probabilities = torch.tensor([r.base_logprob, r.logprob]).exp().tolist()
                 tokens.append(TokenValue(piece, r.advantage, r.q, r.v, *probabilities))  # type: ignore[arg-type]
-            html.append(coloured_text(tokens, scale=0.5, legend=not html))
+            caption = f"{name}: {walks.optimality(start + text.text):.2f}"
+            cells.append((caption, coloured_text(tokens, scale=0.5, legend=not html)))
+        html.append(side_by_side(cells))
     return "".join(html)

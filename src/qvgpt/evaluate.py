@@ -1,6 +1,5 @@
 """`qvgpt evaluate`: base and guided side by side on a data set, with summary.json and a report."""
 
-import html
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
+from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
 from qvgpt.sampling import TextProgress, load_prompts
 from qvgpt.trajectory import Trajectory
@@ -26,7 +26,6 @@ CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
 _CURVE_POINTS = 200
 _NO_LOSS = ("step", "grad_norm", "tokens_per_second")
-_GRID = "display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr))"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     write_json(output / "summary.json", summary)
     sections = _sections(config, model, prompts, rows, values)
     write_report(output / "report.html", f"Evaluation of {config.model}", sections)
-    _show(rows, config.reward, output)
+    _show(rows, config.reward, values, output)
     return summary
 
 
@@ -190,8 +189,8 @@ def _logged(
     ]
 
 
-def _show(rows: list[Row], metric: str, output: Path) -> None:
-    """The table, on the standard output."""
+def _show(rows: list[Row], metric: str, values: dict[str, Any] | None, output: Path) -> None:
+    """The table and what values are worth, on the standard output."""
     shown = Table()
     for heading in ("method", metric, "difference", "KL", "tokens", "µs/token", *rows[0].metrics):
         shown.add_column(heading, overflow="fold")
@@ -201,13 +200,15 @@ def _show(rows: list[Row], metric: str, output: Path) -> None:
             row.method,
             f"{row.score.value:.4g} [{row.score.ci95[0]:.4g}, {row.score.ci95[1]:.4g}]",
             f"{row.score.delta:+.4g} [{low:+.4g}, {high:+.4g}]",
-            f"{row.kl_per_sequence:.3g}",
+            f"{row.kl_per_sequence:.3f}",
             f"{row.tokens_mean:.1f}",
             "–" if row.s_per_token is None else f"{1e6 * row.s_per_token:.0f}",
             *(f"{estimate.value:.4g}" for estimate in row.metrics.values()),
         )
     console = output_console()
     console.print(shown)
+    if values is not None:
+        console.print(_values_text(values), highlight=False)
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -273,7 +274,7 @@ def _rows_table(rows: list[Row], metric: str) -> str:
             "method": row.method.replace(" ", "\u00a0"),
             metric: (row.score.value, *row.score.ci95),
             f"Δ {metric}": (row.score.delta, *(row.score.delta_ci95 or ())),
-            "KL": row.kl_per_sequence,
+            "KL": round(row.kl_per_sequence, 4),
             "tokens": row.tokens_mean,
             "cut": row.cut,
             "µs/token": None if row.s_per_token is None else 1e6 * row.s_per_token,
@@ -330,10 +331,9 @@ def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row],
     for i, block in enumerate(tokens):
         cells = []
         for row, text in zip(columns, block, strict=True):
-            caption = html.escape(f"{row.method}: {row.by_prompt()[i][0].score:.3g}")
-            body = coloured_text(text, scale=scale, legend=i == shown - 1)
-            cells.append(f"<div><figcaption>{caption}</figcaption>{body}</div>")
-        blocks.append(f'<div style="{_GRID}">{"".join(cells)}</div>')
+            caption = f"{row.method}: {row.by_prompt()[i][0].score:.3g}"
+            cells.append((caption, coloured_text(text, scale=scale, legend=i == shown - 1)))
+        blocks.append(side_by_side(cells))
     return "".join(blocks)
 
 

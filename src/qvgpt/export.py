@@ -156,7 +156,7 @@ def fidelity(
             agreed += int((exact.argmax(-1) == found.argmax(-1)).sum())
             kl += float((exact.double().exp() * (exact.double() - found.double())).sum())
             count += len(h)
-    return Fidelity(count, worst, agreed / max(count, 1), kl / max(count, 1))
+    return Fidelity(count, worst, agreed / max(count, 1), max(0.0, kl / max(count, 1)))
 
 
 def _states(

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 
 MARKERS = (  # circle, square, triangle, diamond: a second cue beside colour
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
@@ -79,6 +80,13 @@ addEventListener("pointerover",show);addEventListener("focusin",show);
 addEventListener("scroll",()=>tip.hidden=true,{passive:true})
 </script></body></html>
 """
+
+
+def side_by_side(cells: Sequence[tuple[str, str]]) -> str:
+    """(caption, HTML) pairs in one row, below each other where the screen is narrow."""
+    columns = "repeat(auto-fit,minmax(min(320px,100%),1fr))"
+    inner = "".join(f"<div><figcaption>{escape(c)}</figcaption>{body}</div>" for c, body in cells)
+    return f'<div style="display:grid;gap:12px;grid-template-columns:{columns}">{inner}</div>'
 
 
 def escape(value: object) -> str:

@@ -98,14 +98,16 @@ def output_console() -> Console:
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """The figures of a `summary.json`, one a line; a list of rows as a table."""
-    for name, value in flatten(summary).items():
+    flat = flatten(summary)
+    width = max(map(len, flat), default=0)
+    for name, value in flat.items():
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
             table = Table(*value[0], title=name)
             for row in value:
                 table.add_row(*(_shown(row.get(column)) for column in value[0]))
             console.print(table)
         elif value not in (None, [], {}):
-            line = f"{name:<28} {_shown(value)}"
+            line = f"{name:<{width}}  {_shown(value)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -205,7 +205,7 @@ def _table(report: CheckReport) -> Table:
         "tokens a text": f"min {lengths.min}, median {lengths.median}, 95 % at most {lengths.p95}, "
         f"max {lengths.max}{long}",
         "actions": f"{report.action_share:.1%} of all tokens",
-        "return a text": f"min {rewards.min:g}, mean {rewards.mean:.4g}, max {rewards.max:g}; "
+        "return a text": f"min {rewards.min:.4g}, mean {rewards.mean:.4g}, max {rewards.max:.4g}; "
         f"{rewards.nonzero:.0%} are not 0",
         "histogram": _bars(rewards),
         "prompts": f"{report.prompts} different ones ({groups})",
@@ -221,4 +221,4 @@ def _bars(rewards: Rewards) -> str:
         return "all the same"
     blocks, most = " ▁▂▃▄▅▆▇█", max(rewards.counts)
     bars = "".join(blocks[-(-8 * count // most)] for count in rewards.counts)
-    return f"{rewards.edges[0]:g} |{bars}| {rewards.edges[-1]:g}"
+    return f"{rewards.edges[0]:.4g} |{bars}| {rewards.edges[-1]:.4g}"
