@@ -150,8 +150,9 @@ class RunProgress:
         output: Path | None,
         tensorboard: bool = False,
         console: Console | None = None,
+        what: str = "train",
     ):
-        self.console = console or Console(stderr=True)
+        self.console, self.what = console or Console(stderr=True), what
         self.total, self.last_line = total, time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -163,7 +164,7 @@ class RunProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("train", total=total, completed=done, losses="", rate=0.0)
+        self.task = self.bar.add_task(what, total=total, completed=done, losses="", rate=0.0)
         self.file = None
         self.writer: Any = None
         if output is not None:
@@ -192,7 +193,7 @@ class RunProgress:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.last_line > _QUIET_SECONDS:
             self.last_line = now
-            line = f"step {step}/{self.total}  {losses}  {rate:,.0f} tok/s"
+            line = f"{self.what} {step}/{self.total}  {losses}  {rate:,.0f} tok/s"
             self.console.print(line, soft_wrap=True)
 
     def log(self, step: int, values: dict[str, float], show: bool = False) -> None:

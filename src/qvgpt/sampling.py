@@ -46,8 +46,7 @@ class TextProgress:
 
     def __init__(self, what: str, total: int, done: int = 0):
         self.done, self.tokens, self.started = done, 0, time.monotonic()
-        self._run = RunProgress(total, done, None)
-        self._run.bar.update(self._run.task, description=what)
+        self._run = RunProgress(total, done, None, what=what)
 
     def __enter__(self) -> "TextProgress":
         self._run.__enter__()
