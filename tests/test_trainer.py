@@ -300,10 +300,11 @@ def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
     assert plain.heads.are_fresh
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+def test_several_processes_are_refused_before_anything_is_written(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(QvgptError, match="one process only for now"):
-        run(model())
+        train(config, QUIET)
+    assert not Path(config.output).exists()
 
 
 def test_no_heads():

@@ -1,6 +1,7 @@
 """The training loop, from data in memory to a trained model. Device and backward: Accelerate's."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -123,10 +124,6 @@ class _Loop:
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
         self.accelerator = Accelerator()
-        if self.accelerator.num_processes > 1:
-            raise QvgptError(
-                "training runs in one process only for now: start it without a launcher"
-            )
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = TrainState()
@@ -335,6 +332,8 @@ def refuse(
     eval_data: Sequence[Trajectory],
 ) -> None:
     """Raise `QvgptError` for what could only fail later, or fail silently."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun and accelerate launch set it
+        raise QvgptError("training runs in one process only for now: start it without a launcher")
     if not data:
         raise QvgptError("the data set is empty: there is nothing to train on")
     if objectives.learns_values and model.heads is None:
