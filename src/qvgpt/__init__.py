@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qvgpt.models.gpt import GPT
     from qvgpt.models.heads import HeadsConfig
     from qvgpt.models.value_model import ValueModel
-    from qvgpt.objectives import AWAC, ILQL, LM, MonteCarlo
+    from qvgpt.objectives import AWAC, AWR, ILQL, LM, MonteCarlo
     from qvgpt.trainer import train
     from qvgpt.trajectory import Trajectory, collate
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AWAC": "objectives",
+    "AWR": "objectives",
     "Engine": "decode.engine",
     "FitOptions": "loop",
     "GPT": "models.gpt",
@@ -52,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "AWAC",
+    "AWR",
     "GPT",
     "ILQL",
     "LM",

@@ -1,10 +1,12 @@
 """Worked numbers; and on problems small enough to solve by hand, training must reach the answer."""
 
+import math
+
 import pytest
 import torch
 
 from qvgpt.errors import QvgptError
-from qvgpt.objectives import AWAC, ILQL, LM, MonteCarlo, Objectives, Values, parse_objectives
+from qvgpt.objectives import AWAC, AWR, ILQL, LM, MonteCarlo, Objectives, Values, parse_objectives
 from qvgpt.objectives.base import discount
 from qvgpt.trajectory import Trajectory, collate
 
@@ -73,6 +75,21 @@ def test_awac_by_hand():
     assert loss.total.item() == pytest.approx(expected)
     plain = AWAC(temperature=1e9)(VALUES, TWO_ROWS)
     assert plain.total.item() == pytest.approx(LM()(VALUES, TWO_ROWS).total.item())
+
+
+def test_awr_weighs_by_the_observed_return():
+    values = Values(
+        logprob=torch.tensor([[-1.0, -2.0]]), v=torch.tensor([[0.5, 1.0, 7.0]], requires_grad=True)
+    )
+    batch = collate([Trajectory([0, 5, 6], [False, True, True], [0.0, 0.0, 2.0], True)])
+    # G − v: 2 − .5 and 2 − 1
+    expected = (math.exp(1.5) * 1 + math.exp(1.0) * 2) / 2
+    assert AWR()(values, batch).total.item() == pytest.approx(expected)
+    assert AWR(max_weight=1.0)(values, batch).total.item() == pytest.approx(1.5)
+    # λ = 0: 0 + v(1) − v(0) = .5, then 2 − 1
+    expected = (math.exp(0.5) * 1 + math.exp(1.0) * 2) / 2
+    assert AWR(lambda_=0.0)(values, batch).total.item() == pytest.approx(expected)
+    assert not AWR()(values, batch).total.requires_grad  # V learns nothing from it
 
 
 def test_lm_on_completions_or_on_all():

@@ -6,12 +6,13 @@ from typing import Any
 
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.objectives.base import NEEDS, Loss, Objective, Values, sum_losses
-from qvgpt.objectives.lm import AWAC, LM
+from qvgpt.objectives.lm import AWAC, AWR, LM
 from qvgpt.objectives.offline import ILQL, MonteCarlo
 from qvgpt.trajectory import TrajectoryBatch
 
 __all__ = [
     "AWAC",
+    "AWR",
     "ILQL",
     "LM",
     "NEEDS",
@@ -26,6 +27,7 @@ __all__ = [
 METHODS: dict[str, Callable[..., Objective]] = {
     "LM": LM,
     "AWAC": AWAC,
+    "AWR": AWR,
     "ILQL": ILQL,
     "MonteCarlo": MonteCarlo,
 }

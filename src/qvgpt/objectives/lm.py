@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from qvgpt.errors import QvgptError
 from qvgpt.losses import awac_weight
-from qvgpt.objectives.base import Loss, Values, check_options, weighted_loss
+from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
+from qvgpt.returns import gae
 from qvgpt.trajectory import TrajectoryBatch
 
 
@@ -68,5 +69,45 @@ class AWAC:
         assert values.target_q is not None
         assert values.v is not None
         advantage = values.target_q.amin(dim=0) - values.v[:, :-1]
+        weight = awac_weight(advantage, self.temperature, self.max_weight)
+        return weighted_loss(batch.mask, nll=(1.0, -weight * values.logprob))
+
+
+@dataclass(frozen=True)
+class AWR:
+    """Advantage-weighted regression: −exp(A / temperature)·log π  (Peng et al., 2019).
+
+    A = G(λ) − V: the return that was observed, where AWAC asks what Q expected. Needs a value
+    objective beside it to learn V.
+    """
+
+    temperature: float = 1.0
+    """In units of reward. Large: plain cloning. Small: only the best texts count."""
+    max_weight: float = 20.0
+    """Clamp of the weight."""
+    gamma: float = 1.0
+    """Discount per decision."""
+    lambda_: float = 1.0
+    """1: the return as it was observed. 0: one step, then the value."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logprob", "v"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "temperature must be above 0": self.temperature > 0,
+            "max_weight must be above 0": self.max_weight > 0,
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
+        }
+        check_options(self, checks)
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Mean weighted −log π per decision; the weights carry no gradient."""
+        assert values.logprob is not None
+        assert values.v is not None
+        v = values.v.detach()
+        gamma = discount(batch, self.gamma, per_turn=False)
+        advantage = gae(batch.reward, gamma, v[:, :-1], v[:, 1:], batch.mask, self.lambda_)
         weight = awac_weight(advantage, self.temperature, self.max_weight)
         return weighted_loss(batch.mask, nll=(1.0, -weight * values.logprob))
