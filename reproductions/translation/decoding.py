@@ -3,15 +3,20 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM
 
-from qvgpt.decode.engine import Engine, Request
+from qvgpt.decode import engine
+from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.score import score
 from qvgpt.envs.rewards import bleu_prefixes
 from qvgpt.models.value_model import ValueModel
+from qvgpt.trajectory import Trajectory
 
 MAX_TOKENS = 80
 MAX_BATCH = 128
@@ -21,31 +26,24 @@ def write(
     model: ValueModel, prompts: Sequence[str], guidance: Guidance, seed: int = 0, samples: int = 1
 ) -> tuple[list[list[str]], dict[str, float]]:
     """`samples` texts per prompt, and what they cost."""
-    engine = Engine(model, MAX_BATCH)
     tokenizer = model.tokenizer
     assert tokenizer is not None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    place = {}
-    for i in order:
-        tokens = tokenizer.encode_prompt(prompts[i])
-        for k in range(samples):
-            request = Request(tokens, MAX_TOKENS, guidance, seed=seed + i * samples + k)
-            place[engine.submit(request)] = (i, k)
-    written: dict[int, list[int]] = {request: [] for request in place}
-    started, tokens_out = time.perf_counter(), 0
-    while engine.busy:
-        for event in engine.step():
-            written[event.request_id].append(event.token)
-            tokens_out += 1
+    requests = [
+        Request(tokens, MAX_TOKENS, guidance, row_seed(seed, i * samples + k))
+        for i in order
+        for tokens in [tokenizer.encode_prompt(prompts[i])]
+        for k in range(samples)
+    ]
+    started = time.perf_counter()
+    written = engine.write(model, requests, max_batch=MAX_BATCH)
     seconds = time.perf_counter() - started
     texts = [[""] * samples for _ in prompts]
-    for request, (i, k) in place.items():
-        texts[i][k] = tokenizer.decode(written[request])
-    return texts, {
-        "seconds": seconds,
-        "tokens": tokens_out,
-        "forward_tokens": engine.forward_tokens,
-    }
+    for j, text in enumerate(written):
+        texts[order[j // samples]][j % samples] = text.text
+    read = {tuple(r.tokens) for r in requests}  # samples of one prompt read it once
+    forward_tokens = sum(map(len, read)) + sum(len(t.tokens) for t in written)
+    return texts, {"seconds": seconds, "forward_tokens": forward_tokens}
 
 
 @torch.no_grad()
@@ -97,6 +95,60 @@ def minimum_bayes_risk(candidates: Sequence[Sequence[str]]) -> list[str]:
         }
         chosen.append(max(utility, key=utility.__getitem__))
     return chosen
+
+
+def best_by(
+    model: ValueModel,
+    prompts: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    what: Literal["logprob", "value"],
+) -> list[str]:
+    """Of each prompt's samples, that of the highest mean log π₀ per token, or predicted return.
+
+    The predicted return of a finished text is Q of its end token.
+    """
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    texts = [
+        _trajectory(tokenizer.encode_prompt(p), [*tokenizer.encode(t), tokenizer.template.eos])
+        for p, several in zip(prompts, candidates, strict=True)
+        for t in several
+    ]
+    scored = iter(score(model, texts, batch_size=128))
+    chosen = []
+    for several in candidates:
+        found = [next(scored) for _ in several]
+        key = [
+            s.base_logprob / len(s.tokens) if what == "logprob" else s.reports[-1].q for s in found
+        ]
+        chosen.append(several[max(range(len(several)), key=key.__getitem__)])
+    return chosen
+
+
+def _trajectory(prompt: list[int], completion: list[int]) -> Trajectory:
+    is_action = [False] * len(prompt) + [True] * len(completion)
+    return Trajectory(prompt + completion, is_action, [0.0] * len(is_action), True)
+
+
+def relative_seconds(
+    base: ValueModel,
+    plain: Guidance,
+    guided_model: ValueModel,
+    guided: Guidance,
+    prompts: Sequence[str],
+    rounds: int = 10,
+) -> dict[str, object]:
+    """Seconds per written token, guided ÷ base: the median of interleaved rounds."""
+    ratios = []
+    for _ in range(rounds):
+        pair = []
+        for model, guidance in ((base, plain), (guided_model, guided)):
+            _, cost = write(model, prompts, guidance)
+            pair.append(cost["seconds"] / cost["forward_tokens"])
+        ratios.append(pair[1] / pair[0])
+    drawn = np.random.default_rng(0).choice(ratios, size=(2000, rounds))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
 
 
 def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:

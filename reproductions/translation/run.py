@@ -1,0 +1,275 @@
+"""English → German on Multi30k: does a GPT with Q and V translate better than the GPT it was?
+
+    python reproductions/translation/run.py DATA       hours on two cores; goes on where it stopped
+    python reproductions/translation/run.py --quick    a toy of the same form, nothing kept
+
+DATA holds multi30k.en-de.{train,val,test2016}.jsonl with rows {"prompt", "completion"}. The YAML
+files beside this script say how each model is made; everything lands under --work. β, candidates
+and the beam's length penalty are chosen on val, the table is made on test2016. Writes results.json
+and table.md beside itself.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from decoding import beam, best_by, corpus, minimum_bayes_risk, relative_seconds, write
+from jsonargparse import ArgumentParser
+
+from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
+from qvgpt.collect import CollectConfig, collect
+from qvgpt.decode.policy import Guidance
+from qvgpt.export import export_hf
+from qvgpt.models.value_model import ValueModel
+from qvgpt.run import write_json
+from qvgpt.trainer import TrainConfig, train
+
+HERE = Path(__file__).parent
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+TOP_K = (None, 8, 4)
+TEMPERATURES = (0.3, 0.6, 1.0)
+LENGTH_PENALTIES = (0.6, 1.0, 1.4, 1.8)
+SAMPLES = 8
+BEAMS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="?", type=Path, help="directory of the JSONL files")
+    parser.add_argument("--work", type=Path, default=Path("runs/translation"))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        with tempfile.TemporaryDirectory() as directory:
+            data = _toy(Path(directory) / "data")
+            results = run(data, Path(directory) / "work", quick=True)
+        print(json.dumps(results, indent=1))
+        return
+    if options.data is None:
+        parser.error("say where the data are, or --quick")
+    results = run(options.data, options.work)
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "table.md").write_text(_table(results["rows"]))
+    print((HERE / "table.md").read_text())
+
+
+def run(data: Path, work: Path, quick: bool = False) -> dict[str, Any]:
+    """Every step from the pairs to the table; steps that are finished are not repeated."""
+    files = {s: data / f"multi30k.en-de.{s}.jsonl" for s in ("train", "val", "test2016")}
+    base = _trained("base", work, quick, data=[files["train"]], eval_data=[files["val"]])
+    samples = _collected(work, quick, base, files["train"])
+    best = _best_of_k(samples / "data.jsonl", work / "best_of_k.jsonl")
+    rival = _trained("best_of_k", work, quick, model=base, data=[best])
+    values = _trained("values", work, quick, model=base, data=[samples / "data.jsonl"])
+    val, test = _rows(files["val"]), _rows(files["test2016"])
+    chosen = _choose(base, values, val, work)
+    write_json(work / "chosen.json", chosen)
+    return _compare(base, rival, values, test, chosen, work)
+
+
+def _trained(name: str, work: Path, quick: bool, **where: Any) -> Path:
+    """Train what `name`.yaml says, from and to files."""
+    said = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+    if quick:
+        said["fit"] |= {"max_steps": 4, "batch_size": 8, "bf16": False}
+        if "gpt" in said:
+            said |= {"gpt": {"embed_dim": 16, "num_heads": 2, "num_layers": 1, "seq_len": 192}}
+            said["tokenizer"]["vocab_size"] = 300
+    given = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in where.items()}
+    said |= given | {"output": str(work / name), "resume": (work / name / "run.json").exists()}
+    parser = ArgumentParser()
+    parser.add_class_arguments(TrainConfig, "config")
+    config = parser.instantiate_classes(parser.parse_object({"config": said})).config
+    train(TrainConfig(**vars(config)))
+    return work / name
+
+
+def _collected(work: Path, quick: bool, model: Path, data: Path) -> Path:
+    said = yaml.safe_load((HERE / "collect.yaml").read_text())
+    if quick:
+        said["limit"] = 16
+    output = work / "samples"
+    if not (output / "summary.json").exists():
+        resume = (output / "run.json").exists()
+        where = {"model": str(model), "data": str(data), "output": str(output), "resume": resume}
+        collect(CollectConfig(**said, **where))
+    return output
+
+
+def _best_of_k(samples: Path, best: Path) -> Path:
+    """Of each prompt's own samples the one with the highest reward."""
+    lines = []
+    for row in _rows(samples):
+        n = row["sampled"]
+        rewards = [sum(r) for r in row["token_rewards"][:n]]
+        i = max(range(n), key=rewards.__getitem__)
+        ids = row["completion_ids"][i]
+        kept = {"prompt": row["prompt"], "completion": row["completions"][i], "completion_ids": ids}
+        lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+    best.write_text("".join(lines))
+    return best
+
+
+def _choose(base: Path, values: Path, val: list[dict], work: Path) -> dict[str, Any]:
+    """β and candidates for greedy, β for each temperature, length penalties: by BLEU on val."""
+    prompts, references = _columns(val)
+    model = ValueModel.from_pretrained(values)
+
+    def bleu(guidance: Guidance) -> float:
+        texts, _ = write(model, prompts, guidance)
+        return corpus([t[0] for t in texts], references)["bleu"]
+
+    greedy = {
+        (beta, k): bleu(Guidance(beta=beta, temperature=0.0, top_k=k))
+        for beta in BETAS
+        for k in TOP_K
+    }
+    beta, top_k = max(greedy, key=greedy.__getitem__)
+    sampled = {
+        t: max(BETAS, key=lambda b, t=t: bleu(Guidance(beta=b, temperature=t, top_k=top_k)))
+        for t in TEMPERATURES
+    }
+    folded = _folded(values, beta, work)
+    penalties = {
+        name: max(
+            LENGTH_PENALTIES,
+            key=lambda p, d=directory: corpus(beam(d, prompts, BEAMS, p)[0], references)["bleu"],
+        )
+        for name, directory in {"base": base, "guided": folded}.items()
+    }
+    return {
+        "beta": beta,
+        "top_k": top_k,
+        "beta_sampled": {str(t): b for t, b in sampled.items()},
+        "length_penalty": penalties,
+        "val_greedy": [{"beta": b, "top_k": k, "bleu": v} for (b, k), v in greedy.items()],
+    }
+
+
+def _folded(values: Path, beta: float, work: Path) -> Path:
+    output = work / f"folded-{beta:g}"
+    if not output.exists():
+        export_hf(values, output, beta=beta)
+    return output
+
+
+def _compare(
+    base_path: Path, rival_path: Path, values_path: Path, test: list[dict], chosen: dict, work: Path
+) -> dict[str, Any]:
+    """The table on the test set."""
+    prompts, references = _columns(test)
+    base, rival, values = map(ValueModel.from_pretrained, (base_path, rival_path, values_path))
+    folded = _folded(values_path, chosen["beta"], work)
+    greedy = Guidance(temperature=0.0)
+    guided = Guidance(beta=chosen["beta"], temperature=0.0, top_k=chosen["top_k"])
+    texts: dict[str, list[str]] = {}
+    costs: dict[str, dict] = {}
+
+    def add(name: str, found: tuple[list, dict]) -> None:
+        texts[name] = [t if isinstance(t, str) else t[0] for t in found[0]]
+        costs[name] = found[1]
+
+    add("base, greedy", write(base, prompts, greedy))
+    add("best-of-K fine-tuned, greedy", write(rival, prompts, greedy))
+    add("values, β = 0, greedy", write(values, prompts, greedy))
+    add("guided, greedy", write(values, prompts, guided))
+    for t in TEMPERATURES:
+        beta = chosen["beta_sampled"][str(t)]
+        add(f"base, T = {t}", write(base, prompts, Guidance(temperature=t)))
+        at = Guidance(beta=beta, temperature=t, top_k=chosen["top_k"])
+        add(f"guided, T = {t}", write(values, prompts, at))
+    for name, model in {"base": base, "guided": values}.items():
+        beta = chosen["beta_sampled"]["0.6"] if name == "guided" else 0.0
+        many, cost = write(model, prompts, Guidance(beta=beta, temperature=0.6), samples=SAMPLES)
+        add(
+            f"{name}, best of {SAMPLES} by log-prob",
+            (best_by(model, prompts, many, "logprob"), cost),
+        )
+        add(f"{name}, MBR over {SAMPLES}", (minimum_bayes_risk(many), cost))
+        if name == "guided":
+            add(f"guided, best of {SAMPLES} by V", (best_by(model, prompts, many, "value"), cost))
+    penalty = chosen["length_penalty"]
+    add(f"base, beam {BEAMS}", beam(base_path, prompts, BEAMS, penalty["base"]))
+    add(f"guided, beam {BEAMS}", beam(folded, prompts, BEAMS, penalty["guided"]))
+    rows = [_row(name, texts, costs, references) for name in texts]
+    first = next(r for r in rows if r["system"] == "guided, greedy")
+    time = relative_seconds(base, greedy, values, guided, prompts)
+    return {
+        "bleu_greedy_base": rows[0]["bleu"],
+        "bleu_greedy_guided": first["bleu"],
+        "delta": first["delta"],
+        "delta_ci95": first["delta_ci95"],
+        "chrf_greedy_base": rows[0]["chrf"],
+        "chrf_greedy_guided": first["chrf"],
+        "relative_decode_time": time["median"],
+        "relative_decode_time_ci95": time["ci95"],
+        "guidance": asdict(guided),
+        "chosen": chosen,
+        "rows": rows,
+    }
+
+
+def _row(name: str, texts: dict, costs: dict, references: list[str]) -> dict[str, Any]:
+    """One system against the base decoded the same way where there is one, else greedily."""
+    twin = name.replace("guided", "base")
+    baseline = texts[twin if twin in texts else "base, greedy"]
+    columns = [[r] for r in references]
+    bleu = corpus_bleu_ci(texts[name], columns, baseline)
+    chrf = corpus_chrf_ci(texts[name], columns, baseline)
+    return {
+        "system": name,
+        "bleu": bleu.value,
+        "bleu_ci95": bleu.ci95,
+        "delta": bleu.delta,
+        "delta_ci95": bleu.delta_ci95,
+        "against": twin if twin in texts else "base, greedy",
+        "chrf": chrf.value,
+        "brevity_penalty": corpus(texts[name], references)["brevity_penalty"],
+        "forward_tokens": costs[name]["forward_tokens"],
+        "seconds": costs[name]["seconds"],
+    }
+
+
+def _table(rows: list[dict]) -> str:
+    lines = [
+        "| system | BLEU | paired difference | chrF | brevity | forward tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        low, high = r["delta_ci95"]
+        lines.append(
+            f"| {r['system']} | {r['bleu']:.2f} | {r['delta']:+.2f} [{low:+.2f}, {high:+.2f}] | "
+            f"{r['chrf']:.2f} | {r['brevity_penalty']:.3f} | {r['forward_tokens']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
+    return [r["prompt"] for r in rows], [r["completion"] for r in rows]
+
+
+def _toy(directory: Path) -> Path:
+    """Pairs of made-up languages, in the files a run expects."""
+    directory.mkdir(parents=True)
+    words = {"dog": "Hund", "cat": "Katze", "man": "Mann", "sees": "sieht", "a": "ein"}
+    names = ("dog", "cat", "man")
+    pairs = [(f"a {x} sees a {y} .", x, y) for x in names for y in names] * 4
+    for split in ("train", "val", "test2016"):
+        lines = [
+            json.dumps({"prompt": p, "completion": " ".join(words.get(w, w) for w in p.split())})
+            for p, _, _ in pairs
+        ]
+        (directory / f"multi30k.en-de.{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+if __name__ == "__main__":
+    main()
