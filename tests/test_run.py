@@ -67,11 +67,16 @@ def test_the_first_ctrl_c_waits_and_the_second_does_not():
 
 def test_summary_lines():
     assert flatten({"a": {"b": 1, "c": {}}}) == {"a.b": 1, "a.c": {}}
-    summary = {"x": {"y": 0.123456}, "none": None, "l": [1, 2], "rows": [{"n": "base", "m": 1.0}]}
+    summary = {
+        "x": {"y": 0.123456},
+        "none": None,
+        "l": [1, 2],
+        "rows": [{"n": "[/I] base", "m": 1}],
+    }
     shown = Console(width=60, force_terminal=False)
     with shown.capture() as captured:
         print_summary(json.loads(json.dumps(summary)), shown)
     text = captured.get()
     assert "x.y   0.1235" in text
-    assert "base" in text
+    assert "[/I] base" in text  # texts of users, not marks for the console
     assert "none" not in text

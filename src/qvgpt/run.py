@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from qvgpt.errors import QvgptError
 
@@ -104,7 +105,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
             table = Table(*value[0], title=name)
             for row in value:
-                table.add_row(*(_shown(row.get(column)) for column in value[0]))
+                table.add_row(*(Text(_shown(row.get(column))) for column in value[0]))
             console.print(table)
         elif value not in (None, [], {}):
             line = f"{name:<{width}}  {_shown(value)}"
