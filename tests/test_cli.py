@@ -202,6 +202,7 @@ BAD_DATA = {
     "empty": ([], "the file is empty"),
     "broken JSON": ([*ROWS[:2], '{"prompt": '], ":3: not JSON"),
     "wrong type": (unknown({"reward": "1"}), ":1: column 'reward': expected a number, found '1'"),
+    "half a character": (['{"text": "\\ud800"}'], ":1: column 'text': text with a lone surrogate"),
     "unknown field": (
         unknown({"rewad": 1}),
         ":1: column 'rewad': unknown (did you mean 'reward'?)",

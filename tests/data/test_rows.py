@@ -161,6 +161,7 @@ FAULTS = [
     ({"prompt": "a", "completion": "b", "reward": "1"}, "'reward'", "expected a number"),
     ({"prompt": "a", "completion": "b", "reward": True}, "'reward'", "expected a number"),
     ('{"text": "a", "reward": NaN}', "'reward'", "expected a finite number"),
+    ({"text": "a", "reward": 10**400}, "'reward'", "expected a finite number, found 1000"),
     ({"prompt": "a", "completion": "b", "rewards": [1]}, "'rewards'", "belongs to 'completions'"),
     ({"prompt": "a", "completion": "b", "messages": []}, "'messages'", "does not go with"),
     ({"prompt": "a", "completion": "b", "label": 1}, "'label'", "expected true or false"),
@@ -208,6 +209,8 @@ FAULTS = [
     ('{"text": "\\ud800"}', "'text'", "surrogate"),
     ('{"text": ', "", "not JSON"),
     ("[1]", "", "expected one JSON object a line, found a list"),
+    pytest.param('{"a": 1' + "0" * 5000 + "}", "", "not JSON that can be read", id="digits"),
+    pytest.param("[" * 100_000, "", "not JSON that can be read", id="brackets"),
 ]
 
 

@@ -98,6 +98,9 @@ def _scan_jsonl(file: Path) -> Iterator[Row | DataError]:
             except json.JSONDecodeError as error:
                 yield DataError(where, None, f"not JSON: {error.msg} at character {error.pos + 1}")
                 continue
+            except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+                yield DataError(where, None, f"not JSON that can be read: {error}")
+                continue
             if text and not isinstance(fields, dict):
                 kind = kind_of(fields)
                 yield DataError(where, None, f"expected one JSON object a line, found {kind}")
@@ -170,7 +173,10 @@ def _meant(column: str) -> str | None:
 
 
 def row_texts(row: Row) -> list[str]:
-    """Every text of a row that becomes tokens: what a tokenizer is trained on."""
+    """Every text of a row that becomes tokens: what a tokenizer is trained on.
+
+    Texts with half a character (a lone surrogate) are left out; as rows they are faults.
+    """
     found = []
     for column in ("text", "prompt", "completion", "completions", "steps", "chosen", "rejected",
                    "messages"):  # fmt: skip
@@ -178,7 +184,15 @@ def row_texts(row: Row) -> list[str]:
         for part in value if isinstance(value, list) else [value]:
             inner = part if isinstance(part, list) else [part]  # K samples of messages
             found += [p.get("content") if isinstance(p, dict) else p for p in inner]
-    return [text for text in found if isinstance(text, str)]
+    return [text for text in found if isinstance(text, str) and _is_whole(text)]
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(value: Any) -> str:

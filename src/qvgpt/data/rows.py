@@ -334,9 +334,13 @@ def _string(row: Row, column: str, value: Any = None) -> str:
 def _number(row: Row, column: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise row.fault(column, f"expected a number, found {kind_of(value)}")
-    if not math.isfinite(value):
-        raise row.fault(column, f"expected a finite number, found {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise row.fault(column, f"expected a finite number, found {kind_of(value)}")
+    return number
 
 
 def _list(row: Row, column: str, length: int | None = None, of: str = "") -> list[Any]:
