@@ -110,6 +110,18 @@ def test_a_row_without_a_text_to_add_is_named(task, tmp_path):
     assert not Path(task.output).exists()
 
 
+@pytest.mark.parametrize("row", [{}, {"references": []}, {"references": [1]}])
+def test_a_row_without_a_text_to_compare_with_is_named(task, row):
+    with Path(task.data).open("a") as lines:
+        lines.write(json.dumps({"prompt": "a", **row}) + "\n")
+    with pytest.raises(QvgptError, match=r"in.jsonl:7: .*to compare with"):
+        collect(task)
+    assert not Path(task.output).exists()
+    if row != {"references": [1]}:  # a reward that compares with nothing needs none
+        collect(replace(task, reward="length"))
+        assert "references" not in read(task)[-1]
+
+
 def test_unique_keeps_one_of_each(task, tmp_path):
     greedy = replace(task, temperatures=[0.0, 2.0], samples=6)
     collect(greedy)
@@ -190,6 +202,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(task):
         ({"temperatures": []}, "temperatures"),
         ({"max_tokens": 40}, "6 of 6 prompts"),
         ({"data": "nowhere.jsonl"}, "no such file"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"limit": -1}, "limit"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperatures": [1.0, -1.0]}, "temperature must be finite"),
     ):
         with pytest.raises(QvgptError, match=message):
             collect(replace(task, **change))

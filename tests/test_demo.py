@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -23,6 +24,10 @@ def test_demo_leaves_model_summary_and_report(tmp_path):
     assert summary["normalised_guided"] == pytest.approx(expected)
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
     assert ValueModel.from_pretrained(tmp_path / "demo").info.recommended_guidance["beta"] > 0
+    for bad in ({"steps": 0}, {"walks": 0}, {"samples": 0}):
+        with pytest.raises(QvgptError, match="must be at least 1"):
+            demo(replace(config, **bad), Console(file=io.StringIO()))
+    assert (tmp_path / "demo" / "report.html").exists()
 
 
 def test_demo_replaces_nothing_but_a_demo(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,6 +308,34 @@ def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     again = evaluate(replace(task, resume=True))
     for one, two in zip(first["rows"], again["rows"], strict=True):
         assert {**one, "s_per_token": 0} == {**two, "s_per_token": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"texts": -1}, "texts must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"temperatures": []}, "temperatures must not be empty"),
+        ({"temperatures": [-1.0]}, "temperature must be finite"),
+        ({"limit": 0}, "limit"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_senseless_options_are_refused_before_anything_is_written(task, change, message):
+    with pytest.raises(QvgptError, match=message):
+        evaluate(replace(task, **change))
+    assert not Path(task.output).exists()
+
+
+def test_references_are_looked_for_before_anything_is_written(task):
+    with Path(task.data).open("a") as lines:
+        lines.write('{"prompt": "a"}\n')
+    for change in ({}, {"reward": "length"}, {"reward": "length", "metrics": ["corpus_bleu"]}):
+        with pytest.raises(QvgptError, match=r"data.jsonl:4: .*to compare with"):
+            evaluate(replace(task, **change))
+    assert not Path(task.output).exists()
 
 
 def test_shaped_rewards_leave_the_return_as_it_is(task, tmp_path):

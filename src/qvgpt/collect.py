@@ -21,7 +21,7 @@ from qvgpt.envs.rewards import Metric, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import check_run, open_run, write_json
-from qvgpt.sampling import TextProgress, load_prompts
+from qvgpt.sampling import TextProgress, check_references, load_prompts
 
 _KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
@@ -80,6 +80,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     check_run(config.output, "collect", asdict(config), config.resume)
     if config.samples < 1 or not config.temperatures:
         raise QvgptError("collect: samples must be at least 1, and temperatures not be empty")
+    if config.max_batch < 1:
+        raise QvgptError("collect: max_batch must be at least 1")
     model = ValueModel.from_pretrained(config.model)
     if model.heads is None and config.beta:
         raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
@@ -88,6 +90,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     if config.include_references:
         for row in rows:
             _own_completion(row)
+    check_references(rows, [config.reward])
+    _requests(prompts[0], 0, config)  # refuses senseless guidance
     output = open_run(config.output, "collect", asdict(config), config.resume)
     file = output / "data.jsonl"
     size = max(1, _BATCHES_PER_CHUNK * config.max_batch // config.samples)
@@ -175,7 +179,7 @@ def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Prompt, references and metadata of a row, without what it says of its own completion."""
     kept = {k: v for k, v in fields.items() if k in ("prompt", "prompt_ids") or k not in _KNOWN}
     own = fields.get("completion")
-    if "references" in fields or isinstance(own, str):
+    if fields.get("references") or isinstance(own, str):
         kept["references"] = list(fields.get("references") or [own])
     return kept
 

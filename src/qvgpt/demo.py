@@ -62,6 +62,8 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Log walks, learn from them, compare with the optimum, write the report."""
     started = time.perf_counter()
     console = console or Console(stderr=True)
+    if min(config.walks, config.steps, config.samples) < 1:
+        raise QvgptError("demo: walks, steps and samples must be at least 1")
     output = _claim(Path(config.output))
     walks = RandomWalks.draw(config.seed)
     rows = walks.logged_walks(config.walks, config.seed)

@@ -19,7 +19,7 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
-from qvgpt.sampling import TextProgress, load_prompts
+from qvgpt.sampling import TextProgress, check_references, load_prompts
 from qvgpt.trajectory import Trajectory
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
@@ -80,10 +80,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run base and guided over the same prompts; returns what summary.json holds."""
     started = time.perf_counter()
     check_run(config.output, "evaluate", asdict(config), config.resume)
+    _refuse(config)
     model = ValueModel.from_pretrained(config.model)
     if model.heads is None and any(config.betas):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
     score, guidances = _judge(config.reward, fields), guidances_of(config)
@@ -119,6 +121,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     write_report(output / "report.html", f"Evaluation of {config.model}", sections)
     _show(rows, config.reward, values, output)
     return summary
+
+
+def _refuse(config: EvaluateConfig) -> None:
+    """Raise `QvgptError` for what could only fail later, naming the option."""
+    for name, least in {"samples": 1, "max_batch": 1, "texts": 0, "seed": 0}.items():
+        if getattr(config, name) < least:
+            raise QvgptError(f"evaluate: {name} must be at least {least}")
+    if not config.temperatures:
+        raise QvgptError("evaluate: temperatures must not be empty")
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:

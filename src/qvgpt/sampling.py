@@ -1,12 +1,13 @@
 """What all commands that write texts share: prompts out of data rows, and a progress bar."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 from qvgpt.data.rows import Row, prompt_tokens, read_rows
 from qvgpt.decode.engine import TokenEvent
+from qvgpt.envs.rewards import compares, references
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import RunProgress
@@ -21,10 +22,10 @@ def load_prompts(
     """
     if model.tokenizer is None:
         raise QvgptError("the model has no tokenizer to read prompts with")
+    if max_tokens < 1 or (limit is not None and limit < 1):
+        raise QvgptError(f"max_tokens ({max_tokens}) and limit ({limit}) must be at least 1")
     rows = list(islice(read_rows(path), limit))
     prompts = [prompt_tokens(row, model.tokenizer) for row in rows]
-    if not prompts:
-        raise QvgptError(f"{path}: no prompt left at limit {limit}")
     check_room(prompts, model, max_tokens)
     return rows, prompts
 
@@ -39,6 +40,17 @@ def check_room(prompts: Sequence[Sequence[int]], model: ValueModel, max_tokens: 
             f"tokens) leave less than {max_tokens} in the context of {context}: lower max_tokens, "
             "or shorten or remove those prompts"
         )
+
+
+def check_references(rows: Iterable[Row], rewards: Iterable[str]) -> None:
+    """Raise `DataError` for the first row without the texts that one of the rewards reads."""
+    if not any(name.startswith("corpus_") or compares(name) for name in rewards):
+        return
+    for row in rows:
+        try:
+            references(row.fields)
+        except QvgptError as error:
+            raise row.fault(None, str(error)) from None
 
 
 class TextProgress:

@@ -183,6 +183,11 @@ def test_stop_strings_end_a_text(model):
         assert not any(s in model.tokenizer.decode(text[:-1]) for s in "ab")
 
 
+def test_an_engine_without_room_is_refused(model):
+    with pytest.raises(QvgptError, match="max_batch must be at least 1"):
+        Engine(model, max_batch=0)
+
+
 def test_what_cannot_be_served_is_refused(model, plain):
     with pytest.raises(QvgptError, match="40 tokens and max_tokens 9 do not fit the context of 48"):
         Engine(model).submit(Request([1] * 40, 9))

@@ -165,6 +165,9 @@ def test_faults(monkeypatch):
         get_reward("bleu")(["x"], [{"prompt": "y"}])
     with pytest.raises(QvgptError, match="list of texts"):
         get_reward("token_f1")(["x"], [{"references": "y"}])
+    for row in ({"references": ["y", 1]}, {"completion": [{"role": "assistant"}]}):
+        with pytest.raises(QvgptError, match="a text to compare with was expected"):
+            get_reward("bleu")(["x"], [row])
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(QvgptError, match=r"needs rouge-score: pip install 'qvgpt\[text\]'"):
         get_reward("rouge_l")

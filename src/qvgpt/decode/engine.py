@@ -110,6 +110,8 @@ class Engine:
     """A batched token loop over a model. With `report`, every event carries a `TokenReport`."""
 
     def __init__(self, model: ValueModel, max_batch: int = 64, report: bool = False):
+        if max_batch < 1:
+            raise QvgptError(f"max_batch must be at least 1, not {max_batch}")
         self.model = model.eval()
         self.max_batch, self.report = max_batch, report
         tokenizer = model.tokenizer

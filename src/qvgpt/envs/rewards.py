@@ -26,6 +26,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from qvgpt.data.files import kind_of
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.envs.env import Reward
 from qvgpt.errors import QvgptError, nearest
@@ -74,16 +75,24 @@ def get_reward(spec: str) -> Metric:
 def references(row: Row) -> tuple[str, ...]:
     """The texts a completion is compared with. Raises `QvgptError` if the row has none."""
     given = row.get("references")
-    if isinstance(given, str):
-        raise QvgptError(f"`references` is a list of texts, not one text: {given[:60]!r}")
-    if given:
-        return tuple(given)
-    if row.get("completion") is None:
+    if given and not isinstance(given, list | tuple):
+        raise QvgptError(f"`references` is a list of texts, not {kind_of(given)}")
+    texts = given or [row.get("completion")]
+    if texts == [None]:
         raise QvgptError(
             f"this reward needs `references` or a `completion` to compare with; "
             f"the row has {sorted(row)}"
         )
-    return (row["completion"],)
+    for text in texts:
+        if not isinstance(text, str):
+            column = "references" if given else "completion"
+            raise QvgptError(f"a text to compare with was expected in `{column}`: {kind_of(text)}")
+    return tuple(texts)
+
+
+def compares(name: str) -> bool:
+    """Whether the reward of that name reads `references`; what a callable reads is not known."""
+    return name in _BUILT_IN and name != "length"
 
 
 def shape(
