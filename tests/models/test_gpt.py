@@ -115,6 +115,9 @@ def test_bad_directories_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(QvgptError, match="not 'bert'"):
         GPT.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 9}')
+    with pytest.raises(QvgptError, match="n_embd, n_head, n_layer, n_positions missing"):
+        GPT.load(tmp_path)
     GPT(**SHAPE).save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04rubbish")
     with pytest.raises(QvgptError, match="no readable safetensors"):

@@ -293,6 +293,8 @@ class GPT(nn.Module):
         for name, value in _FIXED.items():
             if hf.get(name, value) != value:
                 raise QvgptError(f"{path}: {name} {hf[name]!r} is not known here, only {value!r}")
+        if missing := {"vocab_size", "n_embd", "n_head", "n_layer", "n_positions"} - hf.keys():
+            raise QvgptError(f"{path}/config.json: {', '.join(sorted(missing))} missing")
         tied = hf.get("tie_word_embeddings", True)
         model = cls(
             vocab_size=hf["vocab_size"],
