@@ -98,7 +98,10 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
         before = slow
 
 
-@pytest.mark.parametrize("objectives", [BOTH, [{"LM": {"on": "all"}}, "MonteCarlo"]])
+@pytest.mark.parametrize(
+    "objectives",
+    [BOTH, [{"LM": {"on": "all"}}, "MonteCarlo"], [{"LM": {"min_return": 0.1}}, "MonteCarlo"]],
+)
 def test_four_micro_batches_are_one_batch(objectives):
     """In gradients: Adam blows rounding up where one is 0 by construction (the keys' bias)."""
     found = []
@@ -108,9 +111,11 @@ def test_four_micro_batches_are_one_batch(objectives):
         found.append(torch.cat([g.flatten() for g in grads]))
 
     hook = register_optimizer_step_pre_hook(keep)
+    data = [*texts(2), *sorted(texts(), key=length)[:2]]
+    assert len({t.total_reward >= 0.1 for t in data}) == 2
     for size in (None, 1):  # texts differ in length, so that a mean of means would be wrong
         options = replace(FIT, max_steps=1, batch_size=4, micro_batch_size=size, clip=1e9)
-        run(model(), objectives, options, [*texts(2), *sorted(texts(), key=length)[:2]])
+        run(model(), objectives, options, data)
     hook.remove()
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
     assert found[0].abs().max() > 0.01
@@ -305,6 +310,13 @@ def test_several_processes_are_refused_before_anything_is_written(config, monkey
     with pytest.raises(QvgptError, match="one process only for now"):
         train(config, QUIET)
     assert not Path(config.output).exists()
+
+
+def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
+    m = model(heads=False)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    run(m, [{"LM": {"min_return": 9.0}}], replace(FIT, weight_decay=0.0, micro_batch_size=3))
+    assert same(before, m.state_dict())
 
 
 def test_no_heads():

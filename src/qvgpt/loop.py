@@ -24,7 +24,7 @@ from qvgpt.checkpoint import (
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import Objective, Objectives
+from qvgpt.objectives import LM, Objective, Objectives
 from qvgpt.run import Interruption, RunProgress
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
 
@@ -188,12 +188,12 @@ class _Loop:
         """
         counts = [[_units(o, b) for _, o in self.objectives.terms] for b in micro_batches]
         totals = [sum(column) for column in zip(*counts, strict=True)]
-        if not any(totals):
+        if not any(totals) and not any(bool(b.mask.any()) for b in micro_batches):
             raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
         parts: dict[str, float] = {}
         for batch, units in zip(micro_batches, counts, strict=True):
             shares = [n / max(total, 1) for n, total in zip(units, totals, strict=True)]
-            if not any(shares):
+            if not any(units) and not batch.mask.any():
                 continue
             loss, found = self.loss(batch.to(self.accelerator.device), shares)
             for name, value in found.items():
@@ -354,10 +354,9 @@ def refuse(
 
 
 def _units(objective: Objective, batch: TrajectoryBatch) -> int:
-    """What the objective takes its mean over: decisions, or all tokens but the first."""
-    if "token_logprob" in objective.needs:
-        return int(batch.attention_mask[:, 1:].sum())
-    return int(batch.mask.sum())
+    """What the objective takes its mean over: decisions, unless it says otherwise."""
+    counted = objective.counted(batch) if isinstance(objective, LM) else batch.mask
+    return int(counted.sum())
 
 
 def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from qvgpt.errors import QvgptError
 from qvgpt.losses import awac_weight
 from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
@@ -31,14 +34,17 @@ class LM:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Mean of −log π per decision, or per token."""
-        logprob, mask = values.logprob, batch.mask
-        if self.on == "all":
-            logprob, mask = values.token_logprob, batch.attention_mask[:, 1:]
+        logprob = values.logprob if self.on == "completions" else values.token_logprob
         assert logprob is not None
-        if self.min_return is not None:
-            good = batch.reward.sum(1) >= self.min_return - 1e-6  # rewards may be sums of parts
-            mask = mask & good[:, None]
-        return weighted_loss(mask, nll=(1.0, -logprob))
+        return weighted_loss(self.counted(batch), nll=(1.0, -logprob))
+
+    def counted(self, batch: TrajectoryBatch) -> Bool[Tensor, "batch _"]:
+        """The decisions, or the tokens but the first, that the mean is taken over."""
+        mask = batch.mask if self.on == "completions" else batch.attention_mask[:, 1:]
+        if self.min_return is None:
+            return mask
+        good = batch.reward.sum(1) >= self.min_return - 1e-6  # rewards may be sums of parts
+        return mask & good[:, None]
 
 
 @dataclass(frozen=True)
