@@ -319,6 +319,14 @@ def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
     assert same(before, m.state_dict())
 
 
+def test_the_best_is_kept_without_a_tokenizer_too(tmp_path):
+    m = model()
+    m.tokenizer = None
+    options = replace(FIT, keep_best="total", eval_every=1)
+    run(m, options=options, eval_data=texts(8), output=tmp_path)
+    assert (tmp_path / "value_heads.safetensors").exists()
+
+
 def test_no_heads():
     with pytest.raises(QvgptError, match="no value heads"):
         run(model(heads=False))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.gpt import load_tensors, read_json
+from qvgpt.models.gpt import GPT, load_tensors, read_json
 from qvgpt.models.value_model import ValueModel
 
 
@@ -91,9 +91,12 @@ def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimi
 
 def load_model(path: Path, model: ValueModel) -> None:
     """Put the weights of an artefact into a model of the same shape."""
-    saved = ValueModel.from_pretrained(path)
+    saved = {f"trunk.{k}": v for k, v in GPT.load(path).state_dict().items()}
+    heads = path / "value_heads.safetensors"
+    if heads.exists():
+        saved |= {f"heads.{k}": v for k, v in load_tensors(heads).items()}
     try:
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(saved)
     except RuntimeError:
         raise QvgptError(f"{path}: is the checkpoint of a model of another shape") from None
 
