@@ -319,6 +319,15 @@ def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
     assert same(before, m.state_dict())
 
 
+def test_values_that_nobody_teaches_weigh_nothing():
+    for objectives in (["AWR"], ["LM", "AWAC"]):
+        with pytest.raises(QvgptError, match="add ILQL or MonteCarlo"):
+            run(model(), objectives)
+    m = model()
+    run(m, ["MonteCarlo"])
+    run(m, ["AWR"])
+
+
 def test_the_best_is_kept_without_a_tokenizer_too(tmp_path):
     m = model()
     m.tokenizer = None

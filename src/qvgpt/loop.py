@@ -338,6 +338,11 @@ def refuse(
         raise QvgptError("the data set is empty: there is nothing to train on")
     if objectives.learns_values and model.heads is None:
         raise QvgptError("the objectives learn values, but the model has no value heads")
+    if objectives.weighs_by_values_alone and model.heads is not None and model.heads.are_fresh:
+        raise QvgptError(
+            "the objectives weigh texts by values that nothing here learns: add ILQL or "
+            "MonteCarlo, or start from a model with values"
+        )
     if model.trunk_is_frozen and not objectives.learns_values:
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
     if options.keep_best and not eval_data:

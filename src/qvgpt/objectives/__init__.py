@@ -49,6 +49,11 @@ class Objectives:
         """Whether Q or V is read at all; language modelling alone needs no heads."""
         return bool(self.needs & {"q", "v"})
 
+    @property
+    def weighs_by_values_alone(self) -> bool:
+        """Whether values are read (AWAC, AWR) that no objective here teaches."""
+        return self.learns_values and "q" not in self.needs
+
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Σ weight · loss."""
         return sum_losses((type(o).__name__, w, o(values, batch)) for w, o in self.terms)
