@@ -267,18 +267,84 @@ def test_check(call, tmp_path):
     assert (code, json.loads(out)["faults"], err) == (0, 0, "")
     bad = write(tmp_path / "bad.jsonl", *ROWS[:2], "{")
     code, out, _ = call("check", bad, "DATA")
-    assert code == 1
+    assert code == 2
     assert "bad.jsonl:3: not JSON" in out
     assert call("check", "nowhere.jsonl")[0] == 2
 
 
 def test_generate_streams_one_text(call):
     code, first, err = call("generate", "MODEL", "--prompt", "c", "--beta", "2", "--seed", "3")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "guidance: beta 2, temperature 1\n")
     assert first.endswith("\n")
     assert call("generate", "MODEL", "--prompt", "c", "--beta", "2", "--seed", "3")[1] == first
     code, many, _ = call("generate", "MODEL", "--prompt", "c", "--n", "3", "--max_tokens", "4")
     assert (code, many.count("\n")) == (0, 3)
+
+
+@pytest.mark.parametrize("prompt", ["# b", "&c", "null", "~", "[a]", "1", '"b"', "", "- b: 'ü😀"])
+def test_a_prompt_arrives_as_typed(prompt, call, tmp_path):
+    def tokens():  # the model knows few characters, so look at what it is given
+        return read(tmp_path / "out" / "completions.jsonl")[0]["prompt"]
+
+    words = ("generate", "MODEL", "--max_tokens", "2", "--output", "OUT")
+    code, _, err = call(*words, f"--prompt={prompt}")
+    assert (code, tokens()) == (0, prompt), err
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "x.yaml").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False))
+    assert call(*words, "--config", tmp_path / "x.yaml")[0] == 0
+    assert tokens() == prompt
+    code, out, _ = call("generate", "MODEL", "--print_config", f"--prompt={prompt}")
+    (tmp_path / "y.yaml").write_text(out)
+    shutil.rmtree(tmp_path / "out")
+    assert call("generate", "--config", tmp_path / "y.yaml", "--output", "OUT")[0] == 0
+    assert tokens() == prompt
+
+
+def test_generate_says_which_guidance_it_uses(call, place, tmp_path):
+    hint = "; the model has values: try --beta"
+    lines = {"": f"none (beta 0), temperature 1{hint}",
+             "--temperature 0 --top_k 3": f"none (beta 0), temperature 0, top_k 3{hint}",
+             "--beta 0": "none (beta 0), temperature 1"}  # fmt: skip
+    for words, line in lines.items():
+        _, _, err = call(*f"generate MODEL --prompt b {words}".split())
+        assert err == f"guidance: {line}\n"
+    folder = shutil.copytree(place / "model", tmp_path / "m")
+    config = json.loads((folder / "value_config.json").read_text())
+    config["recommended_guidance"] = {"beta": 8}
+    (folder / "value_config.json").write_text(json.dumps(config))
+    _, _, err = call("generate", folder, "--prompt", "b")
+    assert err == "guidance: beta 8, temperature 1 (recommended by the model)\n"
+    _, _, err = call("generate", folder, "--prompt", "b", "--temperature", "0.5")
+    said = "guidance: beta 8, temperature 0.5 (recommended by the model but for temperature)\n"
+    assert err == said
+
+
+BAD_GUIDANCE = [
+    ({"bta": 1}, ": unknown key 'bta' (did you mean 'beta'?)"),
+    ({"beta": "8"}, ".beta: '8' is of the wrong type"),
+    ({"top_k": 2.5}, ".top_k: 2.5 is of the wrong type"),
+    ({"top_p": 3}, ": guidance: top_p must lie in (0, 1]"),
+    ([1], ": an object was expected, not [1]"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_GUIDANCE)
+def test_a_bad_recommended_guidance_is_named(bad, message, call, place, tmp_path):
+    from qvgpt.decode.guided_head import load_guided
+    from qvgpt.errors import QvgptError
+
+    folder = shutil.copytree(place / "model", tmp_path / "m")
+    config = json.loads((folder / "value_config.json").read_text())
+    (folder / "value_config.json").write_text(json.dumps(config | {"recommended_guidance": bad}))
+    expected = f"{folder}/value_config.json: recommended_guidance{message}"
+    for words in (("generate", folder, "--prompt", "b"), ("export", folder, "--output", "OUT")):
+        code, out, err = call(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"qvgpt: error: {expected}")
+        assert err.count("\n") == 1
+    with pytest.raises(QvgptError) as caught:
+        load_guided(folder)
+    assert str(caught.value).startswith(expected)
 
 
 def test_generate_shows_values(call):

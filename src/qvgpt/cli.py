@@ -4,6 +4,7 @@ A command is a function of one frozen dataclass, whose fields are its options. O
 the chosen command is imported, so that `qvgpt --help` costs no torch.
 """
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import types
 import typing
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -58,7 +60,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 (faults found), 2 (bad input), 130 (Ctrl-C)."""
+    """Run a command; returns the exit code: 0, 2 (bad input, faulty data), 130 (Ctrl-C)."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if name in ("-h", "--help"):
@@ -95,7 +97,7 @@ def _run(name: str, argv: list[str]) -> int:
     if command.prints_summary:
         run: Any = import_module("qvgpt.run")
         run.print_summary(summary, run.output_console())
-    return int(bool(summary.get("faults")))
+    return 2 if summary.get("faults") else 0
 
 
 def _overview() -> str:
@@ -137,17 +139,42 @@ def _parse(name: str, command: Command, config_class: type, argv: list[str]) -> 
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
     parser.add_class_arguments(config_class, None)
-    known = _options(config_class)
+    known, texts, shown = _options(config_class), _Texts(), io.StringIO()
     try:
-        parsed = parser.parse_args(_arguments(argv, known, command.positional))
+        with redirect_stdout(shown):
+            parsed = parser.parse_args(_arguments(argv, known, command.positional, texts))
+        for name, value in parsed.items():
+            parsed[name] = texts.told.get(value, value) if isinstance(value, str) else value
         ready = parser.instantiate_classes(parsed)
         return config_class(**{name: ready[name] for name in known if "." not in name})
     except QvgptError:
         raise
     except SystemExit:  # --help and --print_config
+        print(texts.back(shown.getvalue()), end="")
         return None
     except Exception as error:  # jsonargparse raises several kinds
         raise QvgptError(_one_line(str(error), known, command.positional)) from None
+
+
+class _Texts:
+    """Texts kept from jsonargparse, which reads `str | None` as YAML: `# Title` would be null."""
+
+    def __init__(self):
+        self.told: dict[str, str] = {}
+
+    def hide(self, value: Any, kind: Any) -> Any:
+        """A name to stand for the value, where it is a text that may be none."""
+        if kind != str | None or not isinstance(value, str):
+            return value
+        name = f"text-{len(self.told)}-as-typed"
+        self.told[name] = value
+        return name
+
+    def back(self, shown: str) -> str:
+        """What is shown, with the texts in it again."""
+        for name, value in self.told.items():
+            shown = shown.replace(name, json.dumps(value, ensure_ascii=False))
+        return shown
 
 
 def _options(config_class: type, prefix: str = "") -> dict[str, Any]:
@@ -162,7 +189,7 @@ def _options(config_class: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _arguments(argv: list[str], known: dict[str, Any], positional: str) -> list[str]:
+def _arguments(argv: list[str], known: dict[str, Any], positional: str, texts: _Texts) -> list[str]:
     """Each option as one `--name=value`: lists gathered, flags completed, config files read."""
     done: list[str] = []
     last: list[str] = []  # --print_config sees what stands before it
@@ -187,7 +214,8 @@ def _arguments(argv: list[str], known: dict[str, Any], positional: str) -> list[
         if not values and kind is not bool:
             raise QvgptError(f"--{name}: expected a value")
         text = _as_list(values, kind) if is_list else values[0] if values else "true"
-        done.append(f"--{name}=" + (_read_config(text, known) if name == "config" else text))
+        read = _read_config(text, known, texts) if name == "config" else texts.hide(text, kind)
+        done.append(f"--{name}={read}")
     return done + last
 
 
@@ -199,7 +227,7 @@ def _as_list(values: list[str], kind: Any) -> str:
     return f"[{', '.join(v if plain or v.startswith('{') else json.dumps(v) for v in values)}]"
 
 
-def _read_config(file: str, known: dict[str, Any]) -> str:
+def _read_config(file: str, known: dict[str, Any], texts: _Texts) -> str:
     """The file's content as JSON, every key known."""
     from jsonargparse import get_loader
 
@@ -211,20 +239,22 @@ def _read_config(file: str, known: dict[str, Any]) -> str:
         raise QvgptError(f"{file}: broken YAML: {error}") from None
     if not isinstance(content, dict):
         raise QvgptError(f"{file}: expected `key: value` lines")
-    return json.dumps(_checked(content, known, file))
+    return json.dumps(_checked(content, known, file, texts))
 
 
-def _checked(content: dict[str, Any], known: dict[str, Any], file: str, prefix: str = "") -> Any:
+def _checked(
+    content: dict[str, Any], known: dict[str, Any], file: str, texts: _Texts, prefix: str = ""
+) -> Any:
     checked = {}
     for key, value in content.items():
         name = prefix + str(key)
         if name not in known:
             raise QvgptError(f"{file}: unknown key {name!r}{_nearest_option(name, known)}")
         if isinstance(value, dict) and any(other.startswith(name + ".") for other in known):
-            value = _checked(value, known, file, name + ".")
+            value = _checked(value, known, file, texts, name + ".")
         elif typing.get_origin(known[name]) is list and isinstance(value, str):
             value = [value]
-        checked[key] = value
+        checked[key] = texts.hide(value, known[name])
     return checked
 
 

@@ -17,7 +17,7 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
-from qvgpt.decode.policy import Guidance
+from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.value_model import ValueModel
@@ -44,7 +44,10 @@ class CheckConfig:
 
 
 def check(config: CheckConfig) -> dict[str, Any]:
-    """Print counts, lengths, rewards, a few texts in colours, and the faults."""
+    """Print counts, lengths, rewards, a few texts in colours, and the faults.
+
+    Faults make the exit code 2, as bad input does everywhere.
+    """
     for path in config.data:
         if not Path(path).exists():
             raise QvgptError(f"{path}: no such file")
@@ -121,6 +124,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for k in range(config.n)
     ]
     output = _claim(config.output, "generate", config)
+    print(_said(model, guidance, config), file=sys.stderr)
     started = time.perf_counter()
     streamed = config.prompt is not None and config.n == 1 and not config.values
     written = [_stream(model, requests[0])] if streamed else _write(model, requests, config)
@@ -146,11 +150,29 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
 def _guidance(model: ValueModel, config: GenerateConfig) -> Guidance:
     """The recommended guidance, with what was said put over it."""
-    names = ("beta", "temperature", "top_k", "top_p", "min_p", "candidates", "twins")
-    said = {n: value for n in names if (value := getattr(config, n)) is not None}
+    said = {n: value for n in vars(Guidance()) if (value := getattr(config, n)) is not None}
     if said.get("top_k") == 0:
         said["top_k"] = None
-    return replace(Guidance(**(model.info.recommended_guidance or {})), **said)
+    return replace(recommended(model.info, config.model) or Guidance(), **said)
+
+
+def _said(model: ValueModel, guidance: Guidance, config: GenerateConfig) -> str:
+    """The guidance in use in one line, so that a model with values is not unguided in silence."""
+    standard = vars(Guidance())
+    shown = [f"temperature {guidance.temperature:g}"]
+    shown += [
+        f"{name} {value}"
+        for name, value in vars(guidance).items()
+        if name not in ("beta", "temperature") and value != standard[name]
+    ]
+    options = [name for name in standard if getattr(config, name) is not None]
+    if model.info.recommended_guidance is not None and len(options) < len(standard):
+        but = f" but for {', '.join(options)}" if options else ""
+        shown[-1] += f" (recommended by the model{but})"
+    if guidance.beta:
+        return f"guidance: beta {guidance.beta:g}, {', '.join(shown)}"
+    hint = "" if model.heads is None or config.beta == 0 else "; the model has values: try --beta"
+    return f"guidance: none (beta 0), {', '.join(shown)}{hint}"
 
 
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvgpt.checkpoint import replace_directory
 from qvgpt.decode.engine import generate
-from qvgpt.decode.policy import Guidance, fold, next_token
+from qvgpt.decode.policy import Guidance, fold, next_token, recommended
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.gpt import GPT
@@ -95,17 +95,16 @@ def _guidance(
     """The guidance to fold, and the options of the recommended one that weights cannot hold."""
     if model.heads is None:
         raise QvgptError(f"{model_dir}: has no value heads, so there is nothing to fold")
-    recommended = dict(model.info.recommended_guidance or {})
-    recommended_beta = recommended.pop("beta", None)
-    recommended_twins = recommended.pop("twins", "mean")
-    if beta is None and recommended_beta is None:
+    said = recommended(model.info, model_dir)
+    if beta is None and (said is None or "beta" not in (model.info.recommended_guidance or {})):
         raise QvgptError(f"{model_dir}: recommends no beta; say which one to export")
+    said = said or Guidance()
     chosen = Guidance(
-        beta=recommended_beta if beta is None else beta,  # type: ignore[arg-type]
-        twins=recommended_twins if twins is None else twins,
+        beta=said.beta if beta is None else beta, twins=said.twins if twins is None else twins
     )
-    standard = vars(Guidance())
-    return chosen, {k: v for k, v in recommended.items() if v != standard.get(k)}
+    folded, standard = ("beta", "twins"), vars(Guidance())
+    left_out = {k: v for k, v in vars(said).items() if k not in folded and v != standard[k]}
+    return chosen, left_out
 
 
 @torch.no_grad()

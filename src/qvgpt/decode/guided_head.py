@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgpt.decode.policy import NEG_INF, Guidance, distribution, fold, folds
+from qvgpt.decode.policy import NEG_INF, Guidance, distribution, fold, folds, recommended
 from qvgpt.errors import QvgptError
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
@@ -95,8 +95,8 @@ def load_guided(path: str | Path, guidance: Guidance | None = None) -> Any:
 
     values = ValueModel.from_pretrained(path)
     if guidance is None:
-        if values.info.recommended_guidance is None:
-            raise QvgptError(f"{path}: recommends no guidance; say which, at least its beta")
-        guidance = Guidance(**values.info.recommended_guidance)
+        guidance = recommended(values.info, path)
+    if guidance is None:
+        raise QvgptError(f"{path}: recommends no guidance; say which, at least its beta")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return guide(model, values, guidance)

@@ -8,15 +8,16 @@ say; `candidates="guided"` truncates afterwards, as stock engines must.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qvgpt.errors import QvgptError
+from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.heads import ValueHeads
-from qvgpt.models.value_model import ValueModel
+from qvgpt.models.value_model import ValueInfo, ValueModel
 
 NEG_INF = float("-inf")
 
@@ -59,6 +60,34 @@ class Guidance:
     def truncates(self) -> bool:
         """Whether the candidates are fewer than the vocabulary."""
         return any(x is not None for x in (self.top_k, self.top_p, self.min_p))
+
+
+def recommended(info: ValueInfo, model_dir: str | Path) -> Guidance | None:
+    """What a model in `model_dir` recommends; None where it recommends nothing.
+
+    Raises `QvgptError` that names file and key where it is no guidance at all.
+    """
+    found: Any = info.recommended_guidance
+    if found is None:
+        return None
+    where = f"{model_dir}/value_config.json: recommended_guidance"
+    if not isinstance(found, dict):
+        raise QvgptError(f"{where}: an object was expected, not {found!r}")
+    kinds: dict[str, tuple[type, ...]] = {
+        "beta": (float, int), "temperature": (float, int), "top_k": (int, type(None)),
+        "top_p": (float, int, type(None)), "min_p": (float, int, type(None)),
+        "candidates": (str,), "twins": (str,),
+    }  # fmt: skip
+    for key, value in found.items():
+        if key not in kinds:
+            raise QvgptError(f"{where}: unknown key {key!r}{nearest(key, kinds)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise QvgptError(f"{where}.{key}: {value!r} is of the wrong type")
+    numbers = {k: float(v) for k, v in found.items() if kinds[k][0] is float and v is not None}
+    try:
+        return Guidance(**{**found, **numbers})
+    except QvgptError as error:
+        raise QvgptError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

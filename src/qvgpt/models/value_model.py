@@ -36,8 +36,9 @@ class ValueInfo:
     """What it was trained with, as `parse_objectives` reads it."""
     gamma: float = 1.0
     """Discount the values were learned with."""
-    recommended_guidance: dict[str, Any] | None = None
-    """Chosen on validation data; what `generate` uses when nothing is said."""
+    recommended_guidance: Any = None
+    """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
+    `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
 
 
 class ValueModel(nn.Module):
