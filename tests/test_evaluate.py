@@ -236,6 +236,24 @@ def test_diagnostics_credit_what_was_earned_before(model):
     assert found["within_prompt"]["total_middle"]["mean"] == pytest.approx(1)
 
 
+def test_diagnostics_discount_as_the_values_do(model):
+    """γ at the end of the first turn only: exact values are found to be exact."""
+    is_action = [False, True, True, False, True, True]
+    texts = [Trajectory([1, 6, 4, 7, 6, 3], is_action, [0.0] * 5 + [r], True) for r in (1.0, 3.0)]
+
+    class Exact(ValueModel):
+        def forward(self, batch, needs=frozenset()):
+            v = batch.reward.sum(1, keepdim=True) * torch.tensor([0.5, 0.5, 1.0, 1.0, 0.0])
+            return replace(super().forward(batch, needs), v=v, target_q=v[None, :, :-1])
+
+    exact = Exact(model.trunk, HeadsConfig(), model.tokenizer)
+    exact.info.gamma, exact.info.per_turn_discount = 0.5, True
+    found = value_diagnostics(exact, texts)
+    assert (found["v"]["mse"], found["q"]["mse"], found["per_turn_discount"]) == (0, 0, True)
+    exact.info.per_turn_discount = False
+    assert value_diagnostics(exact, texts)["v"]["mse"] > 0.1
+
+
 def test_diagnostics_refuse_a_model_without_values(model):
     with pytest.raises(QvgptError, match="no value heads"):
         value_diagnostics(ValueModel(model.trunk, None, model.tokenizer), logged(model))

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import signal
@@ -241,7 +242,7 @@ BAD = {
     "no eval": ({"options": replace(FIT, keep_best="total")}, "fit.keep_best: needs evaluation"),
     "no part": (
         {"options": replace(FIT, keep_best="nll", max_steps=1), "eval_data": texts(2)},
-        "no loss part 'nll'; there are total, LM/nll",
+        r"no loss part 'nll' \(did you mean 'LM/nll'\?\); there are total, LM/nll",
     ),
 }
 
@@ -413,6 +414,33 @@ def test_train_on_from_a_model_with_and_without_heads(config, tmp_path):
         train(replace(more, heads=HeadsConfig(kind="mlp"), output=str(tmp_path / "x")), QUIET)
 
 
+@pytest.mark.parametrize("objectives", [["LM"], ["AWR"]])
+def test_values_that_no_longer_fit_the_trunk_are_left_out(config, tmp_path, objectives):
+    train(config, QUIET)
+    learnt = ValueModel.from_pretrained(config.output)
+    learnt.info.recommended_guidance = {"beta": 2.0}
+    learnt.save(config.output)
+    console = Console(record=True, quiet=False, file=io.StringIO())
+    after = replace(
+        config, model=config.output, objectives=objectives, output=str(tmp_path / "after")
+    )
+    summary = train(after, console)
+    assert console.export_text().count("saved without its value heads") == 1
+    assert set(summary["parameters"]) == {"trunk"}
+    assert not list((tmp_path / "after").glob("value_*"))
+    assert ValueModel.from_pretrained(after.output).heads is None
+
+
+def test_what_is_said_of_values_follows_their_training(config, tmp_path):
+    train(replace(config, objectives=[{"ILQL": {"gamma": 0.9, "per_turn_discount": True}}]), QUIET)
+    learnt = ValueModel.from_pretrained(config.output)
+    assert (learnt.info.gamma, learnt.info.per_turn_discount) == (0.9, True)
+    learnt.info.recommended_guidance = {"beta": 2.0}
+    run(learnt, ["AWAC", {"AWR": {"gamma": 0.1}}, {"MonteCarlo": {"gamma": 0.8}}])
+    assert (learnt.info.gamma, learnt.info.per_turn_discount) == (0.8, False)
+    assert learnt.info.recommended_guidance is None
+
+
 def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch):
     train(config, QUIET)
     other = replace(config, output=str(tmp_path / "other"))
@@ -438,7 +466,7 @@ def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch)
     assert train(replace(other, resume=True), QUIET) == summary  # finished: nothing to do
 
 
-def test_train_refuses_before_it_writes(config, tmp_path):
+def test_train_refuses_before_it_writes(config, tmp_path, monkeypatch):
     cases = [
         ({"max_length": 8}, "texts are longer than max_length 8"),
         ({"max_length": 25}, "max_length: 25 is not between 2 and the context of 24"),
@@ -447,7 +475,13 @@ def test_train_refuses_before_it_writes(config, tmp_path):
         ({"model": str(tmp_path)}, r"config.json: no such file"),
         ({"max_length": 3, "on_too_long": "drop"}, "none of 60 texts fits 3 tokens"),
         ({"fit": replace(FIT, keep_best="total")}, "needs evaluation data"),
+        (
+            {"fit": replace(FIT, keep_best="LM/nl"), "eval_data": config.data},
+            r"no loss part 'LM/nl' \(did you mean 'LM/nll'\?\); there are total, LM/nll, ILQL/q",
+        ),
+        ({"fit": replace(FIT, tensorboard=True)}, "tensorboard is not installed"),
     ]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for change, message in cases:
         with pytest.raises(QvgptError, match=message):
             train(replace(config, **change), QUIET)

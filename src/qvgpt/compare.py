@@ -179,6 +179,7 @@ def value_diagnostics(
         "texts": len(texts),
         "decisions": len(q),
         "gamma": model.info.gamma,
+        "per_turn_discount": model.info.per_turn_discount,
         "q": _fit(q, to_come),
         "v": _fit(v, to_come),
         "v_at_prompt": _fit(first["v"], first["to_come"]),
@@ -209,14 +210,18 @@ def _foretell(
         batch = collate([trajectories[i] for i in indices], pad, ends).to(model.device)
         values = model(batch, frozenset({"target_q", "v"}))
         gamma = torch.full_like(batch.reward, model.info.gamma)
+        if model.info.per_turn_discount:
+            gamma = gamma.where(batch.ends_turn, 1.0)
+        so_far = torch.cat([torch.ones_like(gamma[:, :1]), gamma.cumprod(1)[:, :-1]], 1)
         nothing = torch.zeros_like(batch.reward)
         every = torch.ones_like(batch.mask)  # the padding's reward is 0
         to_come = lambda_returns(batch.reward, gamma, nothing, every, lambda_=1.0)
         columns = {"q": values.target_q.mean(0), "v": values.v[:, :-1], "to_come": to_come}
+        columns["so_far"] = so_far  # the discount from the first decision to each
         for row, i in enumerate(indices):
             real = batch.mask[row]
             text = {k: x[row][real].double().cpu().numpy() for k, x in columns.items()}
-            found[i] = text | {"middle": int(real.sum()) // 2, "gamma": model.info.gamma}
+            found[i] = text | {"middle": int(real.sum()) // 2}
     return found
 
 
@@ -228,7 +233,7 @@ def _total(text: dict[str, Any]) -> float:
 def _total_at(text: dict[str, Any], decision: int) -> float:
     """That return as foretold at a later decision: what came before is known."""
     at = range(len(text["v"]))[decision]
-    return text["to_come"][0] + text["gamma"] ** at * (text["v"][at] - text["to_come"][at])
+    return text["to_come"][0] + text["so_far"][at] * (text["v"][at] - text["to_come"][at])
 
 
 def _middle_to_come(text: dict[str, Any]) -> float:

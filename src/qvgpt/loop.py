@@ -22,10 +22,10 @@ from qvgpt.checkpoint import (
     save_model,
 )
 from qvgpt.data.batches import batches
-from qvgpt.errors import QvgptError
-from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import LM, Objective, Objectives
-from qvgpt.run import Interruption, RunProgress
+from qvgpt.errors import QvgptError, nearest
+from qvgpt.models.value_model import ValueInfo, ValueModel
+from qvgpt.objectives import LM, Objective, Objectives, Values
+from qvgpt.run import Interruption, RunProgress, require_tensorboard
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
@@ -255,8 +255,6 @@ class _Loop:
         name = self.options.keep_best
         if name is None:
             return
-        if name not in found:
-            raise QvgptError(f"fit.keep_best: no loss part {name!r}; there are {', '.join(found)}")
         if self.state.best is not None and found[name] >= self.state.best:
             self.state.bad_evals += 1
             return
@@ -294,23 +292,36 @@ def fit(
     `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
     `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
     Fresh value heads start at the mean return of `data`, so that no constant has to be learned.
+    Where the objectives change the trunk and teach no values, those learned before no longer fit
+    it: `model` is left, and saved, without them. Where they teach values further, the guidance
+    recommended before is forgotten.
     The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
     """
     loop = _Loop(model, data, objectives, options, eval_data, output)
-    if objectives.learns_values:
-        model.info.objectives = objectives.as_list()
-        model.info.gamma = min([getattr(o, "gamma", 1.0) for _, o in objectives.terms])
+    console = console or Console(stderr=True)
+    stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
+    if stale:
+        console.print(
+            "the objectives change the language model and teach no values: the model is saved "
+            "without its value heads and recommended guidance, which would no longer fit it",
+            soft_wrap=True,
+        )
+    if objectives.teaches_values:
+        model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
+        model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
         loop.resume()
     elif output is not None:
-        for stale in ("checkpoints", "best"):
-            shutil.rmtree(output / stale, ignore_errors=True)
+        for spent in ("checkpoints", "best"):
+            shutil.rmtree(output / spent, ignore_errors=True)
     if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
         model.heads.start_at(mean_return(data))
     state = loop.state
     with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
         loop.run(shown)
     loop.restore_best()
+    if stale:
+        model.heads, model.info = None, ValueInfo()
     model.eval()
     if output is not None:
         model.save(output)
@@ -343,10 +354,17 @@ def refuse(
             "the objectives weigh texts by values that nothing here learns: add ILQL or "
             "MonteCarlo, or start from a model with values"
         )
-    if model.trunk_is_frozen and not objectives.learns_values:
+    if model.trunk_is_frozen and not objectives.teaches_values:
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
+    if options.keep_best and options.keep_best not in (parts := loss_parts(objectives)):
+        name, there = options.keep_best, ", ".join(parts)
+        raise QvgptError(
+            f"fit.keep_best: no loss part {name!r}{nearest(name, parts)}; there are {there}"
+        )
+    if options.tensorboard:
+        require_tensorboard()
     for name, texts in (("text", data), ("evaluation text", eval_data)):
         for i, text in enumerate(texts):
             if not math.isfinite(sum(text.reward)):
@@ -356,6 +374,16 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
+
+
+def loss_parts(objectives: Objectives) -> list[str]:
+    """The names an evaluation will have: those that a batch of one decision, all 0, gives."""
+    batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
+    one, q = torch.zeros(1, 1), torch.zeros(1, 1, 1)
+    values = Values(
+        q=q, target_q=q, v=torch.zeros(1, 2), q_logsumexp=q, logprob=one, token_logprob=one
+    )
+    return ["total", *objectives(values, batch).parts]
 
 
 def _units(objective: Objective, batch: TrajectoryBatch) -> int:

@@ -171,7 +171,7 @@ class RunProgress:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             if tensorboard:
-                self.writer = _tensorboard(output / "tensorboard", done)
+                self.writer = require_tensorboard()(output / "tensorboard", purge_step=done + 1)
             _forget_after(output / "log.jsonl", done)
             self.file = (output / "log.jsonl").open("a")
 
@@ -231,7 +231,8 @@ def _forget_after(log: Path, step: int) -> None:
     log.write_text("".join(line + "\n" for line in kept))
 
 
-def _tensorboard(directory: Path, done: int) -> Any:
+def require_tensorboard() -> Any:
+    """TensorBoard's writer. Raises `QvgptError` where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -239,4 +240,4 @@ def _tensorboard(directory: Path, done: int) -> Any:
             "tensorboard is not installed: pip install 'qvgpt[tensorboard]', "
             "or leave fit.tensorboard off"
         ) from None
-    return SummaryWriter(directory, purge_step=done + 1)
+    return SummaryWriter

@@ -63,3 +63,20 @@ def test_picture(char, write):
 
 def test_row_form_is_known_before_tokenising(write):
     assert [row_form(r) for r in read_rows(write(SAMPLES, DIALOGUE))] == ["completions", "messages"]
+
+
+def test_a_long_text_is_shown_with_its_end(char, write):
+    rows = [{"prompt": "q", "completion": "a" * 500 + "z", "reward": 1}]
+    (example,) = check(write(*rows), char).examples
+    shown = picture(example, char).plain
+    assert shown.startswith("<bos>q<sep>aaa")
+    assert shown.endswith("az<eos>[+1]")
+    assert f"a … {len(example.tokens) - 300} tokens … a" in shown
+
+
+def test_examples_are_of_different_prompts_where_there_are_enough(char, write):
+    rows = [SAMPLES, {"prompt": "b", "completion": "a"}, {"prompt": "c", "completion": "a"}]
+    prompts = [char.decode(t.prompt) for t in check(write(*rows), char).examples]
+    assert prompts == ["a", "b", "c"]
+    prompts = [char.decode(t.prompt) for t in check(write(*rows[:2]), char).examples]
+    assert prompts == ["a", "a", "b"]

@@ -138,6 +138,24 @@ def test_a_directory_without_values_is_a_plain_model(tmp_path):
     plain(BATCH, frozenset({"logprob", "token_logprob"}))
 
 
+def test_the_tokenizer_of_a_plain_model_is_known_too(tmp_path, caplog):
+    ValueModel(make().trunk, None, TOKENIZER).save(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not caplog.records
+    Tokenizer.train(["zyxwvu"], "char").save(tmp_path)
+    with pytest.raises(QvgptError, match=r"tokenizer\.json is not the one the model was saved"):
+        ValueModel.from_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    ValueModel.from_pretrained(tmp_path)
+
+
+def test_a_plain_model_saved_over_one_with_values_is_plain(tmp_path):
+    model = make()
+    model.save(tmp_path)
+    ValueModel(model.trunk, None, TOKENIZER).save(tmp_path)
+    assert ValueModel.from_pretrained(tmp_path).heads is None
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path):
     big = Tokenizer.train(["abcdefghijklmnopqrstuvwxyzäöü"], "char")
     with pytest.raises(QvgptError, match="do not belong together"):

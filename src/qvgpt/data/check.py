@@ -18,7 +18,7 @@ from qvgpt.trajectory import Trajectory
 
 MAX_FAULTS_SHOWN = 20
 _EXAMPLES = 3
-_LONGEST_PICTURE = 300  # tokens
+_HEAD, _TAIL = 200, 100  # tokens shown of a text that has more
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,19 @@ def check(
         terminated_share=sum(t.terminated for t in trajectories) / number,
         prompts=len(groups),
         group_sizes=dict(sorted(Counter(groups.values()).items())),
-        examples=tuple(trajectories[:_EXAMPLES]),
+        examples=_examples(trajectories),
     )
+
+
+def _examples(trajectories: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
+    """The first few, of different prompts where there are enough."""
+    firsts: dict[tuple[int, ...], int] = {}
+    for i, trajectory in enumerate(trajectories):
+        firsts.setdefault(trajectory.prompt, i)
+        if len(firsts) == _EXAMPLES:
+            break
+    chosen = dict.fromkeys([*firsts.values(), *range(min(_EXAMPLES, len(trajectories)))])
+    return tuple(trajectories[i] for i in sorted(list(chosen)[:_EXAMPLES]))
 
 
 def _lengths(ordered: Sequence[int]) -> Lengths:
@@ -173,19 +184,25 @@ def render(
 
 
 def picture(trajectory: Trajectory, tokenizer: Tokenizer) -> Text:
-    """One text in colours: prompt, actions and observations, each reward behind its token."""
+    """One text in colours: prompt, actions and observations, each reward behind its token.
+
+    Of a long text the head and the tail, where the last reward sits.
+    """
     text = Text(overflow="fold")
-    shown = trajectory.tokens[:_LONGEST_PICTURE]
-    acted = False
-    for i, piece in enumerate(tokenizer.pieces(shown)):
-        acted = acted or trajectory.is_action[i]
-        style = "green" if trajectory.is_action[i] else "blue" if acted else "dim"
-        text.append(piece, style=style)
-        if trajectory.reward[i] != 0:
-            text.append(f"[{trajectory.reward[i]:+g}]", style="bold magenta")
-    if len(shown) < len(trajectory.tokens):
-        text.append(f" ... {len(trajectory.tokens) - len(shown)} more tokens", style="italic")
-    elif not trajectory.terminated:
+    length, first = len(trajectory.tokens), len(trajectory.prompt)
+    parts = [range(length)]
+    if length > _HEAD + _TAIL:
+        parts = [range(_HEAD), range(length - _TAIL, length)]
+    for part in parts:
+        if part.start:
+            text.append(f" … {part.start - _HEAD} tokens … ", style="italic")
+        pieces = tokenizer.pieces(trajectory.tokens[part.start : part.stop])
+        for i, piece in zip(part, pieces, strict=True):
+            style = "green" if trajectory.is_action[i] else "blue" if i >= first else "dim"
+            text.append(piece, style=style)
+            if trajectory.reward[i] != 0:
+                text.append(f"[{trajectory.reward[i]:+g}]", style="bold magenta")
+    if not trajectory.terminated:
         text.append(" ... truncated", style="italic")
     return text
 

@@ -36,6 +36,8 @@ class ValueInfo:
     """What it was trained with, as `parse_objectives` reads it."""
     gamma: float = 1.0
     """Discount the values were learned with."""
+    per_turn_discount: bool = False
+    """Whether γ applied at the ends of turns only."""
     recommended_guidance: Any = None
     """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
     `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
@@ -125,7 +127,7 @@ class ValueModel(nn.Module):
         """Write the artefact described at the head of this file."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        extra = {}
+        extra: dict[str, Any] = {}
         if self.tokenizer is not None:
             template = self.tokenizer.template
             extra = {
@@ -136,8 +138,11 @@ class ValueModel(nn.Module):
             self.tokenizer.save(path)
             generation = extra | {"eos_token_id": sorted(template.end_ids)}
             (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+            extra["qvgpt"] = {"tokenizer_sha256": self.tokenizer.sha256}
         self.trunk.save(path, **extra)
         if self.heads is None:
+            for stale in ("value_config.json", "value_heads.safetensors"):
+                (path / stale).unlink(missing_ok=True)
             return
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
@@ -162,6 +167,12 @@ class ValueModel(nn.Module):
             raise QvgptError(f"{path}: no such directory; a model directory was expected")
         trunk, tokenizer = GPT.load(path), Tokenizer.load(path)
         if not (path / "value_config.json").exists():
+            ours = read_json(path / "config.json").get("qvgpt") or {}
+            if ours.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+                raise QvgptError(
+                    f"{path}: tokenizer.json is not the one the model was saved with; restore it, "
+                    "or delete the key `qvgpt` of config.json if they belong together"
+                )
             return cls(trunk, None, tokenizer, freeze_trunk)
         config = read_json(path / "value_config.json")
         if config.get("format_version") != FORMAT_VERSION:

@@ -52,7 +52,19 @@ class Objectives:
     @property
     def weighs_by_values_alone(self) -> bool:
         """Whether values are read (AWAC, AWR) that no objective here teaches."""
-        return self.learns_values and "q" not in self.needs
+        return self.learns_values and not self.teaches_values
+
+    @property
+    def teaches_values(self) -> bool:
+        """Whether Q is trained, and not just read as a weight."""
+        return "q" in self.needs
+
+    @property
+    def discount(self) -> tuple[float, bool]:
+        """γ of the values that are taught, and whether it applies at the ends of turns only."""
+        taught = [o for _, o in self.terms if "q" in o.needs]
+        found = [(getattr(o, "gamma", 1.0), getattr(o, "per_turn_discount", False)) for o in taught]
+        return min(found)
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Σ weight · loss."""
