@@ -328,6 +328,28 @@ def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
         assert {**one, "s_per_token": 0} == {**two, "s_per_token": 0}
 
 
+def test_another_base_writes_the_unguided_texts_and_kl_is_to_it(task, tmp_path, model):
+    torch.manual_seed(5)
+    gpt = GPT(model.tokenizer.vocab_size, embed_dim=8, num_heads=2, num_layers=1, seq_len=32)
+    ValueModel(gpt, None, model.tokenizer).save(tmp_path / "base")
+    own = evaluate(task)
+    alone = replace(task, model=str(tmp_path / "base"), betas=[], output=str(tmp_path / "alone"))
+    plain = evaluate(alone)["rows"]
+    other = replace(task, base=str(tmp_path / "base"), output=str(tmp_path / "other"))
+    found = evaluate(other)["rows"]
+    for ours, theirs in ((found[0], plain[0]), (found[2], plain[1])):
+        assert {**ours, "s_per_token": 0} == {**theirs, "s_per_token": 0}
+    for i in (1, 3):
+        assert found[i]["mean"] == own["rows"][i]["mean"]
+        assert found[i]["kl_per_sequence"] != own["rows"][i]["kl_per_sequence"]
+        assert found[i]["delta"] == pytest.approx(found[i]["mean"] - found[i - 1]["mean"])
+    ValueModel(GPT(30, 8, 2, 1, 32), None, Tokenizer.train(["xyz"], "char")).save(tmp_path / "xyz")
+    wrong = replace(other, base=str(tmp_path / "xyz"), output=str(tmp_path / "wrong"))
+    with pytest.raises(QvgptError, match="another tokenizer"):
+        evaluate(wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

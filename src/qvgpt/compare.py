@@ -19,6 +19,7 @@ from jaxtyping import Float
 from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
 from qvgpt.decode.engine import OnStep, Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.score import sequence_kl
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.returns import lambda_returns
@@ -66,7 +67,7 @@ class Row:
     score: Estimate
     metrics: dict[str, Estimate]
     kl_per_sequence: float
-    """Mean of `Text.kl`: how far the method has gone from the plain model, in nats."""
+    """Mean of `Text.kl`: how far the method has gone from the plain model (or `base`), in nats."""
     s_per_token: float | None
     """Wall seconds over tokens of a whole batch, prompts included, without token reports: to be
     compared where texts are alike in length, since short ones fill a batch less well."""
@@ -105,27 +106,35 @@ def compare(
     guidances: Mapping[str, Guidance],
     options: CompareOptions | None = None,
     *,
+    base: ValueModel | None = None,
     metrics: Mapping[str, Score] | None = None,
     on_step: OnStep | None = None,
 ) -> list[Row]:
     """Write texts by every guidance from the same prompts and seeds, and compare their scores.
 
     A row's difference is to the first guidance with β = 0 at its temperature, else to the first
-    of all. `metrics` are further scores of the same texts.
+    of all. `metrics` are further scores of the same texts. With `base`, a model of the same
+    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
         raise QvgptError("a comparison needs prompts and guidances")
+    if base is not None:
+        refuse_other_tokens(model, base)
+    writers = {n: model if base is None or g.beta else base for n, g in guidances.items()}
     written = {
-        name: _write(model, prompts, score, guidance, options, on_step)
+        name: _write(writers[name], prompts, score, guidance, options, on_step)
         for name, guidance in guidances.items()
     }
+    if base is not None:
+        for name in (n for n, g in guidances.items() if g.beta):
+            _measure_kl(model, guidances[name], base, prompts, written[name])
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
     means = {
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
         for name, samples in written.items()
     }
-    seconds = _time(model, prompts, guidances, options)
+    seconds = _time(writers, prompts, guidances, options)
     rows: list[Row] = []
     for name, samples in written.items():
         baseline = _baseline(name, guidances)
@@ -149,6 +158,34 @@ def compare(
         )
         rows.append(row)
     return rows
+
+
+def refuse_other_tokens(model: ValueModel, base: ValueModel) -> None:
+    """Raise `QvgptError` where the two do not read the same tokens."""
+    ours, theirs = (m.tokenizer.sha256 if m.tokenizer else None for m in (model, base))
+    if ours != theirs or model.trunk.vocab_size != base.trunk.vocab_size:
+        raise QvgptError("the base has another tokenizer than the model: they cannot be compared")
+
+
+def _measure_kl(
+    model: ValueModel,
+    guidance: Guidance,
+    base: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+) -> None:
+    """Put the exact KL to `base` in the place of that to the plain `model`."""
+    texts = [
+        Trajectory(
+            [*prompts[s.prompt], *s.written.tokens],
+            [False] * len(prompts[s.prompt]) + [True] * len(s.written.tokens),
+            [0.0] * (len(prompts[s.prompt]) + len(s.written.tokens)),
+            s.written.terminated,
+        )
+        for s in samples
+    ]
+    for sample, kl in zip(samples, sequence_kl(model, guidance, base, texts), strict=True):
+        sample.written.kl = kl
 
 
 def value_diagnostics(
@@ -309,7 +346,7 @@ def _requests(
 
 
 def _time(
-    model: ValueModel,
+    writers: Mapping[str, ValueModel],
     prompts: Sequence[Sequence[int]],
     guidances: Mapping[str, Guidance],
     options: CompareOptions,
@@ -321,7 +358,7 @@ def _time(
         for name, guidance in guidances.items():
             requests = _requests(prompts, guidance, options)[1][: options.timing]
             started = time.perf_counter()
-            texts = write(model, requests, max_batch=options.max_batch)
+            texts = write(writers[name], requests, max_batch=options.max_batch)
             rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
             best[name] = min(rate, best.get(name, rate))
     return best

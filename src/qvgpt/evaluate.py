@@ -11,7 +11,15 @@ from typing import Any, Literal
 from rich.table import Table
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
-from qvgpt.compare import CompareOptions, Row, Sample, Score, compare, value_diagnostics
+from qvgpt.compare import (
+    CompareOptions,
+    Row,
+    Sample,
+    Score,
+    compare,
+    refuse_other_tokens,
+    value_diagnostics,
+)
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
@@ -19,7 +27,7 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
-from qvgpt.sampling import TextProgress, check_references, load_prompts
+from qvgpt.sampling import TextProgress, check_references, check_room, load_prompts
 from qvgpt.trajectory import Trajectory
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
@@ -40,6 +48,9 @@ class EvaluateConfig:
     """What is compared: bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
     output: str
     """Where summary.json and report.html go; a new directory."""
+    base: str | None = None
+    """Directory of the language model before value learning: it writes the texts of beta 0, and KL
+    is measured to it; same tokenizer. None: the model itself, unguided."""
     metrics: list[str] = field(default_factory=list)
     """Further rewards to report; also corpus_bleu and corpus_chrf."""
     betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
@@ -85,6 +96,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if model.heads is None and any(config.betas):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    base = None
+    if config.base is not None:
+        base = ValueModel.from_pretrained(config.base)
+        refuse_other_tokens(model, base)
+        check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
@@ -100,8 +116,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     total = sum(1 if g.temperature == 0 else config.samples for g in guidances.values())
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
-            model, prompts, score, guidances, options, metrics=judges, on_step=progress.step
-        )
+            model, prompts, score, guidances, options,
+            base=base, metrics=judges, on_step=progress.step,
+        )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     values = None
     if model.heads is not None:
@@ -109,6 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     summary = {
         "metric": config.reward,
         "model": config.model,
+        "base": config.base,
         "data": config.data,
         "prompts": len(prompts),
         "samples": config.samples,
@@ -234,10 +252,11 @@ def _sections(
     found = [
         Section(
             "What guidance brings",
-            f"{rows[0].n} prompts, {config.samples} texts each where sampled. Intervals are 95 %, "
+            f"{rows[0].n} prompts, {config.samples} texts each where sampled. The base is "
+            f"{config.base or 'the model itself, unguided'}. Intervals are 95 %, "
             "bootstrapped over prompts; differences are to the base at the same temperature, "
-            "paired by prompt. KL is that to the plain model at temperature 1 without truncation, "
-            "summed over a text, in nats (greedy: −log of the plain model's probability).",
+            "paired by prompt. KL is that to the base at temperature 1 without truncation, "
+            "summed over a text, in nats (greedy: −log of the base's probability).",
             _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
         )
     ]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qvgpt.decode.engine import Request, write
-from qvgpt.decode.policy import Guidance
-from qvgpt.decode.score import score
+from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.score import score, sequence_kl
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.trajectory import Trajectory
@@ -87,3 +87,25 @@ def test_bad_texts_are_named(model):
     long = Trajectory([1] + [9] * 48, [False] + [True] * 48, [0.0] * 49, False)
     with pytest.raises(QvgptError, match="text 1 has 49 tokens, more than the context of 48"):
         score(model, [long])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+def test_kl_to_another_model_is_the_sum_over_the_whole_vocabulary(make_model, guidance):
+    model, other = make_model("mlp"), make_model(noise=0.1, heads=False)
+    requests = [Request(p, 12, guidance, seed=i) for i, p in enumerate(PROMPTS)]
+    texts = [
+        as_trajectory(p, text)
+        for p, text in zip(PROMPTS, write(model, requests, report=True), strict=True)
+    ]
+    own = [found.kl for found in score(model, texts, guidance)]
+    assert sequence_kl(model, guidance, model, texts, batch_size=3) == pytest.approx(own, abs=1e-4)
+    for text, found in zip(texts, sequence_kl(model, guidance, other, texts, 3), strict=True):
+        total, tokens = 0.0, torch.tensor([text.tokens])
+        policy = next_token(model, model.trunk.hidden(tokens)[0], guidance)
+        plain = (other.trunk.hidden(tokens)[0] @ other.trunk.output_weight.T).softmax(-1)
+        for at in range(len(text.prompt) - 1, len(text.tokens) - 1):
+            for token, logprob in zip(policy.tokens[at], policy.logprob[at], strict=True):
+                if logprob > float("-inf"):
+                    total += (logprob.exp() * (logprob - plain[at, token].log())).item()
+        assert found == pytest.approx(total, abs=1e-3)

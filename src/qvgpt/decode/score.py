@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.policy import NEG_INF, Guidance, joined_q, next_token
+from qvgpt.decode.policy import NEG_INF, Guidance, NextToken, joined_q, next_token
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.value_model import ValueModel
-from qvgpt.trajectory import Trajectory, collate
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 
 @dataclass(frozen=True)
@@ -64,36 +64,89 @@ def score(
     Texts of like length share a forward. Raises `QvgptError` for a text longer than the context,
     and as `collate` does.
     """
-    guidance, limit = guidance or Guidance(), model.trunk.seq_len
-    for i, t in enumerate(trajectories):
+    guidance = guidance or Guidance()
+    _refuse_long(trajectories, model)
+    model.eval()
+    scores: dict[int, TextScore] = {}
+    for chosen in _batches(trajectories, batch_size):
+        found = _score_batch(model, [trajectories[i] for i in chosen], guidance)
+        scores |= dict(zip(chosen, found, strict=True))
+    return [scores[i] for i in range(len(trajectories))]
+
+
+@torch.no_grad()
+def sequence_kl(
+    model: ValueModel,
+    guidance: Guidance,
+    base: ValueModel,
+    texts: Sequence[Trajectory],
+    batch_size: int = 32,
+) -> list[float]:
+    """Σ KL(π ‖ π₀) over the states of each text, in nats: π is `model` guided, π₀ plain `base`.
+
+    Exact at every state: π over all of its own candidates, π₀ over the whole vocabulary at
+    temperature 1; greedy is a distribution on one token. With `base` the model itself it is the
+    `kl` of `score`. Raises `QvgptError` for two vocabularies and for texts longer than a context.
+    """
+    if base.trunk.vocab_size != model.trunk.vocab_size:
+        raise QvgptError(
+            f"the base knows {base.trunk.vocab_size} tokens, the model {model.trunk.vocab_size}"
+        )
+    for reader in (model, base):
+        _refuse_long(texts, reader)
+        reader.eval()
+    found: dict[int, float] = {}
+    size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
+    for chosen in _batches(texts, batch_size):
+        batch = collate([texts[i] for i in chosen]).to(model.device)
+        ours = _states(model, batch)[:, :-1][batch.mask]
+        theirs = _states(base, batch.to(base.device))[:, :-1][batch.mask.to(base.device)]
+        steps: list[float] = []
+        for h, g in zip(ours.split(size), theirs.split(size), strict=True):
+            policy = next_token(model, h, guidance)
+            logprob = (g @ base.trunk.output_weight.T).float().log_softmax(-1)
+            plain = logprob.to(h.device).gather(1, policy.tokens)
+            steps += NextToken(policy.tokens, policy.logprob, plain).kl().tolist()
+        each = iter(steps)
+        counts = batch.mask.sum(1).tolist()
+        found |= {i: sum(islice(each, n)) for i, n in zip(chosen, counts, strict=True)}
+    return [found[i] for i in range(len(texts))]
+
+
+def _refuse_long(texts: Sequence[Trajectory], model: ValueModel) -> None:
+    limit = model.trunk.seq_len
+    for i, t in enumerate(texts):
         if len(t.tokens) > limit:
             raise QvgptError(
                 f"text {i + 1} has {len(t.tokens)} tokens, more than the context of {limit}"
             )
-    model.eval()
-    scores: dict[int, TextScore] = {}
-    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        found = _score_batch(model, [trajectories[i] for i in chosen], guidance)
-        scores |= dict(zip(chosen, found, strict=True))
-    return [scores[i] for i in range(len(trajectories))]
+
+
+def _batches(texts: Sequence[Trajectory], size: int) -> list[list[int]]:
+    """Indices of texts of like length."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _states(model: ValueModel, batch: TrajectoryBatch) -> Float[Tensor, "batch states embed"]:
+    """The hidden state of every decision, and of the end of each text."""
+    hidden = model.trunk.hidden(batch.tokens)
+    row = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return hidden[row, batch.state_index]
 
 
 def _score_batch(
     model: ValueModel, trajectories: Sequence[Trajectory], guidance: Guidance
 ) -> list[TextScore]:
     batch = collate(trajectories).to(model.device)
-    hidden = model.trunk.hidden(batch.tokens)
-    row = torch.arange(len(hidden), device=hidden.device)[:, None]
-    states = hidden[row, batch.state_index]  # [batch, steps+1, embed]
+    states = _states(model, batch)
     flat, action = states[:, :-1][batch.mask], batch.action[batch.mask]
     size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
     chunks = zip(flat.split(size), action.split(size), strict=True)
     reports = (r for h, a in chunks for r in _reports(model, h, a, guidance))
     ends: list[float | None] = [None] * len(trajectories)
     if model.heads is not None:
-        last = hidden[row[:, 0], batch.attention_mask.sum(1) - 1]
+        last = states[torch.arange(len(states)), batch.mask.sum(1)]
         ends = model.heads.v(last.float()).tolist()
         ends = [0.0 if t.terminated else v for t, v in zip(trajectories, ends, strict=True)]
     counted = zip(batch.mask.sum(1).tolist(), batch.action.tolist(), ends, strict=True)
