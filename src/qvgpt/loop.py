@@ -24,7 +24,7 @@ from qvgpt.checkpoint import (
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.value_model import ValueInfo, ValueModel
-from qvgpt.objectives import LM, Objective, Objectives, Values
+from qvgpt.objectives import LM, Objective, Objectives
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
 
@@ -358,7 +358,7 @@ def refuse(
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
-    if options.keep_best and options.keep_best not in (parts := loss_parts(objectives)):
+    if options.keep_best and options.keep_best not in (parts := objectives.parts):
         name, there = options.keep_best, ", ".join(parts)
         raise QvgptError(
             f"fit.keep_best: no loss part {name!r}{nearest(name, parts)}; there are {there}"
@@ -374,16 +374,6 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
-
-
-def loss_parts(objectives: Objectives) -> list[str]:
-    """The names an evaluation will have: those that a batch of one decision, all 0, gives."""
-    batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
-    one, q = torch.zeros(1, 1), torch.zeros(1, 1, 1)
-    values = Values(
-        q=q, target_q=q, v=torch.zeros(1, 2), q_logsumexp=q, logprob=one, token_logprob=one
-    )
-    return ["total", *objectives(values, batch).parts]
 
 
 def _units(objective: Objective, batch: TrajectoryBatch) -> int:

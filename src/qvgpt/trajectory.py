@@ -85,9 +85,9 @@ class Completion:
     """What a policy answered to one prompt."""
 
     tokens: list[int]
-    """The sampled tokens, the end token included where one was sampled."""
+    """The sampled tokens, the end token or stop string included where one was sampled."""
     terminated: bool
-    """True if an end token was sampled, False if the length limit cut the text."""
+    """True if an end token or a stop string was sampled, False if the length limit cut the text."""
 
 
 def collate(

@@ -183,6 +183,23 @@ def test_stop_strings_end_a_text(model):
         assert not any(s in model.tokenizer.decode(text[:-1]) for s in "ab")
 
 
+def test_a_stop_string_is_in_the_tokens_and_not_in_the_text(model):
+    stop = ("a", "bc", "b")
+    requests = [Request([1], 40, seed=i, stop=stop) for i in range(12)]
+    texts = write(model, requests)
+    completions = generate(model, [[1]] * 12, max_tokens=40, stop=stop)
+    stopped = 0
+    for text, completion in zip(texts, completions, strict=True):
+        assert (completion.tokens, completion.terminated) == (text.tokens, text.terminated)
+        whole = model.tokenizer.decode_completion(text.tokens)
+        ended = any(s in whole for s in stop)
+        stopped += ended
+        assert not any(s in text.text for s in stop)
+        assert whole[:-1] == text.text if ended else whole == text.text
+        assert text.terminated or (len(text.tokens) == 40 and not ended)
+    assert stopped
+
+
 def test_an_engine_without_room_is_refused(model):
     with pytest.raises(QvgptError, match="max_batch must be at least 1"):
         Engine(model, max_batch=0)

@@ -48,6 +48,23 @@ def test_greedy_writes_what_the_engine_writes(saved, guidance):
 
 
 @pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
+def test_a_left_padded_batch_writes_what_each_prompt_alone_writes(saved, guidance):
+    _, path = saved
+    hf = load_guided(path, guidance)
+    prompts = [PROMPT, PROMPT[:2], [1], [1, 30, 8, 8, 8, 17, 2]]
+    longest = max(map(len, prompts))
+    x = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        out = hf.generate(
+            x, attention_mask=mask, max_new_tokens=20, pad_token_id=0, do_sample=False
+        )
+    for prompt, row in zip(prompts, out[:, longest:].tolist(), strict=True):
+        alone = hf_generate(hf, prompt, do_sample=False)
+        assert row == alone + [0] * (len(row) - len(alone))
+
+
+@pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_distribution_is_the_policys(saved, guidance):
     model, path = saved

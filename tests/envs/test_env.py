@@ -1,11 +1,17 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.engine import generate
+from qvgpt.decode.policy import Guidance
 from qvgpt.envs.env import SingleTurn, Step, encode_observation, rollout
 from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Completion, collate
 
 
@@ -148,3 +154,29 @@ def test_faults(tok):
         rollout([Guess()], lambda p: [], tok, seeds=[0])
     with pytest.raises(QvgptError, match="sampled no token"):
         rollout([Guess()], lambda p: [Completion([], False)], tok, seeds=[0])
+
+
+def test_the_engine_is_a_policy(tok):
+    """Its tokens come back as sampled, each turn after what was said before."""
+    torch.manual_seed(0)
+    model = ValueModel(GPT(tok.vocab_size, 16, 2, 1, seq_len=96), HeadsConfig(), tok)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    asked, said = [], []
+
+    def policy(prompts: list[list[int]]) -> list[Completion]:
+        asked.append(prompts)
+        said.append(generate(model, prompts, Guidance(beta=1.0), max_tokens=8, seed=len(asked)))
+        return said[-1]
+
+    texts = rollout([Guess(), Guess(), Guess()], policy, tok, seeds=[1, 2, 3])
+    assert len(asked) == 2
+    for i, text in enumerate(texts):
+        written = [said[turn][i].tokens for turn in range(2)]
+        assert asked[0][i] == tok.encode_prompt(f"q{i + 1}")
+        assert asked[1][i] == asked[0][i] + written[0] + encode_observation(tok, "sure?")
+        assert text.tokens == asked[1][i] + written[1]
+        assert sum(text.is_action) == len(written[0]) + len(written[1])
+        assert text.total_reward == -0.5
+        assert text.terminated
+    collate(texts, end_ids=tok.template.end_ids)

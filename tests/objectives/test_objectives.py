@@ -257,3 +257,15 @@ def test_objectives_are_read_as_written():
 def test_mistakes_are_named(spec, message):
     with pytest.raises(QvgptError, match=message):
         parse_objectives(spec)
+
+
+def test_the_names_of_loss_parts_are_known_before_any_data():
+    found = parse_objectives(["LM", {"ILQL": {"cql_weight": 0.0}}, "AWR", "AWAC"])
+    assert found.parts == ["total", "LM/nll", "ILQL/q", "ILQL/v", "AWR/nll", "AWAC/nll"]
+
+
+def test_the_discount_is_that_of_the_values_that_are_taught():
+    assert parse_objectives(["LM", "ILQL", {"AWR": {"gamma": 0.1}}]).discount == (0.99, False)
+    turns = [{"MonteCarlo": {"gamma": 0.5, "per_turn_discount": True}}, "ILQL"]
+    assert parse_objectives(turns).discount == (0.5, True)
+    assert not parse_objectives(["LM", "AWAC", "AWR"]).teaches_values

@@ -38,7 +38,8 @@ class Request:
     seed: int = 0
     """The same seed gives the same text, alone or in a full batch."""
     stop: Sequence[str] = ()
-    """Strings that end the text when they appear."""
+    """Strings that end the text when they appear. `Text.text` is what stands before the first;
+    the tokens stay as sampled."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Text:
     """What was written to one request."""
 
     tokens: list[int] = field(default_factory=list)
-    """As sampled, the end token included where one came."""
+    """As sampled, the end token or stop string included where one came."""
     text: str = ""
-    """The same as text, where the model has a tokenizer."""
+    """The same as text, without either, where the model has a tokenizer."""
     terminated: bool = False
     """False if the length limit cut it."""
     kl: float = 0.0
@@ -343,6 +344,8 @@ def write(
         if on_step is not None:
             on_step(events)
     if model.tokenizer is not None:
-        for text in texts:
-            text.text = model.tokenizer.decode_completion(text.tokens)
+        for text, request in zip(texts, requests, strict=True):
+            whole = model.tokenizer.decode_completion(text.tokens)
+            ends = [at for stop in request.stop if (at := whole.find(stop)) >= 0]
+            text.text = whole[: min(ends, default=None)]
     return texts

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.objectives.base import NEEDS, Loss, Objective, Values, sum_losses
 from qvgpt.objectives.lm import AWAC, AWR, LM
 from qvgpt.objectives.offline import ILQL, MonteCarlo
-from qvgpt.trajectory import TrajectoryBatch
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 __all__ = [
     "AWAC",
@@ -65,6 +67,14 @@ class Objectives:
         taught = [o for _, o in self.terms if "q" in o.needs]
         found = [(getattr(o, "gamma", 1.0), getattr(o, "per_turn_discount", False)) for o in taught]
         return min(found)
+
+    @property
+    def parts(self) -> list[str]:
+        """The names a log will have: those that one decision gives, all its values being 0."""
+        batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
+        one, q, v = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 2)
+        nothing = Values(q=q, target_q=q, v=v, q_logsumexp=q, logprob=one, token_logprob=one)
+        return ["total", *self(nothing, batch).parts]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Σ weight · loss."""
