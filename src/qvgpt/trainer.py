@@ -64,13 +64,14 @@ class TrainConfig:
     eval_data: list[str] = field(default_factory=list)
     """Files of rows to evaluate on while training."""
     model: str | None = None
-    """Directory of the model to start from; none: a GPT from scratch."""
+    """Directory of the model to start from; none: a GPT from scratch. Its value heads, if any, are
+    left out of the result where the trunk is trained without teaching them (LM, AWAC, AWR)."""
     gpt: GPTShape = field(default_factory=GPTShape)
     """Shape of a GPT from scratch."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of a GPT from scratch; a model to start from brings its own."""
     objectives: list[str | dict[str, Any]] = field(default_factory=lambda: ["LM"])
-    """What to learn: LM, AWAC, ILQL, MonteCarlo, or several, each with options and a weight."""
+    """What to learn: LM, AWAC, AWR, ILQL, MonteCarlo, or several, with options and weights."""
     heads: HeadsConfig | None = None
     """Value heads, where the objectives learn values and the model has none yet."""
     freeze_trunk: bool = False
@@ -80,7 +81,7 @@ class TrainConfig:
     max_length: int | None = None
     """Longest text in tokens; none: the model's context."""
     on_too_long: Literal["error", "drop", "cut"] = "error"
-    """What to do with longer texts."""
+    """What to do with longer texts; cut drops those whose reward sits on a cut-off token."""
     resume: bool = False
     """Go on from the newest checkpoint in output."""
 
