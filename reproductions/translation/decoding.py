@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qvgpt.decode import engine
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
-from qvgpt.decode.score import score
+from qvgpt.decode.score import score, sequence_kl
 from qvgpt.envs.rewards import bleu_prefixes
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
@@ -123,6 +123,23 @@ def best_by(
         ]
         chosen.append(several[max(range(len(several)), key=key.__getitem__)])
     return chosen
+
+
+def mean_kl(
+    model: ValueModel,
+    guidance: Guidance,
+    base: ValueModel,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+) -> float:
+    """Mean exact KL per text, in nats, of a guided model to the base, along the texts it wrote."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    written = [
+        _trajectory(tokenizer.encode_prompt(p), [*tokenizer.encode(t), tokenizer.template.eos])
+        for p, t in zip(prompts, texts, strict=True)
+    ]
+    return float(np.mean(sequence_kl(model, guidance, base, written)))
 
 
 def _trajectory(prompt: list[int], completion: list[int]) -> Trajectory:

@@ -12,12 +12,20 @@ and table.md beside itself.
 import argparse
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from decoding import beam, best_by, corpus, minimum_bayes_risk, relative_seconds, write
+from decoding import (
+    beam,
+    best_by,
+    corpus,
+    mean_kl,
+    minimum_bayes_risk,
+    relative_seconds,
+    write,
+)
 from jsonargparse import ArgumentParser
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
@@ -29,12 +37,22 @@ from qvgpt.run import write_json
 from qvgpt.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
-BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)
-TOP_K = (None, 8, 4)
-TEMPERATURES = (0.3, 0.6, 1.0)
-LENGTH_PENALTIES = (0.6, 1.0, 1.4, 1.8)
 SAMPLES = 8
 BEAMS = 5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried on val, and how often time is measured."""
+
+    betas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    top_k: tuple[int | None, ...] = (None, 8, 4)
+    temperatures: tuple[float, ...] = (0.3, 0.6, 1.0)
+    length_penalties: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
+    rounds: int = 10
+
+
+QUICK = Grid((1.0,), (None,), (0.6,), (1.0,), rounds=1)
 
 
 def main() -> None:
@@ -65,10 +83,10 @@ def run(data: Path, work: Path, quick: bool = False) -> dict[str, Any]:
     best = _best_of_k(samples / "data.jsonl", work / "best_of_k.jsonl")
     rival = _trained("best_of_k", work, quick, model=base, data=[best])
     values = _trained("values", work, quick, model=base, data=[samples / "data.jsonl"])
-    val, test = _rows(files["val"]), _rows(files["test2016"])
-    chosen = _choose(base, values, val, work)
+    val, test, grid = _rows(files["val"]), _rows(files["test2016"]), QUICK if quick else Grid()
+    chosen = _choose(base, values, val, grid, work)
     write_json(work / "chosen.json", chosen)
-    return _compare(base, rival, values, test, chosen, work)
+    return _compare(base, rival, values, test, chosen, grid, work)
 
 
 def _trained(name: str, work: Path, quick: bool, **where: Any) -> Path:
@@ -114,7 +132,7 @@ def _best_of_k(samples: Path, best: Path) -> Path:
     return best
 
 
-def _choose(base: Path, values: Path, val: list[dict], work: Path) -> dict[str, Any]:
+def _choose(base: Path, values: Path, val: list[dict], grid: Grid, work: Path) -> dict[str, Any]:
     """β and candidates for greedy, β for each temperature, length penalties: by BLEU on val."""
     prompts, references = _columns(val)
     model = ValueModel.from_pretrained(values)
@@ -125,18 +143,18 @@ def _choose(base: Path, values: Path, val: list[dict], work: Path) -> dict[str, 
 
     greedy = {
         (beta, k): bleu(Guidance(beta=beta, temperature=0.0, top_k=k))
-        for beta in BETAS
-        for k in TOP_K
+        for beta in grid.betas
+        for k in grid.top_k
     }
     beta, top_k = max(greedy, key=greedy.__getitem__)
     sampled = {
-        t: max(BETAS, key=lambda b, t=t: bleu(Guidance(beta=b, temperature=t, top_k=top_k)))
-        for t in TEMPERATURES
+        t: max(grid.betas, key=lambda b, t=t: bleu(Guidance(beta=b, temperature=t, top_k=top_k)))
+        for t in grid.temperatures
     }
     folded = _folded(values, beta, work)
     penalties = {
         name: max(
-            LENGTH_PENALTIES,
+            grid.length_penalties,
             key=lambda p, d=directory: corpus(beam(d, prompts, BEAMS, p)[0], references)["bleu"],
         )
         for name, directory in {"base": base, "guided": folded}.items()
@@ -158,7 +176,13 @@ def _folded(values: Path, beta: float, work: Path) -> Path:
 
 
 def _compare(
-    base_path: Path, rival_path: Path, values_path: Path, test: list[dict], chosen: dict, work: Path
+    base_path: Path,
+    rival_path: Path,
+    values_path: Path,
+    test: list[dict],
+    chosen: dict,
+    grid: Grid,
+    work: Path,
 ) -> dict[str, Any]:
     """The table on the test set."""
     prompts, references = _columns(test)
@@ -169,19 +193,24 @@ def _compare(
     texts: dict[str, list[str]] = {}
     costs: dict[str, dict] = {}
 
-    def add(name: str, found: tuple[list, dict]) -> None:
+    def add(name: str, found: tuple[list, dict], how: Guidance | None = None) -> None:
         texts[name] = [t if isinstance(t, str) else t[0] for t in found[0]]
         costs[name] = found[1]
+        if how is not None:  # one pass of sampling or greedy: its KL to the base is exact
+            model = base if name.startswith("base") else values
+            model = rival if name.startswith("best-of-K") else model
+            costs[name]["kl"] = mean_kl(model, how, base, prompts, texts[name])
 
-    add("base, greedy", write(base, prompts, greedy))
-    add("best-of-K fine-tuned, greedy", write(rival, prompts, greedy))
-    add("values, β = 0, greedy", write(values, prompts, greedy))
-    add("guided, greedy", write(values, prompts, guided))
-    for t in TEMPERATURES:
+    add("base, greedy", write(base, prompts, greedy), greedy)
+    add("best-of-K fine-tuned, greedy", write(rival, prompts, greedy), greedy)
+    add("values, β = 0, greedy", write(values, prompts, greedy), greedy)
+    add("guided, greedy", write(values, prompts, guided), guided)
+    for t in grid.temperatures:
         beta = chosen["beta_sampled"][str(t)]
-        add(f"base, T = {t}", write(base, prompts, Guidance(temperature=t)))
+        plain = Guidance(temperature=t)
+        add(f"base, T = {t}", write(base, prompts, plain), plain)
         at = Guidance(beta=beta, temperature=t, top_k=chosen["top_k"])
-        add(f"guided, T = {t}", write(values, prompts, at))
+        add(f"guided, T = {t}", write(values, prompts, at), at)
     for name, model in {"base": base, "guided": values}.items():
         beta = chosen["beta_sampled"]["0.6"] if name == "guided" else 0.0
         many, cost = write(model, prompts, Guidance(beta=beta, temperature=0.6), samples=SAMPLES)
@@ -197,7 +226,7 @@ def _compare(
     add(f"guided, beam {BEAMS}", beam(folded, prompts, BEAMS, penalty["guided"]))
     rows = [_row(name, texts, costs, references) for name in texts]
     first = next(r for r in rows if r["system"] == "guided, greedy")
-    time = relative_seconds(base, greedy, values, guided, prompts)
+    time = relative_seconds(base, greedy, values, guided, prompts, grid.rounds)
     return {
         "bleu_greedy_base": rows[0]["bleu"],
         "bleu_greedy_guided": first["bleu"],
@@ -228,22 +257,29 @@ def _row(name: str, texts: dict, costs: dict, references: list[str]) -> dict[str
         "delta_ci95": bleu.delta_ci95,
         "against": twin if twin in texts else "base, greedy",
         "chrf": chrf.value,
+        "chrf_ci95": chrf.ci95,
+        "chrf_delta": chrf.delta,
+        "chrf_delta_ci95": chrf.delta_ci95,
+        "kl_to_base": costs[name].get("kl"),
         "brevity_penalty": corpus(texts[name], references)["brevity_penalty"],
         "forward_tokens": costs[name]["forward_tokens"],
+        "relative_cost": costs[name]["forward_tokens"] / costs["base, greedy"]["forward_tokens"],
         "seconds": costs[name]["seconds"],
     }
 
 
 def _table(rows: list[dict]) -> str:
     lines = [
-        "| system | BLEU | paired difference | chrF | brevity | forward tokens |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| system | BLEU | paired difference | chrF | brevity | KL to base | cost |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         low, high = r["delta_ci95"]
         lines.append(
             f"| {r['system']} | {r['bleu']:.2f} | {r['delta']:+.2f} [{low:+.2f}, {high:+.2f}] | "
-            f"{r['chrf']:.2f} | {r['brevity_penalty']:.3f} | {r['forward_tokens']:,} |"
+            f"{r['chrf']:.2f} | {r['brevity_penalty']:.3f} | "
+            f"{'–' if r['kl_to_base'] is None else format(r['kl_to_base'], '.1f')} | "
+            f"{r['relative_cost']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -261,11 +297,11 @@ def _toy(directory: Path) -> Path:
     directory.mkdir(parents=True)
     words = {"dog": "Hund", "cat": "Katze", "man": "Mann", "sees": "sieht", "a": "ein"}
     names = ("dog", "cat", "man")
-    pairs = [(f"a {x} sees a {y} .", x, y) for x in names for y in names] * 4
+    pairs = [f"a {x} sees a {y} ." for x in names for y in names]
     for split in ("train", "val", "test2016"):
         lines = [
             json.dumps({"prompt": p, "completion": " ".join(words.get(w, w) for w in p.split())})
-            for p, _, _ in pairs
+            for p in pairs * (4 if split == "train" else 1)
         ]
         (directory / f"multi30k.en-de.{split}.jsonl").write_text("\n".join(lines) + "\n")
     return directory

@@ -35,9 +35,9 @@ from qvgpt.report import table as html_table
 from qvgpt.report_page import side_by_side
 from qvgpt.run import read_log, write_json
 
-OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.9, "cql_weight": 0.01}}]
+OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}}]
 HEADS = HeadsConfig(kind="mlp")
-FIT = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=1e-3, tau=0.1)
+FIT = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
 GUIDANCE = Guidance(beta=64.0, min_p=0.1)
 MAX_NODES = 10
 
@@ -119,7 +119,7 @@ def learn(
         for t in row_to_trajectories(Row(f"walk {i}", row), tokenizer)
     ]
     torch.manual_seed(config.seed)
-    gpt = GPT(tokenizer.vocab_size, embed_dim=128, num_heads=4, num_layers=2, seq_len=16)
+    gpt = GPT(tokenizer.vocab_size, embed_dim=64, num_heads=4, num_layers=2, seq_len=16)
     model = ValueModel(gpt, HEADS, tokenizer)
     options = FitOptions(**{**asdict(FIT), "max_steps": config.steps, "seed": config.seed})
     fit(model, data, parse_objectives(OBJECTIVES), options, output=output, console=console)
