@@ -75,3 +75,13 @@ def test_replace_directory(tmp_path):
         (tmp_path / name / name).write_text("x")
     replace_directory(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in tmp_path.rglob("*")] == ["old", "new"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    model, optimizer = make()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".staged-step-00000001").mkdir()  # what a killed run leaves
+    save_checkpoint(tmp_path, model, optimizer, STATE)
+    save_checkpoint(tmp_path, model, optimizer, TrainState(step=4))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "notes.txt", "step-00000004"]

@@ -53,7 +53,7 @@ def save_checkpoint(
 def save_model(
     directory: Path, model: ValueModel, step: int, add: Callable[[Path], None] | None = None
 ) -> Path:
-    """Write the artefact alone as `directory/step-N` in one piece, then drop the others."""
+    """Write the artefact alone as `directory/step-N` in one piece, then drop the other steps."""
     final = directory / f"step-{step:08d}"
     staged = directory / f".staged-{final.name}"
     shutil.rmtree(staged, ignore_errors=True)
@@ -61,7 +61,7 @@ def save_model(
     if add is not None:
         add(staged)
     replace_directory(staged, final)
-    for other in directory.iterdir():
+    for other in [*directory.glob("step-*"), *directory.glob(".staged-step-*")]:
         if other != final:
             shutil.rmtree(other)
     return final

@@ -130,9 +130,7 @@ def _batches(texts: Sequence[Trajectory], size: int) -> list[list[int]]:
 
 def _states(model: ValueModel, batch: TrajectoryBatch) -> Float[Tensor, "batch states embed"]:
     """The hidden state of every decision, and of the end of each text."""
-    hidden = model.trunk.hidden(batch.tokens)
-    row = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return hidden[row, batch.state_index]
+    return model.states(model.trunk.hidden(batch.tokens), batch)
 
 
 def _score_batch(

@@ -166,8 +166,8 @@ class GPT(nn.Module):
             "dropout": dropout,
             "tied": tied,
         }
-        self.vocab_size, self.embed_dim, self.seq_len = vocab_size, embed_dim, seq_len
-        self.num_heads = num_heads
+        self.vocab_size, self.embed_dim = vocab_size, embed_dim
+        self.seq_len, self.num_heads = seq_len, num_heads
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(seq_len, embed_dim)
         self.drop = nn.Dropout(dropout)
@@ -243,17 +243,16 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
+        weight = self.token_embedding.weight
         if capacity > self.seq_len:
             raise QvgptError(f"{capacity} tokens do not fit the context of {self.seq_len}")
-        weight = self.token_embedding.weight
         # whole buckets, so that attention over the cache always sees aligned slices
         capacity = -(-capacity // _BUCKET) * _BUCKET
         size = (batch, capacity + 1, self.num_heads, self.embed_dim // self.num_heads)
         layers = range(len(self.blocks))
-        dtype = dtype or weight.dtype
         return KVCache(
-            [torch.zeros(size, dtype=dtype, device=weight.device) for _ in layers],
-            [torch.zeros(size, dtype=dtype, device=weight.device) for _ in layers],
+            [weight.new_zeros(size, dtype=dtype) for _ in layers],
+            [weight.new_zeros(size, dtype=dtype) for _ in layers],
             torch.zeros(batch, dtype=torch.long, device=weight.device),
         )
 

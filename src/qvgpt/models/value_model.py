@@ -78,12 +78,19 @@ class ValueModel(nn.Module):
         """Where the model lies."""
         return self.trunk.output_weight.device
 
+    @staticmethod
+    def states(
+        hidden: Float[Tensor, "batch time embed"], batch: TrajectoryBatch
+    ) -> Float[Tensor, "batch states embed"]:
+        """From token time to decision time: the state of each decision, then that of the end."""
+        at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
+        return hidden.gather(1, at)
+
     def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS) -> Values:
         """Only what `needs` names is computed, and only at decisions that count."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
             hidden = self.trunk.hidden(batch.tokens)
-        at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
-        states = hidden.gather(1, at)  # [batch, steps+1, embed]
+        states = self.states(hidden, batch)
         taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
         if "logprob" in needs:
