@@ -132,17 +132,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id. Raises `QvgptError` if it cannot be served."""
-        limit = self.model.trunk.seq_len
-        needed = len(request.tokens) + request.max_tokens
-        if not request.tokens:
-            raise QvgptError("an empty prompt: a token must stand before the first action")
-        if request.max_tokens < 1 or needed > limit:
-            raise QvgptError(
-                f"a prompt of {len(request.tokens)} tokens and max_tokens {request.max_tokens} "
-                f"do not fit the context of {limit}"
-            )
-        if request.guidance.beta and self.model.heads is None:
-            raise QvgptError("this model has no value heads: it can only be run with beta 0")
+        refuse_request(self.model, request.tokens, request.max_tokens, request.guidance)
         self._next_id += 1
         self._waiting.append((self._next_id, request))
         return self._next_id
@@ -288,6 +278,22 @@ class Engine:
         assert self._cache is not None
         self._cache = self._cache.select(torch.tensor(active, device=self.model.device))
         self._slots = [self._slots[i] for i in active]
+
+
+def refuse_request(
+    model: ValueModel, tokens: Sequence[int], max_tokens: int, guidance: Guidance
+) -> None:
+    """Raise `QvgptError` for what the model cannot write: no room, no prompt, no values."""
+    limit = model.trunk.seq_len
+    if not tokens:
+        raise QvgptError("an empty prompt: a token must stand before the first action")
+    if max_tokens < 1 or len(tokens) + max_tokens > limit:
+        raise QvgptError(
+            f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
+            f"do not fit the context of {limit}"
+        )
+    if guidance.beta and model.heads is None:
+        raise QvgptError("this model has no value heads: it can only be run with beta 0")
 
 
 def row_seed(seed: int, row: int) -> int:
