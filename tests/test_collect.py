@@ -11,7 +11,8 @@ from qvgpt import collect as collecting
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
-from qvgpt.envs.rewards import get_reward
+from qvgpt.decode.beam import BeamSearch
+from qvgpt.envs.rewards import bleu_prefixes, get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
@@ -209,4 +210,41 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(task):
     ):
         with pytest.raises(QvgptError, match=message):
             collect(replace(task, **change))
+    assert not Path(task.output).exists()
+
+
+def test_beams_join_the_samples_and_samples_judge(task):
+    base = replace(task, reward="bleu", beams=3, length_penalty=1.5, samples=3)
+    collect(replace(base, compare_with="samples"))
+    model = ValueModel.from_pretrained(task.model)
+    search = BeamSearch(3, 1.5, task.max_tokens)
+    for line in read(task):
+        assert line["sampled"] == len(line["completions"]) == 6
+        prompt = model.tokenizer.encode_prompt(line["prompt"])
+        assert line["completion_ids"][3:] == [h.tokens for h in search(model, [prompt])[0]]
+        samples = line["completions"][:3]
+        for i, (text, reward) in enumerate(zip(line["completions"], line["rewards"], strict=True)):
+            others = [s for j, s in enumerate(samples) if j != i]
+            each = [bleu_prefixes([text], {"references": [other]})[0] for other in others]
+            assert reward == pytest.approx(sum(each) / len(each))
+
+
+def test_rewards_by_consensus_can_be_shaped(task):
+    how = replace(task, reward="bleu", compare_with="samples", unique=True)
+    collect(how)
+    whole = [line["rewards"] for line in read(task)]
+    shaped = replace(how, shaped=True, brevity=False, output=task.output + "-shaped")
+    collect(shaped)
+    for rewards, line in zip(whole, read(shaped), strict=True):
+        assert [sum(r) for r in line["token_rewards"]] == pytest.approx(rewards)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"beams": -1}, "beams must be 0 or more"),
+     ({"compare_with": "samples", "samples": 1}, "at least 2 samples")],
+)  # fmt: skip
+def test_senseless_beams_and_judges_are_refused(task, options, message):
+    with pytest.raises(QvgptError, match=message):
+        collect(replace(task, **options))
     assert not Path(task.output).exists()

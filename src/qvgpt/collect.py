@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Literal
 
 from qvgpt.data.rows import FORMS, Row
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
-from qvgpt.envs.rewards import Metric, get_reward, references, shape
+from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import check_run, open_run, write_json
@@ -43,6 +44,10 @@ class CollectConfig:
     """Completions per prompt."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """A prompt's samples take these in turn."""
+    beams: int = 0
+    """Add the texts that a beam search with so many beams ends with: what decoding prefers."""
+    length_penalty: float = 1.0
+    """Of the beam search: 0 ranks by likelihood, 1 by that of the average token, more: longer."""
     beta: float = 0.0
     """Strength of guidance, if the model has values already."""
     top_k: int | None = None
@@ -51,6 +56,10 @@ class CollectConfig:
     """Keep the smallest set of tokens that holds this probability."""
     min_p: float | None = None
     """Keep tokens at least this likely, relative to the likeliest."""
+    compare_with: Literal["row", "samples"] = "row"
+    """What the reward compares a text with: the row's own references, or the other samples of its
+    prompt, so that a text earns what it would be expected to by the model's own belief (the
+    utility of minimum Bayes risk: Kumar & Byrne, 2004). Beams are judged, but judge nothing."""
     shaped: bool = False
     """Spread the reward over the tokens that earn it; its sum stays the same."""
     brevity: bool = True
@@ -83,6 +92,10 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     if config.max_batch < 1:
         raise QvgptError("collect: max_batch must be at least 1")
     model = ValueModel.from_pretrained(config.model)
+    if config.beams < 0:
+        raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
+    if config.compare_with == "samples" and config.samples < 2:
+        raise QvgptError("collect: compare_with samples needs at least 2 samples")
     if model.heads is None and config.beta:
         raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
@@ -90,7 +103,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     if config.include_references:
         for row in rows:
             _own_completion(row)
-    check_references(rows, [config.reward])
+    if config.compare_with == "row":
+        check_references(rows, [config.reward])
     _requests(prompts[0], 0, config)  # refuses senseless guidance
     output = open_run(config.output, "collect", asdict(config), config.resume)
     file = output / "data.jsonl"
@@ -103,6 +117,9 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
             texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
             groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
+            if config.beams:
+                found_by_beams = _beams(model, [prompts[i] for i in chunk], config)
+                groups = [a + b for a, b in zip(groups, found_by_beams, strict=True)]
             found = [
                 _collected(rows[i], group, reward, model, config)
                 for i, group in zip(chunk, groups, strict=True)
@@ -126,16 +143,33 @@ def _requests(prompt: Sequence[int], index: int, config: CollectConfig) -> list[
         Request(
             prompt,
             config.max_tokens,
-            Guidance(
-                beta=config.beta,
-                temperature=config.temperatures[k % len(config.temperatures)],
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
-            ),
+            _guidance(config, config.temperatures[k % len(config.temperatures)]),
             row_seed(config.seed, index * config.samples + k),
         )
         for k in range(config.samples)
+    ]
+
+
+def _guidance(config: CollectConfig, temperature: float = 1.0) -> Guidance:
+    return Guidance(
+        beta=config.beta,
+        temperature=temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+    )
+
+
+def _beams(
+    model: ValueModel, prompts: Sequence[Sequence[int]], config: CollectConfig
+) -> list[list[Text]]:
+    """What a beam search ends with, best first."""
+    assert model.tokenizer is not None
+    search = BeamSearch(config.beams, config.length_penalty, config.max_tokens, config.max_batch)
+    decode = model.tokenizer.decode_completion
+    return [
+        [Text(h.tokens, decode(h.tokens), h.terminated) for h in found]
+        for found in search(model, prompts, _guidance(config))
     ]
 
 
@@ -144,7 +178,7 @@ def _collected(
 ) -> dict[str, Any]:
     """The line of data.jsonl for one prompt."""
     assert model.tokenizer is not None
-    texts = list(texts)
+    samples, texts = list(texts[: config.samples]), list(texts)
     if config.unique:
         first: dict[tuple[int, ...], Text] = {}
         for text in texts:
@@ -157,6 +191,8 @@ def _collected(
             texts.append(reference)
     ids = [text.tokens for text in texts]
     fields: list[Mapping[str, Any]] = [row.fields] * len(texts)
+    if config.compare_with == "samples":
+        reward, fields = expected(reward), _others(row, texts, samples)
     if config.shaped:
         spread = shape(reward, ids, fields, model.tokenizer, brevity=config.brevity)
         scored: dict[str, Any] = {"token_rewards": spread}
@@ -173,6 +209,16 @@ def _collected(
         "length_limited": [not text.terminated for text in texts],
         "sampled": sampled,
     }
+
+
+def _others(row: Row, texts: Sequence[Text], samples: Sequence[Text]) -> list[Mapping[str, Any]]:
+    """The row as each text is judged: with the samples but itself as references."""
+    fields = []
+    for text in texts:
+        itself = next((i for i, sample in enumerate(samples) if sample is text), None)
+        others = [sample.text for i, sample in enumerate(samples) if i != itself]
+        fields.append({**row.fields, "references": others})
+    return fields
 
 
 def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qvgpt.checkpoint import (
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.value_model import ValueInfo, ValueModel
-from qvgpt.objectives import LM, Objective, Objectives
+from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
 
@@ -186,7 +186,8 @@ class _Loop:
         Every decision weighs the same, however a batch is split; so does every token where an
         objective counts those.
         """
-        counts = [[_units(o, b) for _, o in self.objectives.terms] for b in micro_batches]
+        objectives = [o for _, o in self.objectives.terms]
+        counts = [[int(counted(o, b).sum()) for o in objectives] for b in micro_batches]
         totals = [sum(column) for column in zip(*counts, strict=True)]
         if not any(totals) and not any(bool(b.mask.any()) for b in micro_batches):
             raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
@@ -374,12 +375,6 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
-
-
-def _units(objective: Objective, batch: TrajectoryBatch) -> int:
-    """What the objective takes its mean over: decisions, unless it says otherwise."""
-    counted = objective.counted(batch) if isinstance(objective, LM) else batch.mask
-    return int(counted.sum())
 
 
 def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:

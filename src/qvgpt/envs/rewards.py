@@ -95,6 +95,31 @@ def compares(name: str) -> bool:
     return name in _BUILT_IN and name != "length"
 
 
+def expected(reward: Metric) -> Metric:
+    """The mean of the reward over a row's references, each taken as the only one.
+
+    With samples of a model as references it is the reward that the model itself expects: the
+    utility of minimum-Bayes-risk decoding (Kumar & Byrne, 2004).
+    """
+
+    def weighted(row: Row) -> list[tuple[float, Row]]:
+        counts = Counter(references(row))
+        return [(n / counts.total(), {**row, "references": [r]}) for r, n in counts.items()]
+
+    def score(text: str, row: Row) -> float:
+        return sum(w * reward.score(text, one) for w, one in weighted(row))
+
+    in_one = reward.prefix_scores
+    if in_one is None:
+        return Metric(f"expected {reward.name}", score)
+
+    def prefix_scores(texts: list[str], row: Row, brevity: bool) -> list[float]:
+        columns = [[w * x for x in in_one(texts, one, brevity)] for w, one in weighted(row)]
+        return [sum(column) for column in zip(*columns, strict=True)]
+
+    return Metric(f"expected {reward.name}", score, prefix_scores)
+
+
 def shape(
     reward: Reward,
     tokens: Sequence[Sequence[int]],

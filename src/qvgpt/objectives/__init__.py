@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qvgpt.errors import QvgptError, nearest
-from qvgpt.objectives.base import NEEDS, Loss, Objective, Values, sum_losses
+from qvgpt.objectives.base import NEEDS, Loss, Objective, Values, counted, sum_losses
 from qvgpt.objectives.lm import AWAC, AWR, LM
 from qvgpt.objectives.offline import ILQL, MonteCarlo
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
@@ -23,6 +23,7 @@ __all__ = [
     "Objective",
     "Objectives",
     "Values",
+    "counted",
     "parse_objectives",
 ]
 

@@ -56,11 +56,21 @@ class Loss:
 
 @runtime_checkable
 class Objective(Protocol):
-    """Anything that turns values and a batch into a loss; `needs` names the `Values` it reads."""
+    """Anything that turns values and a batch into a loss; `needs` names the `Values` it reads.
+
+    The loss is a mean over `batch.mask`; a method that takes it over something else has a
+    `counted(batch)` too, so that batches in parts weigh as one would.
+    """
 
     needs: ClassVar[frozenset[str]]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss: ...  # noqa: D102
+
+
+def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "batch _"]:
+    """What the objective takes its mean over: the decisions, unless it says otherwise."""
+    own = getattr(objective, "counted", None)
+    return batch.mask if own is None else own(batch)
 
 
 def check_options(method: object, checks: Mapping[str, bool]) -> None:
