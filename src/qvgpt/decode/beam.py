@@ -188,7 +188,7 @@ class _Search:
         on = [row for row, value in enumerate(best) if not self._is_done(row, value)]
         kept = torch.tensor(on, dtype=torch.long, device=logprob.device)
         rows = (kept[:, None] * k + source[kept]).reshape(-1)
-        self.cache = self.cache.select(rows)
+        self.cache.reorder(rows)
         self.logprob, self.last, self.written = logprob[kept], token[kept], self.written[kept]
         self.alive = [self.alive[row] for row in on]
 

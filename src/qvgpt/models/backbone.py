@@ -18,6 +18,8 @@ class Cache(Protocol):
 
     def select(self, rows: Int[Tensor, "rows"]) -> "Cache": ...  # noqa: D102
 
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None: ...  # noqa: D102
+
     def insert(self, rows: Int[Tensor, "rows"], other: Any) -> None: ...  # noqa: D102
 
 

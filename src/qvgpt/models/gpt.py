@@ -67,6 +67,15 @@ class KVCache:
         picked.longest = self.longest
         return picked
 
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
+        """Let row i be what row `rows[i]` was, in place; at most as many rows as there were."""
+        cut = min(self.longest, self.capacity)
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffer[: len(rows), :cut] = buffer[rows, :cut]
+                buffers[layer] = buffer[: len(rows)]
+        self.length = self.length[rows]
+
     def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:
         """Overwrite the given rows with those of another cache of no larger capacity."""
         cut = min(other.longest, self.capacity)
