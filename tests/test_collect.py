@@ -221,7 +221,7 @@ def test_beams_join_the_samples_and_samples_judge(task):
     for line in read(task):
         assert line["sampled"] == len(line["completions"]) == 6
         prompt = model.tokenizer.encode_prompt(line["prompt"])
-        assert line["completion_ids"][3:] == [h.tokens for h in search(model, [prompt])[0]]
+        assert line["completion_ids"][3:] == [h.tokens for h in search(model, [prompt]).texts[0]]
         samples = line["completions"][:3]
         for i, (text, reward) in enumerate(zip(line["completions"], line["rewards"], strict=True)):
             others = [s for j, s in enumerate(samples) if j != i]

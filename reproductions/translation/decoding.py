@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import sacrebleu
-import torch
-from transformers import AutoModelForCausalLM
 
 from qvgpt.decode import engine
+from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import score, sequence_kl
@@ -46,38 +44,22 @@ def write(
     return texts, {"seconds": seconds, "forward_tokens": forward_tokens}
 
 
-@torch.no_grad()
 def beam(
-    directory: Path, prompts: Sequence[str], beams: int, length_penalty: float
+    model: ValueModel,
+    prompts: Sequence[str],
+    beams: int,
+    length_penalty: float,
+    guidance: Guidance | None = None,
 ) -> tuple[list[str], dict[str, float]]:
-    """Hugging Face's beam search on an ordinary checkpoint (plain, or folded by `export`)."""
-    model = ValueModel.from_pretrained(directory)
+    """The first text of a beam search for each prompt, and what it cost."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    plain = AutoModelForCausalLM.from_pretrained(directory).eval()
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    started, forward_tokens = time.perf_counter(), 0
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
-        rows = [tokenizer.encode_prompt(prompts[i]) for i in part]
-        width = max(map(len, rows))
-        pad = tokenizer.template.pad
-        tokens = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-        found = plain.generate(
-            tokens,
-            attention_mask=mask,
-            num_beams=beams,
-            length_penalty=length_penalty,
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            early_stopping=False,
-        )[:, width:]
-        forward_tokens += int(mask.sum()) + found.numel() * beams
-        for i, row in zip(part, found.tolist(), strict=True):
-            texts[i] = tokenizer.decode(row)
-    return texts, {"seconds": time.perf_counter() - started, "forward_tokens": forward_tokens}
+    started = time.perf_counter()
+    search = BeamSearch(beams, length_penalty, MAX_TOKENS)
+    found = search(model, [tokenizer.encode_prompt(p) for p in prompts], guidance)
+    seconds = time.perf_counter() - started
+    texts = [tokenizer.decode_completion(h.tokens) for h in found.best]
+    return texts, {"seconds": seconds, "forward_tokens": found.forward_tokens}
 
 
 def minimum_bayes_risk(candidates: Sequence[Sequence[str]]) -> list[str]:

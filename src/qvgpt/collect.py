@@ -169,7 +169,7 @@ def _beams(
     decode = model.tokenizer.decode_completion
     return [
         [Text(h.tokens, decode(h.tokens), h.terminated) for h in found]
-        for found in search(model, prompts, _guidance(config))
+        for found in search(model, prompts, _guidance(config)).texts
     ]
 
 

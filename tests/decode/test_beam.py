@@ -52,7 +52,9 @@ def test_all_beams_are_hugging_faces(make_model, tmp_path, guidance, penalty):
     model.save(tmp_path)
     hf = load_guided(tmp_path, guidance) if guidance.beta else None
     hf = hf or AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ours = BeamSearch(beams=4, length_penalty=penalty, max_tokens=20)(model, PROMPTS, guidance)
+    ours = BeamSearch(beams=4, length_penalty=penalty, max_tokens=20)(
+        model, PROMPTS, guidance
+    ).texts
     for prompt, found in zip(PROMPTS, ours, strict=True):
         texts, scores = hf_beam(hf, model, prompt, 4, penalty, 4)
         assert [h.tokens for h in found] == texts
@@ -64,8 +66,10 @@ def test_one_beam_is_greedy(model):
         greedy = Guidance(**{**vars(guidance), "temperature": 0.0})
         texts = generate(model, PROMPTS, greedy, max_tokens=15)
         found = BeamSearch(beams=1, max_tokens=15)(model, PROMPTS, guidance)
-        assert [h.tokens for (h,) in found] == [t.tokens for t in texts]
-        assert [h.terminated for (h,) in found] == [t.terminated for t in texts]
+        assert [h.tokens for h in found.best] == [t.tokens for t in texts]
+        assert [h.terminated for h in found.best] == [t.terminated for t in texts]
+        read = sum(len(p) - 1 for p in PROMPTS) + sum(len(t.tokens) for t in texts)
+        assert found.forward_tokens == read
 
 
 def test_enough_beams_find_the_likeliest_of_all_texts():
@@ -84,7 +88,7 @@ def test_enough_beams_find_the_likeliest_of_all_texts():
         best[text[:end]] = float(logits[range(end), list(text[:end])].sum())
     likeliest = max(best, key=best.__getitem__)
     search = BeamSearch(beams=size**2, length_penalty=0.0, max_tokens=3)
-    [found] = search(model, [[1]])
+    [found] = search(model, [[1]]).texts
     assert tuple(found[0].tokens) == likeliest
     assert found[0].logprob == pytest.approx(best[likeliest], abs=1e-4)
     assert {tuple(h.tokens): h.logprob for h in found} == pytest.approx(
@@ -94,9 +98,9 @@ def test_enough_beams_find_the_likeliest_of_all_texts():
 
 def test_a_batch_finds_what_each_prompt_alone_finds(model):
     search = BeamSearch(beams=3, max_tokens=12)
-    together = search(model, PROMPTS, Guidance(beta=1.0))
-    small = BeamSearch(beams=3, max_tokens=12, max_batch=6)(model, PROMPTS, Guidance(beta=1.0))
-    alone = [search(model, [p], Guidance(beta=1.0))[0] for p in PROMPTS]
+    together = search(model, PROMPTS, Guidance(beta=1.0)).texts
+    small = BeamSearch(3, max_tokens=12, max_batch=6)(model, PROMPTS, Guidance(beta=1.0)).texts
+    alone = [search(model, [p], Guidance(beta=1.0)).texts[0] for p in PROMPTS]
     for a, b, c in zip(together, small, alone, strict=True):
         assert [h.tokens for h in a] == [h.tokens for h in b] == [h.tokens for h in c]
 
@@ -104,7 +108,7 @@ def test_a_batch_finds_what_each_prompt_alone_finds(model):
 def test_a_single_candidate_leaves_one_text(model):
     found = BeamSearch(beams=4, max_tokens=6)(model, PROMPTS, Guidance(beta=1.0, top_k=1))
     greedy = generate(model, PROMPTS, Guidance(temperature=0.0, top_k=1), max_tokens=6)
-    assert [[h.tokens for h in texts] for texts in found] == [[t.tokens] for t in greedy]
+    assert [[h.tokens for h in texts] for texts in found.texts] == [[t.tokens] for t in greedy]
 
 
 def test_what_cannot_be_searched_is_named(model, plain):

@@ -38,6 +38,21 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a search found, and what it cost."""
+
+    texts: list[list[Hypothesis]]
+    """Up to `beams` of each prompt, best first."""
+    forward_tokens: int
+    """Tokens the trunk has read, prompts included."""
+
+    @property
+    def best(self) -> list[Hypothesis]:
+        """The first of each prompt."""
+        return [several[0] for several in self.texts]
+
+
+@dataclass(frozen=True)
 class BeamSearch:
     """How to search."""
 
@@ -59,8 +74,8 @@ class BeamSearch:
     @torch.no_grad()
     def __call__(
         self, model: ValueModel, prompts: Sequence[Sequence[int]], guidance: Guidance | None = None
-    ) -> list[list[Hypothesis]]:
-        """Up to `beams` texts of each prompt, best first.
+    ) -> Found:
+        """Search for the texts of each prompt.
 
         Guidance's temperature is ignored: π is that of temperature 1. Raises `QvgptError` for a
         prompt that does not fit, and for guidance that the model cannot give.
@@ -72,15 +87,17 @@ class BeamSearch:
         heads, folded = model.heads, None
         if heads is not None and folds(heads, guidance):
             folded = fold(model.trunk.output_weight, heads, guidance.beta)
-        found: list[list[Hypothesis]] = [[] for _ in prompts]
+        texts: list[list[Hypothesis]] = [[] for _ in prompts]
+        forward_tokens = 0
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = max(1, self.max_batch // self.beams)
         for start in range(0, len(order), size):
             part = order[start : start + size]
             search = _Search(self, model, [prompts[i] for i in part], guidance, folded)
-            for i, texts in zip(part, search.run(), strict=True):
-                found[i] = texts
-        return found
+            for i, several in zip(part, search.run(), strict=True):
+                texts[i] = several
+            forward_tokens += search.forward_tokens
+        return Found(texts, forward_tokens)
 
 
 class _Search:
@@ -100,6 +117,7 @@ class _Search:
         self.end_ids = torch.tensor(sorted(template.end_ids) if template else [], device=device)
         self.finished: list[list[Hypothesis]] = [[] for _ in prompts]
         self.alive = list(range(len(prompts)))
+        self.forward_tokens = sum(len(p) - 1 for p in prompts)
         self.cache = _read(model, prompts, how.max_tokens).select(
             torch.arange(len(prompts), device=device).repeat_interleave(how.beams)
         )
@@ -121,6 +139,7 @@ class _Search:
         """Let every text grow by one token, to `length` of them."""
         k = self.how.beams
         hidden = self.model.trunk.hidden(self.last.reshape(-1, 1), cache=self.cache)[:, 0]
+        self.forward_tokens += len(hidden)
         picked = next_token(self.model, hidden, self._at_one(), self.folded)
         grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(len(self.alive), -1)
         each = picked.tokens.size(1)
