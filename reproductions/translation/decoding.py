@@ -6,15 +6,16 @@ from typing import Literal
 
 import numpy as np
 import sacrebleu
+import torch
 
 from qvgpt.decode import engine
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
-from qvgpt.decode.score import score, sequence_kl
+from qvgpt.decode.score import sequence_kl
 from qvgpt.envs.rewards import bleu_prefixes
 from qvgpt.models.value_model import ValueModel
-from qvgpt.trajectory import Trajectory
+from qvgpt.trajectory import Trajectory, collate
 
 MAX_TOKENS = 80
 MAX_BATCH = 128
@@ -96,15 +97,33 @@ def best_by(
         for p, several in zip(prompts, candidates, strict=True)
         for t in several
     ]
-    scored = iter(score(model, texts, batch_size=128))
+    keys = iter(_judge(model, texts, what))
     chosen = []
     for several in candidates:
-        found = [next(scored) for _ in several]
-        key = [
-            s.base_logprob / len(s.tokens) if what == "logprob" else s.reports[-1].q for s in found
-        ]
+        key = [next(keys) for _ in several]
         chosen.append(several[max(range(len(several)), key=key.__getitem__)])
     return chosen
+
+
+@torch.no_grad()
+def _judge(
+    model: ValueModel, texts: Sequence[Trajectory], what: Literal["logprob", "value"]
+) -> list[float]:
+    found = [0.0] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))
+    for start in range(0, len(order), MAX_BATCH):
+        part = order[start : start + MAX_BATCH]
+        batch = collate([texts[i] for i in part])
+        length = batch.mask.sum(1)
+        if what == "logprob":
+            logprob = model(batch, frozenset({"logprob"})).logprob
+            keys = logprob.sum(1) / length  # masked decisions are 0
+        else:
+            q = model(batch, frozenset({"target_q"})).target_q.mean(0)
+            keys = q.gather(1, length[:, None] - 1)[:, 0]
+        for i, key in zip(part, keys.tolist(), strict=True):
+            found[i] = key
+    return found
 
 
 def mean_kl(

@@ -31,12 +31,12 @@ from jsonargparse import ArgumentParser
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.decode.policy import Guidance
-from qvgpt.export import export_hf
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 from qvgpt.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
+ROUNDS = 2
 SAMPLES = 8
 BEAMS = 5
 
@@ -45,8 +45,8 @@ BEAMS = 5
 class Grid:
     """What is tried on val, and how often time is measured."""
 
-    betas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-    top_k: tuple[int | None, ...] = (None, 8, 4)
+    betas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    top_k: tuple[int | None, ...] = (None, 4)
     temperatures: tuple[float, ...] = (0.3, 0.6, 1.0)
     length_penalties: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
     rounds: int = 10
@@ -79,60 +79,67 @@ def run(data: Path, work: Path, quick: bool = False) -> dict[str, Any]:
     """Every step from the pairs to the table; steps that are finished are not repeated."""
     files = {s: data / f"multi30k.en-de.{s}.jsonl" for s in ("train", "val", "test2016")}
     base = _trained("base", work, quick, data=[files["train"]], eval_data=[files["val"]])
-    samples = _collected(work, quick, base, files["train"])
-    best = _best_of_k(samples / "data.jsonl", work / "best_of_k.jsonl")
+    values, collected = base, []
+    for n in range(1, ROUNDS + 1):  # what the last round's model writes is what the next learns of
+        collected.append(_collected(f"samples_{n}", work, quick, values, files["train"]))
+        output = f"values_{n}"
+        values = _trained("values", work, quick, output, model=values, data=[collected[-1]])
+    best = _best_of_k(collected, work / "best_of_k.jsonl")
     rival = _trained("best_of_k", work, quick, model=base, data=[best])
-    values = _trained("values", work, quick, model=base, data=[samples / "data.jsonl"])
     val, test, grid = _rows(files["val"]), _rows(files["test2016"]), QUICK if quick else Grid()
-    chosen = _choose(base, values, val, grid, work)
+    chosen = _choose(base, values, val, grid)
     write_json(work / "chosen.json", chosen)
-    return _compare(base, rival, values, test, chosen, grid, work)
+    return _compare(base, rival, values, test, chosen, grid)
 
 
-def _trained(name: str, work: Path, quick: bool, **where: Any) -> Path:
+def _trained(name: str, work: Path, quick: bool, output: str = "", **where: Any) -> Path:
     """Train what `name`.yaml says, from and to files."""
+    directory = work / (output or name)
     said = yaml.safe_load((HERE / f"{name}.yaml").read_text())
     if quick:
-        said["fit"] |= {"max_steps": 4, "batch_size": 8, "bf16": False}
+        said["fit"] |= {"max_steps": 4, "batch_size": 8, "bf16": False, "lr": 1e-3}
         if "gpt" in said:
             said |= {"gpt": {"embed_dim": 16, "num_heads": 2, "num_layers": 1, "seq_len": 192}}
             said["tokenizer"]["vocab_size"] = 300
     given = {k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in where.items()}
-    said |= given | {"output": str(work / name), "resume": (work / name / "run.json").exists()}
+    said |= given | {"output": str(directory), "resume": (directory / "run.json").exists()}
     parser = ArgumentParser()
     parser.add_class_arguments(TrainConfig, "config")
     config = parser.instantiate_classes(parser.parse_object({"config": said})).config
     train(TrainConfig(**vars(config)))
-    return work / name
+    return directory
 
 
-def _collected(work: Path, quick: bool, model: Path, data: Path) -> Path:
+def _collected(name: str, work: Path, quick: bool, model: Path, data: Path) -> Path:
     said = yaml.safe_load((HERE / "collect.yaml").read_text())
     if quick:
         said["limit"] = 16
-    output = work / "samples"
+    output = work / name
     if not (output / "summary.json").exists():
         resume = (output / "run.json").exists()
         where = {"model": str(model), "data": str(data), "output": str(output), "resume": resume}
         collect(CollectConfig(**said, **where))
-    return output
+    return output / "data.jsonl"
 
 
-def _best_of_k(samples: Path, best: Path) -> Path:
-    """Of each prompt's own samples the one with the highest reward."""
+def _best_of_k(collected: list[Path], best: Path) -> Path:
+    """Of all that the values learned from, each prompt's text with the highest reward."""
     lines = []
-    for row in _rows(samples):
-        n = row["sampled"]
-        rewards = [sum(r) for r in row["token_rewards"][:n]]
-        i = max(range(n), key=rewards.__getitem__)
-        ids = row["completion_ids"][i]
-        kept = {"prompt": row["prompt"], "completion": row["completions"][i], "completion_ids": ids}
-        lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+    for rows in zip(*map(_rows, collected), strict=True):
+        texts = [
+            (reward, {"completion": text, "completion_ids": ids})
+            for row in rows
+            for reward, text, ids in zip(
+                row["rewards"], row["completions"], row["completion_ids"], strict=True
+            )
+        ]
+        _, kept = max(texts, key=lambda text: text[0])
+        lines.append(json.dumps({"prompt": rows[0]["prompt"], **kept}, ensure_ascii=False) + "\n")
     best.write_text("".join(lines))
     return best
 
 
-def _choose(base: Path, values: Path, val: list[dict], grid: Grid, work: Path) -> dict[str, Any]:
+def _choose(base: Path, values: Path, val: list[dict], grid: Grid) -> dict[str, Any]:
     """β and candidates for greedy, β for each temperature, length penalties: by BLEU on val."""
     prompts, references = _columns(val)
     model = ValueModel.from_pretrained(values)
@@ -151,28 +158,25 @@ def _choose(base: Path, values: Path, val: list[dict], grid: Grid, work: Path) -
         t: max(grid.betas, key=lambda b, t=t: bleu(Guidance(beta=b, temperature=t, top_k=top_k)))
         for t in grid.temperatures
     }
-    folded = _folded(values, beta, work)
+    guided = Guidance(beta=beta, top_k=None if top_k is None else max(top_k, 2 * BEAMS))
+    searched = {"base": (ValueModel.from_pretrained(base), Guidance()), "guided": (model, guided)}
     penalties = {
         name: max(
             grid.length_penalties,
-            key=lambda p, d=directory: corpus(beam(d, prompts, BEAMS, p)[0], references)["bleu"],
+            key=lambda p, how=how: corpus(beam(how[0], prompts, BEAMS, p, how[1])[0], references)[
+                "bleu"
+            ],
         )
-        for name, directory in {"base": base, "guided": folded}.items()
+        for name, how in searched.items()
     }
     return {
         "beta": beta,
         "top_k": top_k,
         "beta_sampled": {str(t): b for t, b in sampled.items()},
+        "beam_top_k": guided.top_k,
         "length_penalty": penalties,
         "val_greedy": [{"beta": b, "top_k": k, "bleu": v} for (b, k), v in greedy.items()],
     }
-
-
-def _folded(values: Path, beta: float, work: Path) -> Path:
-    output = work / f"folded-{beta:g}"
-    if not output.exists():
-        export_hf(values, output, beta=beta)
-    return output
 
 
 def _compare(
@@ -182,12 +186,10 @@ def _compare(
     test: list[dict],
     chosen: dict,
     grid: Grid,
-    work: Path,
 ) -> dict[str, Any]:
     """The table on the test set."""
     prompts, references = _columns(test)
     base, rival, values = map(ValueModel.from_pretrained, (base_path, rival_path, values_path))
-    folded = _folded(values_path, chosen["beta"], work)
     greedy = Guidance(temperature=0.0)
     guided = Guidance(beta=chosen["beta"], temperature=0.0, top_k=chosen["top_k"])
     texts: dict[str, list[str]] = {}
@@ -222,8 +224,10 @@ def _compare(
         if name == "guided":
             add(f"guided, best of {SAMPLES} by V", (best_by(model, prompts, many, "value"), cost))
     penalty = chosen["length_penalty"]
-    add(f"base, beam {BEAMS}", beam(base_path, prompts, BEAMS, penalty["base"]))
-    add(f"guided, beam {BEAMS}", beam(folded, prompts, BEAMS, penalty["guided"]))
+    wide = Guidance(beta=chosen["beta"], top_k=chosen["beam_top_k"])
+    add(f"base, beam {BEAMS}", beam(base, prompts, BEAMS, penalty["base"]))
+    add(f"best-of-K fine-tuned, beam {BEAMS}", beam(rival, prompts, BEAMS, penalty["base"]))
+    add(f"guided, beam {BEAMS}", beam(values, prompts, BEAMS, penalty["guided"], wide))
     rows = [_row(name, texts, costs, references) for name in texts]
     first = next(r for r in rows if r["system"] == "guided, greedy")
     time = relative_seconds(base, greedy, values, guided, prompts, grid.rounds)

@@ -87,8 +87,10 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_run(config.output, "collect", asdict(config), config.resume)
-    if config.samples < 1 or not config.temperatures:
-        raise QvgptError("collect: samples must be at least 1, and temperatures not be empty")
+    if config.samples < (0 if config.beams else 1) or not config.temperatures:
+        raise QvgptError(
+            "collect: samples must be at least 1 (0 with beams), and temperatures not be empty"
+        )
     if config.max_batch < 1:
         raise QvgptError("collect: max_batch must be at least 1")
     model = ValueModel.from_pretrained(config.model)
@@ -105,12 +107,13 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             _own_completion(row)
     if config.compare_with == "row":
         check_references(rows, [config.reward])
-    _requests(prompts[0], 0, config)  # refuses senseless guidance
+    _guidance(config, config.temperatures[0])  # refuses what is senseless
     output = open_run(config.output, "collect", asdict(config), config.resume)
     file = output / "data.jsonl"
-    size = max(1, _BATCHES_PER_CHUNK * config.max_batch // config.samples)
+    each = config.samples + config.beams
+    size = max(1, _BATCHES_PER_CHUNK * config.max_batch // each)
     done = _whole_chunks(file, rows, size)
-    progress = TextProgress("collect", len(rows) * config.samples, done * config.samples)
+    progress = TextProgress("collect", len(rows) * each, done * each)
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
@@ -120,6 +123,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             if config.beams:
                 found_by_beams = _beams(model, [prompts[i] for i in chunk], config)
                 groups = [a + b for a, b in zip(groups, found_by_beams, strict=True)]
+                tokens = sum(len(text.tokens) for found in found_by_beams for text in found)
+                progress.add(config.beams * len(chunk), tokens)
             found = [
                 _collected(rows[i], group, reward, model, config)
                 for i, group in zip(chunk, groups, strict=True)

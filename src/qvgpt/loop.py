@@ -57,6 +57,8 @@ class FitOptions:
     """Largest gradient norm."""
     tau: float = 0.005
     """Rate of the slow targets, per optimizer step."""
+    dropout: float | None = None
+    """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False
     """Autocast to bfloat16; the value heads stay in fp32."""
     eval_every: int | None = None
@@ -76,7 +78,7 @@ class FitOptions:
         """Refuse what has no meaning, naming the key."""
         least = {"max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 1,
                  "save_every": 1, "patience": 1, "warmup": 0, "final_lr": 0, "tau": 0,
-                 "weight_decay": 0, "lr": 0, "value_lr": 0}  # fmt: skip
+                 "weight_decay": 0, "lr": 0, "value_lr": 0, "dropout": 0}  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
@@ -84,8 +86,8 @@ class FitOptions:
         for name in ("epochs", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise QvgptError(f"fit.{name}: must be more than 0, not {getattr(self, name)}")
-        for name in ("warmup", "tau"):
-            if getattr(self, name) > 1:
+        for name in ("warmup", "tau", "dropout"):
+            if (getattr(self, name) or 0) > 1:
                 raise QvgptError(f"fit.{name}: must be at most 1, not {getattr(self, name)}")
         if self.patience and not self.keep_best:
             raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
@@ -123,6 +125,8 @@ class _Loop:
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
+        if options.dropout is not None:
+            model.trunk.set_dropout(options.dropout)
         self.accelerator = Accelerator()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

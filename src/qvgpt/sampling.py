@@ -69,6 +69,10 @@ class TextProgress:
 
     def step(self, events: Sequence[TokenEvent]) -> None:
         """Count what the engine wrote in one step."""
-        self.done += sum(event.finished is not None for event in events)
-        self.tokens += len(events)
+        self.add(sum(event.finished is not None for event in events), len(events))
+
+    def add(self, texts: int, tokens: int) -> None:
+        """Count finished texts and their tokens."""
+        self.done += texts
+        self.tokens += tokens
         self._run.step(self.done, {}, self.tokens / (time.monotonic() - self.started + 1e-9))

@@ -46,6 +46,10 @@ class Backbone(Protocol):
         """States after the last norm: logits = hidden @ output_weight.T."""
         ...
 
+    def set_dropout(self, rate: float) -> None:
+        """Drop another share of activations while training."""
+        ...
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
         ...

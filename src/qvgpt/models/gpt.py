@@ -197,6 +197,14 @@ class GPT(nn.Module):
         """The LM head's matrix: logits = hidden @ output_weight.T."""
         return self.head.weight
 
+    def set_dropout(self, rate: float) -> None:
+        """Drop another share of activations while training; `shape` and `config.json` stay."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            elif isinstance(module, Attention):
+                module.dropout = rate
+
     def forward(
         self,
         tokens: Int[Tensor, "batch time"],
