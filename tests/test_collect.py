@@ -239,6 +239,12 @@ def test_rewards_by_consensus_can_be_shaped(task):
         assert [sum(r) for r in line["token_rewards"]] == pytest.approx(rewards)
 
 
+def test_beams_alone_are_enough(task):
+    summary = collect(replace(task, samples=0, beams=2))
+    assert summary["samples"] == 12
+    assert all(line["sampled"] == len(line["rewards"]) == 2 for line in read(task))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"beams": -1}, "beams must be 0 or more"),

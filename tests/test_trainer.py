@@ -144,6 +144,18 @@ def test_bf16_autocast_leaves_parameters_and_values_in_fp32():
     assert {x.dtype for x in seen} == {torch.float32}
 
 
+def test_dropout_is_that_of_the_run_and_the_shape_stays(tmp_path):
+    plain, dropping, told = model(), model(0.5), model(0.5)
+    for m, dropout in ((plain, None), (dropping, None), (told, 0.0)):
+        run(m, options=replace(FIT, dropout=dropout))
+    assert same(plain.state_dict(), told.state_dict())
+    assert not same(plain.state_dict(), dropping.state_dict())
+    told.save(tmp_path)
+    assert ValueModel.from_pretrained(tmp_path).trunk.shape["dropout"] == 0.5
+    with pytest.raises(QvgptError, match="dropout: must be at most 1"):
+        FitOptions(dropout=1.5)
+
+
 def test_it_learns_and_keeps_the_best(tmp_path):
     m = model()
     options = replace(FIT, max_steps=30, eval_every=5, keep_best="LM/nll")

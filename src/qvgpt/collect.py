@@ -107,7 +107,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             _own_completion(row)
     if config.compare_with == "row":
         check_references(rows, [config.reward])
-    _guidance(config, config.temperatures[0])  # refuses what is senseless
+    for temperature in config.temperatures:
+        _guidance(config, temperature)  # refuses what is senseless
     output = open_run(config.output, "collect", asdict(config), config.resume)
     file = output / "data.jsonl"
     each = config.samples + config.beams
