@@ -20,7 +20,6 @@ from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance, fold, next_token, recommended
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
-from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 from qvgpt.trajectory import Trajectory
@@ -95,6 +94,8 @@ def _guidance(
     """The guidance to fold, and the options of the recommended one that weights cannot hold."""
     if model.heads is None:
         raise QvgptError(f"{model_dir}: has no value heads, so there is nothing to fold")
+    if model.trunk.softcap is not None:
+        raise QvgptError(f"{model_dir}: its logits are capped: no LM head can hold guidance")
     said = recommended(model.info, model_dir)
     if beta is None and (said is None or "beta" not in (model.info.recommended_guidance or {})):
         raise QvgptError(f"{model_dir}: recommends no beta; say which one to export")
@@ -112,9 +113,7 @@ def _folded(model: ValueModel, beta: float) -> ValueModel:
     """The model without heads, its LM head untied and guided."""
     assert model.heads is not None
     weight = fold(model.trunk.output_weight, model.heads, beta)
-    trunk = GPT(**{**model.trunk.shape, "tied": False})
-    trunk.load_state_dict({**model.trunk.state_dict(), "head.weight": weight})
-    return ValueModel(trunk, None, model.tokenizer)
+    return ValueModel(model.trunk.with_head(weight), None, model.tokenizer)
 
 
 def _own_texts(model: ValueModel, guidance: Guidance) -> list[list[int]]:
@@ -144,11 +143,11 @@ def fidelity(
     for tokens, at in _states(texts, model.trunk.seq_len):
         tokens, at = tokens.to(model.device), at.to(model.device)
         ours = model.trunk.hidden(tokens[None])[0, at]
-        folded = theirs.transformer(tokens[None]).last_hidden_state[0, at]
+        folded = theirs.base_model(tokens[None]).last_hidden_state[0, at]
         size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
         for h, g in zip(ours.split(size), folded.split(size), strict=True):
             exact = next_token(model, h, guidance).logprob
-            found = theirs.lm_head(g).float().log_softmax(-1)
+            found = theirs.get_output_embeddings()(g).float().log_softmax(-1)
             difference = found - exact
             difference = difference - difference.mean(-1, keepdim=True)
             worst = max(worst, float(difference.abs().max()))

@@ -85,7 +85,7 @@ class BeamSearch:
         for prompt in prompts:
             refuse_request(model, prompt, self.max_tokens, guidance)
         heads, folded = model.heads, None
-        if heads is not None and folds(heads, guidance):
+        if heads is not None and folds(heads, guidance, model.trunk.softcap):
             folded = fold(model.trunk.output_weight, heads, guidance.beta)
         texts: list[list[Hypothesis]] = [[] for _ in prompts]
         forward_tokens = 0

@@ -186,7 +186,7 @@ class Engine:
 
     def _distribution(self, hidden: Tensor, guidance: Guidance) -> NextToken:
         heads, beta = self.model.heads, guidance.beta
-        if self.report or heads is None or not folds(heads, guidance):
+        if self.report or heads is None or not folds(heads, guidance, self.model.trunk.softcap):
             return next_token(self.model, hidden, guidance)
         if beta not in self._folded:
             self._folded[beta] = fold(self.model.trunk.output_weight, heads, beta)
@@ -236,7 +236,7 @@ class Engine:
         device = self.model.device
         longest = max(len(p) for p in prompts)
         if longest == 0:
-            self._cache.length[torch.tensor(free, device=device)] = 0
+            self._cache.clear(torch.tensor(free, device=device))
             return
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)

@@ -65,6 +65,10 @@ def guide(hf_model: Any, values: ValueModel | ValueHeads, guidance: Guidance) ->
     head = hf_model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise QvgptError("guidance needs a model whose LM head is a matrix without bias")
+    if getattr(hf_model.config.get_text_config(), "final_logit_softcapping", None) is not None:
+        raise QvgptError(
+            "this model caps its logits after the LM head, so that none there can guide it"
+        )
     if heads is None and guidance.beta:
         raise QvgptError("this model has no value heads: it can only be run with beta 0")
     if heads is not None and heads.shape != tuple(head.weight.shape):

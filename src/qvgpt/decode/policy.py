@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.errors import QvgptError, nearest
+from qvgpt.models import vocab
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueInfo, ValueModel
 
@@ -163,8 +164,8 @@ def next_token(
     model costs but knows no base log-probs; with base top-k only the candidates' rows of the
     heads are read; else Q of the whole vocabulary is formed. Greedy has one candidate left.
     """
-    weight = model.trunk.output_weight
-    return distribution(weight, model.heads, hidden, guidance, folded)
+    trunk = model.trunk
+    return distribution(trunk.output_weight, model.heads, hidden, guidance, folded, trunk.softcap)
 
 
 def distribution(
@@ -173,9 +174,10 @@ def distribution(
     hidden: Float[Tensor, "rows embed"],
     guidance: Guidance,
     folded: Float[Tensor, "vocab embed"] | None = None,
+    softcap: float | None = None,
 ) -> NextToken:
     """`next_token` of any LM head `weight`, whose trunk need not be ours."""
-    base = (hidden @ (weight if folded is None else folded).T).float().log_softmax(-1)
+    base = vocab.logits(hidden, weight if folded is None else folded, softcap).log_softmax(-1)
     tokens, gathered, q = _everything(base), None, None
     if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
         base, tokens = base.topk(guidance.top_k, dim=-1)
@@ -214,9 +216,10 @@ def slow_q(
     return stacked.mean(0) if twins == "mean" else stacked.amin(0)
 
 
-def folds(heads: ValueHeads | None, guidance: Guidance) -> bool:
-    """Whether LM head and guidance are one matrix: linear features, mean of twins, no base set."""
-    if heads is None or guidance.beta == 0:
+def folds(heads: ValueHeads | None, guidance: Guidance, softcap: float | None = None) -> bool:
+    """Whether LM head and guidance are one matrix: linear features, mean of twins, no base set,
+    logits that nothing caps."""
+    if heads is None or guidance.beta == 0 or softcap is not None:
         return False
     free = guidance.candidates == "guided" or not guidance.truncates
     joined = guidance.twins == "mean" or heads.config.num_q == 1

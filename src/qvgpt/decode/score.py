@@ -104,9 +104,10 @@ def sequence_kl(
         steps: list[float] = []
         for h, g in zip(ours.split(size), theirs.split(size), strict=True):
             policy = next_token(model, h, guidance)
-            logprob = (g @ base.trunk.output_weight.T).float().log_softmax(-1)
-            plain = logprob.to(h.device).gather(1, policy.tokens)
-            steps += NextToken(policy.tokens, policy.logprob, plain).kl().tolist()
+            plain = vocab.logits(g, base.trunk.output_weight, base.trunk.softcap)
+            logprob = plain.log_softmax(-1)
+            logprob = logprob.to(h.device).gather(1, policy.tokens)
+            steps += NextToken(policy.tokens, policy.logprob, logprob).kl().tolist()
         each = iter(steps)
         counts = batch.mask.sum(1).tolist()
         found |= {i: sum(islice(each, n)) for i, n in zip(chosen, counts, strict=True)}
@@ -161,7 +162,7 @@ def _reports(
     policy = next_token(model, hidden, guidance)
     taken = policy.tokens == action[:, None]
     columns = [
-        vocab.log_prob(hidden, model.trunk.output_weight, action).tolist(),
+        vocab.log_prob(hidden, model.trunk.output_weight, action, model.trunk.softcap).tolist(),
         policy.logprob.where(taken, NEG_INF).amax(-1).tolist(),
         policy.kl().tolist(),
     ]

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 class Cache(Protocol):
     """Keys and values of the tokens read so far, for a batch of rows."""
 
-    length: Int[Tensor, "batch"]
     longest: int
 
     @property
+    def length(self) -> Int[Tensor, "batch"]: ...  # noqa: D102
+
+    @property
     def capacity(self) -> int: ...  # noqa: D102
+
+    def clear(self, rows: Int[Tensor, "rows"]) -> None: ...  # noqa: D102
 
     def select(self, rows: Int[Tensor, "rows"]) -> "Cache": ...  # noqa: D102
 
@@ -25,11 +29,13 @@ class Cache(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A causal language model seen as hidden states and an output matrix. `GPT` is one."""
+    """A causal language model seen as hidden states and an output matrix: `GPT`, `CausalLM`."""
 
     embed_dim: int
     vocab_size: int
     seq_len: int
+    softcap: float | None
+    """c where logits are c·tanh(hidden @ output_weight.T / c), as Gemma 2 caps them."""
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab embed"]:
@@ -43,7 +49,11 @@ class Backbone(Protocol):
         positions: Int[Tensor, "batch time"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """States after the last norm: logits = hidden @ output_weight.T."""
+        """States after the last norm: logits = hidden @ output_weight.T (see `softcap`)."""
+        ...
+
+    def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "Backbone":
+        """A copy whose LM head is `weight`, untied from the token embedding."""
         ...
 
     def set_dropout(self, rate: float) -> None:

@@ -56,6 +56,10 @@ class KVCache:
         self.keys[layer][row, slot] = key.to(self.keys[layer].dtype)
         self.values[layer][row, slot] = value.to(self.values[layer].dtype)
 
+    def clear(self, rows: Int[Tensor, "rows"]) -> None:
+        """Let rows begin anew."""
+        self.length[rows] = 0
+
     def select(self, rows: Int[Tensor, "rows"]) -> "KVCache":
         """A copy with the given rows, in the given order; a row may be taken more than once."""
         cut = min(self.longest, self.capacity)
@@ -152,6 +156,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A decoder-only transformer language model; `model(tokens)` gives next-token logits."""
+
+    softcap: float | None = None  # of the logits; GPT-2 has none
 
     def __init__(
         self,
@@ -272,6 +278,12 @@ class GPT(nn.Module):
             [weight.new_zeros(size, dtype=dtype) for _ in layers],
             torch.zeros(batch, dtype=torch.long, device=weight.device),
         )
+
+    def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "GPT":
+        """A copy whose LM head is `weight`, untied from the token embedding."""
+        other = GPT(**{**self.shape, "tied": False})
+        other.load_state_dict({**self.state_dict(), "head.weight": weight})
+        return other
 
     def save(self, path: str | Path, **config: Any) -> None:
         """Write a Hugging Face GPT-2 directory; `config` adds keys such as eos_token_id."""

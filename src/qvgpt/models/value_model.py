@@ -94,12 +94,13 @@ class ValueModel(nn.Module):
         taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
         if "logprob" in needs:
-            flat = log_prob(taken, self.trunk.output_weight, action)
+            flat = log_prob(taken, self.trunk.output_weight, action, self.trunk.softcap)
             found["logprob"] = _scatter(flat, batch.mask)
         if "token_logprob" in needs:
             real = batch.attention_mask[:, 1:]
             rows, token = hidden[:, :-1][real], batch.tokens[:, 1:][real]
-            found["token_logprob"] = _scatter(log_prob(rows, self.trunk.output_weight, token), real)
+            flat = log_prob(rows, self.trunk.output_weight, token, self.trunk.softcap)
+            found["token_logprob"] = _scatter(flat, real)
         if needs & {"q", "target_q", "v", "q_logsumexp"}:
             with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
                 found |= self._values(states.float(), taken.float(), action, batch.mask, needs)
@@ -168,11 +169,11 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, freeze_trunk: bool = False) -> "ValueModel":
-        """Read an artefact, or a plain GPT-2 directory (then without heads)."""
+        """Read an artefact, or a plain Hugging Face directory (then without heads)."""
         path = Path(path)
         if not path.is_dir():
             raise QvgptError(f"{path}: no such directory; a model directory was expected")
-        trunk, tokenizer = GPT.load(path), Tokenizer.load(path)
+        trunk, tokenizer = load_trunk(path), Tokenizer.load(path)
         if not (path / "value_config.json").exists():
             ours = read_json(path / "config.json").get("qvgpt") or {}
             if ours.get("tokenizer_sha256") not in (None, tokenizer.sha256):
@@ -206,6 +207,15 @@ class ValueModel(nn.Module):
             self.heads.load_state_dict(load_tensors(path))
         except RuntimeError as error:
             raise QvgptError(f"{path}: does not fit value_config.json: {error}") from None
+
+
+def load_trunk(path: Path) -> Backbone:
+    """The language model of a directory: our GPT where it is a GPT-2, else transformers' own."""
+    if read_json(path / "config.json").get("model_type") == "gpt2":
+        return GPT.load(path)
+    from qvgpt.models.causal_lm import CausalLM  # transformers takes seconds to import
+
+    return CausalLM.load(path)
 
 
 def _scatter(

@@ -25,15 +25,26 @@ def gather_dot(
     return (features * F.embedding(token, weight)).sum(-1)
 
 
+def logits(
+    hidden: Float[Tensor, "rows embed"],
+    weight: Float[Tensor, "vocab embed"],
+    softcap: float | None = None,
+) -> Float[Tensor, "rows vocab"]:
+    """hidden @ weight.T in fp32; with a cap c, c·tanh(· / c) of it (Gemma 2)."""
+    plain = (hidden @ weight.T).float()
+    return plain if softcap is None else softcap * torch.tanh(plain / softcap)
+
+
 def log_prob(
     hidden: Float[Tensor, "rows embed"],
     weight: Float[Tensor, "vocab embed"],
     token: Int[Tensor, "rows"],
+    softcap: float | None = None,
 ) -> Float[Tensor, "rows"]:
-    """log softmax(hidden @ weight.T)[i, token[i]], in fp32."""
+    """log softmax(logits)[i, token[i]], in fp32."""
 
     def of_chunk(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return -F.cross_entropy((h @ w.T).float(), t, reduction="none")
+        return -F.cross_entropy(logits(h, w, softcap), t, reduction="none")
 
     return _by_chunks(of_chunk, hidden, weight, token)
 

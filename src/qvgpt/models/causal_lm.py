@@ -1,0 +1,249 @@
+"""Any Hugging Face causal language model as a trunk.
+
+    trunk = CausalLM.load("directory")        config.json, safetensors; nothing is run from there
+
+A model is a trunk if its logits are its output matrix times its base model's last hidden state
+(after the last norm), softly capped or not. That is not believed but tried once, on two tokens,
+when a model is wrapped.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
+
+from qvgpt.errors import QvgptError
+from qvgpt.models.gpt import read_json
+
+_SLACK = 32  # columns that no row needs any more are cut off once there are so many
+
+
+class ColumnCache:
+    """Keys and values as `transformers` keeps them: a column for every step, whatever a row did.
+
+    A row's real tokens stand side by side and end in the last column, so that columns count as
+    positions do, for sliding windows too; what stands before them is masked. A row that was fed
+    padding (it idles) must be overwritten before it is read again.
+    """
+
+    def __init__(self, mask: Bool[Tensor, "batch columns"], capacity: int, past: DynamicCache):
+        self.mask = mask
+        self.capacity = capacity
+        self.past = past
+        self.longest = 0
+
+    @property
+    def length(self) -> Int[Tensor, "batch"]:
+        """Real tokens of each row."""
+        return self.mask.sum(1)
+
+    def clear(self, rows: Int[Tensor, "rows"]) -> None:
+        """Let rows begin anew."""
+        self.mask[rows] = False
+
+    def trim(self) -> None:
+        """Cut off the columns before those that `longest` says are needed."""
+        spare = self.mask.size(1) - self.longest
+        if spare > _SLACK:
+            self._map(lambda x: x[:, :, spare:])
+            self.mask = self.mask[:, spare:]
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "ColumnCache":
+        """A copy with the given rows, in the given order; a row may be taken more than once."""
+        past = DynamicCache()
+        for i, layer in enumerate(self._layers()):
+            past.update(layer.keys[rows], layer.values[rows], i)
+        picked = ColumnCache(self.mask[rows], self.capacity, past)
+        picked.longest = self.longest
+        return picked
+
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
+        """Let row i be what row `rows[i]` was."""
+        self._map(lambda x: x[rows])
+        self.mask = self.mask[rows]
+
+    def insert(self, rows: Int[Tensor, "rows"], other: "ColumnCache") -> None:
+        """Overwrite the given rows with those of another cache."""
+        width = max(self.mask.size(1), other.mask.size(1))
+        theirs = [(x.keys, x.values) for x in other._layers()]
+        if not self._layers():
+            for i, (keys, values) in enumerate(theirs):
+                size = (self.mask.size(0), keys.size(1), 0, keys.size(3))
+                self.past.update(keys.new_zeros(size), values.new_zeros(size), i)
+        for layer, (keys, values) in zip(self._layers(), theirs, strict=True):
+            layer.keys, layer.values = _widen(layer.keys, width), _widen(layer.values, width)
+            layer.keys[rows], layer.values[rows] = _widen(keys, width), _widen(values, width)
+        self.mask = F.pad(self.mask, (width - self.mask.size(1), 0))
+        self.mask[rows] = F.pad(other.mask, (width - other.mask.size(1), 0))
+        self.longest = max(self.longest, other.longest)
+
+    def _layers(self) -> list[Any]:
+        layers: list[Any] = self.past.layers
+        return [layer for layer in layers if layer.is_initialized]
+
+    def _map(self, function: Any) -> None:
+        for layer in self._layers():
+            layer.keys, layer.values = function(layer.keys), function(layer.values)
+
+
+def _widen(x: Float[Tensor, "batch heads columns dim"], width: int) -> Tensor:
+    """Empty columns before the first."""
+    return F.pad(x, (0, 0, width - x.size(2), 0))
+
+
+class CausalLM(nn.Module):
+    """A `transformers` causal LM seen as hidden states and an output matrix."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        name = type(model).__name__
+        if head is None or getattr(head, "bias", None) is not None:
+            raise QvgptError(f"{name}: a trunk needs an LM head that is a matrix without bias")
+        self.vocab_size, self.embed_dim = head.weight.shape
+        self.seq_len: int = config.max_position_embeddings
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._try()
+
+    @property
+    def output_weight(self) -> Float[Tensor, "vocab embed"]:
+        """The LM head's matrix."""
+        return self.model.get_output_embeddings().weight
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: ColumnCache | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """States after the last norm; arguments as of `GPT.hidden`.
+
+        With a `cache` that holds something, several new tokens a row must all be real.
+        """
+        if cache is None and mask is None:
+            return self._base(tokens, position_ids=positions, use_cache=False)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        # real tokens to the right: padding then stands only before a row's first token
+        order = mask.int().argsort(dim=1, stable=True)
+        back = order.argsort(dim=1)
+        tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+        if positions is not None:
+            positions = positions.gather(1, order)
+        if cache is None:
+            seen, past = mask, None
+        else:
+            cache.trim()
+            seen, past = torch.cat([cache.mask, mask], dim=1), cache.past
+        if positions is None:
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -tokens.size(1) :]
+        out = self._base(
+            tokens,
+            attention_mask=seen.long(),
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=cache is not None,
+        )
+        if cache is not None:
+            cache.mask = seen
+            cache.longest = min(cache.longest + tokens.size(1), cache.capacity)
+        return out.gather(1, back[:, :, None].expand_as(out))
+
+    def _base(self, tokens: Tensor, **options: Any) -> Tensor:
+        return self.model.base_model(input_ids=tokens, **options).last_hidden_state
+
+    def new_cache(self, batch: int, capacity: int) -> ColumnCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens."""
+        if capacity > self.seq_len:
+            raise QvgptError(f"{capacity} tokens do not fit the context of {self.seq_len}")
+        mask = torch.zeros(batch, 0, dtype=torch.bool, device=self.output_weight.device)
+        return ColumnCache(mask, capacity, DynamicCache())
+
+    def set_dropout(self, rate: float) -> None:
+        """Drop another share of activations while training; `config.json` stays."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            for name in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, rate)
+
+    def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "CausalLM":
+        """A copy whose LM head is `weight`, untied from the token embedding."""
+        model = copy.deepcopy(self.model)
+        head = nn.Linear(self.embed_dim, self.vocab_size, bias=False, device=weight.device)
+        head.weight = nn.Parameter(weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+        model.set_output_embeddings(head)
+        return CausalLM(model)
+
+    def save(self, path: str | Path, **config: Any) -> None:
+        """Write the Hugging Face directory; `config` adds keys such as eos_token_id."""
+        path = Path(path)
+        logging.disable_progress_bar()
+        self.model.save_pretrained(path)
+        if config:
+            said = read_json(path / "config.json") | config
+            (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CausalLM":
+        """Read a Hugging Face directory: known architectures and safetensors only, in fp32.
+
+        Raises `QvgptError` where it holds code of its own, no such model, or weights that do not
+        fit.
+        """
+        path = Path(path)
+        said = read_json(path / "config.json")
+        if "auto_map" in said:
+            raise QvgptError(
+                f"{path}/config.json: auto_map names code of the model's own, which is never run; "
+                "only architectures that transformers knows are read"
+            )
+        if not list(path.glob("*.safetensors")):
+            raise QvgptError(f"{path}: no safetensors file (weights are read from those only)")
+        logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever transformers raises for a damaged directory
+            reason = str(error).strip().splitlines()[0]
+            raise QvgptError(f"{path}: no causal language model can be read: {reason}") from None
+        model, found = loaded
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise QvgptError(f"{path}: the weights do not fit config.json: {wrong[0]} and more")
+        return cls(model.eval())
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        tokens = torch.tensor([[1, 2]], device=self.output_weight.device) % self.vocab_size
+        theirs = self.model(input_ids=tokens).logits.float()
+        ours = (self.hidden(tokens) @ self.output_weight.T).float()
+        if self.softcap is not None:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        self.model.train(training)
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+            raise QvgptError(
+                f"{type(self.model).__name__}: its logits are not its output matrix times its last "
+                "hidden state (it may scale them): it cannot carry value heads yet"
+            )

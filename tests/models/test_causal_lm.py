@@ -1,0 +1,209 @@
+"""Any Hugging Face causal LM as a trunk: its own logits, its own generate, and back to disk."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.beam import BeamSearch
+from qvgpt.decode.engine import Request, generate, write
+from qvgpt.decode.guided_head import load_guided
+from qvgpt.decode.policy import Guidance
+from qvgpt.errors import QvgptError
+from qvgpt.export import export_hf
+from qvgpt.loop import FitOptions, fit
+from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import parse_objectives
+from qvgpt.trajectory import Trajectory, collate
+
+TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz :?"], "char")
+SIZES = {
+    "vocab_size": TOKENIZER.vocab_size + 2,  # padded, as real ones often are
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 6, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 6}),
+}
+PROMPTS = [[1, 12, 7, 20, 2], [1, 12], [1], [1, 30, 8, 8, 8, 17, 21, 9, 2]]
+
+
+def make_hf(family):
+    name, more = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SIZES, **more})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(family, tmp_path):
+    """A value model on such a trunk, with heads far from their start, in a directory."""
+    model = ValueModel(CausalLM(make_hf(family)), HeadsConfig("low_rank", rank=4), TOKENIZER)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    model.save(tmp_path / "model")
+    return ValueModel.from_pretrained(tmp_path / "model").eval(), tmp_path / "model"
+
+
+def logits(trunk, hidden):
+    plain = hidden @ trunk.output_weight.T
+    return plain if trunk.softcap is None else trunk.softcap * (plain / trunk.softcap).tanh()
+
+
+@torch.no_grad()
+def test_states_give_the_models_own_logits_with_padding_on_either_side(family):
+    hf = make_hf(family)
+    trunk = CausalLM(hf)
+    for prompt in PROMPTS:
+        theirs = hf(torch.tensor([prompt])).logits[0]
+        for left, right in ((0, 0), (3, 0), (0, 3), (2, 2)):
+            tokens = torch.tensor([[5] * left + prompt + [5] * right])
+            mask = torch.tensor([[False] * left + [True] * len(prompt) + [False] * right])
+            for cache in (None, trunk.new_cache(1, 20)):
+                hidden = trunk.hidden(tokens, mask, cache=cache)
+                ours = logits(trunk, hidden[0, left : left + len(prompt)])
+                assert torch.allclose(ours, theirs, atol=1e-5)
+        assert torch.allclose(
+            logits(trunk, trunk.hidden(torch.tensor([prompt])))[0], theirs, atol=1e-5
+        )
+
+
+def hf_generate(hf, prompt, **options):
+    """What Hugging Face writes after a prompt, cut after its end token."""
+    x = torch.tensor([prompt])
+    with torch.no_grad():
+        out = hf.generate(
+            x,
+            attention_mask=torch.ones_like(x),
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=[3, 4],
+            **options,
+        )
+    text = out[0, len(prompt) :].tolist()
+    return text[: next((i + 1 for i, t in enumerate(text) if t in (3, 4)), len(text))]
+
+
+def test_the_engine_writes_what_hugging_face_writes(saved):
+    model, path = saved
+    hf = AutoModelForCausalLM.from_pretrained(path).eval()
+    ours = generate(model, PROMPTS, Guidance(temperature=0.0), max_tokens=20, max_batch=3)
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        assert hf_generate(hf, prompt, max_new_tokens=20) == completion.tokens
+
+
+def test_requests_that_come_and_go_write_what_each_writes_alone(saved):
+    model, _ = saved
+    requests = [
+        Request(PROMPTS[i % 4], 5 + 7 * (i % 3), Guidance(beta=float(i % 2), temperature=0.9), i)
+        for i in range(10)
+    ]
+    together = write(model, requests, max_batch=3, report=True)
+    for request, text in zip(requests, together, strict=True):
+        [alone] = write(model, [request], report=True)
+        assert alone.tokens == text.tokens
+        ours, theirs = ([r.base_logprob for r in t.reports] for t in (alone, text))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_beams_are_hugging_faces(saved):
+    model, path = saved
+    hf = AutoModelForCausalLM.from_pretrained(path).eval()
+    found = BeamSearch(beams=3, max_tokens=12)(model, PROMPTS)
+    for prompt, best in zip(PROMPTS, found.best, strict=True):
+        assert hf_generate(hf, prompt, max_new_tokens=12, num_beams=3) == best.tokens
+
+
+def test_guidance_leaves_as_a_plain_checkpoint_or_is_refused(saved, tmp_path):
+    model, path = saved
+    if model.trunk.softcap is not None:
+        with pytest.raises(QvgptError, match="capped"):
+            export_hf(path, tmp_path / "plain", beta=2.0)
+        with pytest.raises(QvgptError, match="caps its logits"):
+            load_guided(path, Guidance(beta=2.0))
+        return
+    export_hf(path, tmp_path / "plain", beta=2.0)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    guided = load_guided(path, Guidance(beta=2.0))
+    ours = generate(model, PROMPTS, Guidance(beta=2.0, temperature=0.0), max_tokens=12)
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        for theirs in (hf, guided):
+            assert hf_generate(theirs, prompt, max_new_tokens=12) == completion.tokens
+
+
+def test_it_learns_and_comes_back(saved, tmp_path):
+    model, _ = saved
+    texts = [
+        Trajectory([1, 9 + i, 2, 10, 11, 3], [False] * 3 + [True] * 3, [0.0] * 5 + [1.0], True)
+        for i in range(4)
+    ]
+    before = float(model(collate(texts)).logprob.detach().mean())
+    options = FitOptions(max_steps=10, epochs=20.0, batch_size=4, lr=1e-2, dropout=0.0)
+    fit(model, texts, parse_objectives(["LM", "ILQL"]), options, output=tmp_path / "run")
+    with torch.no_grad():
+        ours = model(collate(texts))
+        theirs = ValueModel.from_pretrained(tmp_path / "run").eval()(collate(texts))
+    assert float(ours.logprob.mean()) > before + 0.5
+    for name in ("q", "v", "logprob", "target_q", "q_logsumexp"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_directories_that_are_not_to_be_trusted_are_refused(tmp_path):
+    hf = make_hf("llama")
+    hf.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def refused(match, **change):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(QvgptError, match=match):
+            ValueModel.from_pretrained(tmp_path)
+
+    refused("auto_map", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    refused("no causal language model", model_type="no_such_type")
+    refused("do not fit|no causal language model", hidden_size=32)
+    refused("do not fit", num_hidden_layers=3)
+    (tmp_path / "model.safetensors").unlink()
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return (canary.touch, ())
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    refused("safetensors")
+    assert not canary.exists()
+
+
+def test_logits_that_are_scaled_are_noticed():
+    config = transformers.CohereConfig(**{**SIZES, "logit_scale": 0.1})
+    with pytest.raises(QvgptError, match="scale"):
+        CausalLM(AutoModelForCausalLM.from_config(config))
