@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -85,3 +87,42 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     save_checkpoint(tmp_path, model, optimizer, STATE)
     save_checkpoint(tmp_path, model, optimizer, TrainState(step=4))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "notes.txt", "step-00000004"]
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, damage):
+    model, optimizer = make()
+    names = []
+    for number in (1, 2, 3):
+        newest = save_checkpoint(tmp_path, model, optimizer, TrainState(step=number), keep=2)
+        names = sorted(p.name for p in newest.iterdir())
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+    assert {"manifest.json", "model.safetensors", "optimizer.safetensors"} < set(names)
+    for name in names:
+        whole = (newest / name).read_bytes()
+        damage(newest / name)
+        said = []
+        assert newest_checkpoint(tmp_path, said.append).name == "step-00000002", name
+        assert len(said) == 1
+        assert f"skipped {newest}" in said[0]
+        assert name in said[0] or name == "manifest.json"
+        (newest / name).write_bytes(whole)
+    assert newest_checkpoint(tmp_path, said.append) == newest
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_anew(tmp_path):
+    model, optimizer = make()
+    path = save_checkpoint(tmp_path, model, optimizer, TrainState(step=1))
+    truncate(path / "model.safetensors")
+    with pytest.raises(QvgptError, match=r"model.safetensors has \d+ bytes, not \d+"):
+        newest_checkpoint(tmp_path)

@@ -205,6 +205,24 @@ def test_resume_is_bit_identical(tmp_path, monkeypatch):
     assert logs[0] == logs[1]
 
 
+def test_resume_passes_over_what_is_damaged_and_refuses_other_data(tmp_path):
+    options = replace(FIT, max_steps=20, save_every=5)
+    straight = model(dropout=0.3)
+    run(straight, options=options, output=tmp_path / "a")
+    run(model(dropout=0.3), options=options, output=tmp_path / "b")
+    newest = tmp_path / "b/checkpoints/step-00000020/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    said = io.StringIO()
+    resumed = model(dropout=0.3)
+    fit(resumed, texts(), parse_objectives(BOTH), options, output=tmp_path / "b", resume=True,
+        console=Console(file=said))  # fmt: skip
+    assert "step-00000020: optimizer.safetensors has" in said.getvalue()
+    assert same(dict(straight.state_dict()), dict(resumed.state_dict()))
+    other = [replace(t, reward=[0.0] * len(t.reward)) for t in texts()]
+    with pytest.raises(QvgptError, match="other data"):
+        run(model(), options=options, data=other, output=tmp_path / "b", resume=True)
+
+
 def test_patience_stops_and_the_best_is_kept_in_memory_too():
     m = model()
     options = replace(FIT, max_steps=50, lr=0.0, eval_every=1, keep_best="total", patience=3)

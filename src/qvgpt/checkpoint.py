@@ -1,5 +1,10 @@
-"""Checkpoints of a run, in safetensors and JSON: staged, synced, renamed, so never half there."""
+"""Checkpoints of a run, in safetensors and JSON: staged, synced, renamed, so never half there.
 
+A manifest, written last, holds the size and SHA-256 of every file: what a broken disk or a careless
+hand did to a checkpoint is noticed, and the one before it is taken.
+"""
+
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.gpt import GPT, load_tensors, read_json
-from qvgpt.models.value_model import ValueModel
+from qvgpt.models.gpt import load_tensors, read_json
+from qvgpt.models.value_model import ValueModel, load_trunk
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -33,12 +40,18 @@ class TrainState:
     seconds: float = 0.0
     eval: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
+    data_sha256: str = ""
+    """Of the texts trained on, as tokens with their rewards."""
 
 
 def save_checkpoint(
-    directory: Path, model: ValueModel, optimizer: torch.optim.Optimizer, state: TrainState
+    directory: Path,
+    model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int = 1,
 ) -> Path:
-    """Write `directory/step-N` in one piece (N = state.step), then drop the others."""
+    """Write `directory/step-N` in one piece (N = state.step), then drop all but the last `keep`."""
     tensors, groups = _flatten(optimizer)
     tensors |= {f"rng.{name}": value for name, value in _random_state().items()}
     record = {"state": asdict(state), "param_groups": groups}
@@ -47,29 +60,76 @@ def save_checkpoint(
         save_file(tensors, staged / "optimizer.safetensors")
         (staged / "trainer.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    return save_model(directory, model, state.step, add)
+    return save_model(directory, model, state.step, add, keep)
 
 
 def save_model(
-    directory: Path, model: ValueModel, step: int, add: Callable[[Path], None] | None = None
+    directory: Path,
+    model: ValueModel,
+    step: int,
+    add: Callable[[Path], None] | None = None,
+    keep: int = 1,
 ) -> Path:
-    """Write the artefact alone as `directory/step-N` in one piece, then drop the other steps."""
+    """Write the artefact alone as `directory/step-N` in one piece, then drop all but `keep`."""
     final = directory / f"step-{step:08d}"
     staged = directory / f".staged-{final.name}"
     shutil.rmtree(staged, ignore_errors=True)
     model.save(staged)
     if add is not None:
         add(staged)
+    manifest = {
+        str(file.relative_to(staged)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(staged.rglob("*"))
+        if file.is_file()
+    }
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     replace_directory(staged, final)
-    for other in [*directory.glob("step-*"), *directory.glob(".staged-step-*")]:
-        if other != final:
-            shutil.rmtree(other)
+    others = sorted(path for path in directory.glob("step-*") if path != final)
+    for spent in [*others[: len(others) - keep + 1], *directory.glob(".staged-step-*")]:
+        shutil.rmtree(spent)
     return final
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The latest `step-N`, or None."""
-    return max(directory.glob("step-*"), default=None)
+def newest_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The latest `step-N` that is whole, or None where there is none at all.
+
+    What is skipped is said, with the reason. Raises `QvgptError` where none of several is whole.
+    """
+    faults: list[str] = []
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        found = fault(path)
+        if found is None:
+            for skipped in faults:
+                say(f"skipped {skipped}")
+            return path
+        faults.append(f"{path}: {found}")
+    if faults:
+        raise QvgptError(f"no checkpoint is whole ({'; '.join(faults)}): train anew elsewhere")
+    return None
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where they are as they were written."""
+    try:
+        manifest = read_json(path / MANIFEST)
+        for name, said in manifest.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != said["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {said['bytes']}"
+            if _sha256(file) != said["sha256"]:
+                return f"{name} was changed"
+    except QvgptError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be followed: {error!r}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -91,7 +151,7 @@ def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimi
 
 def load_model(path: Path, model: ValueModel) -> None:
     """Put the weights of an artefact into a model of the same shape."""
-    saved = {f"trunk.{k}": v for k, v in GPT.load(path).state_dict().items()}
+    saved = {f"trunk.{k}": v for k, v in load_trunk(path).state_dict().items()}
     heads = path / "value_heads.safetensors"
     if heads.exists():
         saved |= {f"heads.{k}": v for k, v in load_tensors(heads).items()}

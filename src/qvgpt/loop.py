@@ -26,7 +26,7 @@ from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, mean_return
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, fingerprint, mean_return
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -65,6 +65,8 @@ class FitOptions:
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
     """Steps between checkpoints; None: at evaluations, at most once a minute."""
+    keep: int = 2
+    """Checkpoints to keep: should the last one be damaged, the one before it is taken."""
     keep_best: str | None = None
     """An eval loss part (such as LM/nll) or `total`: the model of its lowest value is kept."""
     patience: int | None = None
@@ -77,7 +79,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         """Refuse what has no meaning, naming the key."""
         least = {"max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 1,
-                 "save_every": 1, "patience": 1, "warmup": 0, "final_lr": 0, "tau": 0,
+                 "save_every": 1, "keep": 1, "patience": 1, "warmup": 0, "final_lr": 0, "tau": 0,
                  "weight_decay": 0, "lr": 0, "value_lr": 0, "dropout": 0}  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -130,16 +132,24 @@ class _Loop:
         self.accelerator = Accelerator()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = TrainState()
+        self.state = TrainState(data_sha256=fingerprint(data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
         self.best_models = output / "best" if output else None
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+    def resume(self, console: Console) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
         assert self.checkpoints is not None
-        if newest := newest_checkpoint(self.checkpoints):
-            self.state = load_checkpoint(newest, self.bare, self.optimizer)
+        newest = newest_checkpoint(self.checkpoints, lambda s: console.print(s, soft_wrap=True))
+        if newest is None:
+            return
+        state = load_checkpoint(newest, self.bare, self.optimizer)
+        if state.data_sha256 != self.state.data_sha256:
+            raise QvgptError(
+                f"{newest}: was trained on other data than there are now; restore them, or train "
+                "anew elsewhere"
+            )
+        self.state = state
 
     def run(self, progress: RunProgress) -> None:
         """All steps still to come, with evaluations and checkpoints between them."""
@@ -163,7 +173,9 @@ class _Loop:
                 else:
                     due = at_eval and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
                 if self.checkpoints is not None and (due or interruption.asked):
-                    save_checkpoint(self.checkpoints, self.bare, self.optimizer, state)
+                    save_checkpoint(
+                        self.checkpoints, self.bare, self.optimizer, state, options.keep
+                    )
                     saved_at, saved_step = time.monotonic(), state.step
                 if interruption.asked:
                     where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
@@ -315,7 +327,7 @@ def fit(
         model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
         model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
-        loop.resume()
+        loop.resume(console)
     elif output is not None:
         for spent in ("checkpoints", "best"):
             shutil.rmtree(output / spent, ignore_errors=True)

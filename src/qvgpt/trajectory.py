@@ -17,6 +17,8 @@ value to bootstrap from. Where it was cut right after a turn's end token, the ne
 never seen, so that decision has no target and is masked.
 """
 
+import hashlib
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +50,15 @@ class Trajectory:
     def total_reward(self) -> float:
         """The undiscounted return of the whole text."""
         return float(sum(self.reward))
+
+
+def fingerprint(trajectories: Iterable[Trajectory]) -> str:
+    """SHA-256 of the texts in their order: tokens, actions, rewards, ends."""
+    digest = hashlib.sha256()
+    for t in trajectories:
+        digest.update(array("q", [len(t.tokens), t.terminated, *t.tokens, *t.is_action]).tobytes())
+        digest.update(array("d", t.reward).tobytes())
+    return digest.hexdigest()
 
 
 def mean_return(trajectories: Iterable[Trajectory]) -> float:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from qvgpt.checkpoint import load_model, newest_checkpoint
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, generate, write
@@ -166,12 +167,21 @@ def test_it_learns_and_comes_back(saved, tmp_path):
         for i in range(4)
     ]
     before = float(model(collate(texts)).logprob.detach().mean())
-    options = FitOptions(max_steps=10, epochs=20.0, batch_size=4, lr=1e-2, dropout=0.0)
+    options = FitOptions(
+        max_steps=10, epochs=20.0, batch_size=4, lr=1e-2, dropout=0.0, save_every=10
+    )
     fit(model, texts, parse_objectives(["LM", "ILQL"]), options, output=tmp_path / "run")
     with torch.no_grad():
         ours = model(collate(texts))
         theirs = ValueModel.from_pretrained(tmp_path / "run").eval()(collate(texts))
     assert float(ours.logprob.mean()) > before + 0.5
+    last = newest_checkpoint(tmp_path / "run/checkpoints")
+    other = ValueModel.from_pretrained(last)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    load_model(last, other)
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in model.state_dict().items())
     for name in ("q", "v", "logprob", "target_q", "q_logsumexp"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
