@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import as_module
 from qvgpt.models.gpt import load_tensors, read_json
 from qvgpt.models.value_model import ValueModel, load_trunk
 
@@ -151,7 +152,7 @@ def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimi
 
 def load_model(path: Path, model: ValueModel) -> None:
     """Put the weights of an artefact into a model of the same shape."""
-    saved = {f"trunk.{k}": v for k, v in load_trunk(path).state_dict().items()}
+    saved = {f"trunk.{k}": v for k, v in as_module(load_trunk(path)).state_dict().items()}
     heads = path / "value_heads.safetensors"
     if heads.exists():
         saved |= {f"heads.{k}": v for k, v in load_tensors(heads).items()}
