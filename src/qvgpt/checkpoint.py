@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
-from qvgpt.models.gpt import load_tensors, read_json
+from qvgpt.models.disk import load_tensors, read_json
 from qvgpt.models.value_model import ValueModel, load_trunk
 
 MANIFEST = "manifest.json"

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.gpt import read_json
+from qvgpt.models.disk import read_json
 
 _SLACK = 32  # columns that no row needs any more are cut off once there are so many
 

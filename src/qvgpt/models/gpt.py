@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.disk import load_tensors, read_json
 
 _BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
 
@@ -339,29 +340,6 @@ class GPT(nn.Module):
         except RuntimeError as error:
             raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
         return model
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `QvgptError` that names it."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise QvgptError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QvgptError(f"{path}: broken JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise QvgptError(f"{path}: a JSON object was expected")
-    return content
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a `QvgptError` that names it. Pickles are never read."""
-    if not path.exists():
-        raise QvgptError(f"{path}: no such file (weights are read from safetensors only)")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise QvgptError(f"{path}: no readable safetensors file: {error}") from None
 
 
 def _default_positions(

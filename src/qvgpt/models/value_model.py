@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, as_module
-from qvgpt.models.gpt import GPT, load_tensors, read_json
+from qvgpt.models.disk import load_tensors, read_json
+from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.vocab import log_prob
 from qvgpt.objectives import NEEDS, Values
