@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from qvgpt.checkpoint import load_model, newest_checkpoint
+from qvgpt.collect import CollectConfig, collect
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, generate, write
@@ -21,11 +23,12 @@ from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
+from qvgpt.trainer import TrainConfig, train
 from qvgpt.trajectory import Trajectory, collate
 
 TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz :?"], "char")
 SIZES = {
-    "vocab_size": TOKENIZER.vocab_size + 2,  # padded, as real ones often are
+    "vocab_size": TOKENIZER.vocab_size,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -47,10 +50,10 @@ FAMILIES = {
 PROMPTS = [[1, 12, 7, 20, 2], [1, 12], [1], [1, 30, 8, 8, 8, 17, 21, 9, 2]]
 
 
-def make_hf(family):
+def make_hf(family, **options):
     name, more = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**SIZES, **more})
+    config = getattr(transformers, name)(**{**SIZES, **more, **options})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -217,3 +220,30 @@ def test_logits_that_are_scaled_are_noticed():
     config = transformers.CohereConfig(**{**SIZES, "logit_scale": 0.1})
     with pytest.raises(QvgptError, match="scale"):
         CausalLM(AutoModelForCausalLM.from_config(config))
+
+
+def test_the_commands_take_such_a_directory(tmp_path):
+    """collect → train → generate on a Qwen3, from files to files."""
+    hf = make_hf("qwen3", vocab_size=TOKENIZER.vocab_size + 40)  # padded, as real ones are
+    hf.save_pretrained(tmp_path / "hf")
+    TOKENIZER.save(tmp_path / "hf")
+    rows = [{"prompt": p, "completion": p[::-1]} for p in ("abc", "bcd", "cde", "xyz")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = {"model": str(tmp_path / "hf"), "data": str(tmp_path / "rows.jsonl")}
+    collect(CollectConfig(**options, reward="chrf", output=str(tmp_path / "samples"), samples=2,
+                          beams=2, max_tokens=6, include_references=True))  # fmt: skip
+    config = TrainConfig(
+        data=[str(tmp_path / "samples/data.jsonl")],
+        model=options["model"],
+        output=str(tmp_path / "values"),
+        objectives=["LM", "MonteCarlo"],
+        fit=FitOptions(max_steps=3, epochs=9.0, batch_size=8),
+    )
+    summary = train(config, Console(quiet=True))
+    assert summary["parameters"]["trunk"] == sum(p.numel() for p in hf.parameters())
+    model = ValueModel.from_pretrained(tmp_path / "values")
+    assert isinstance(model.trunk, CausalLM)
+    [text] = generate(model, [model.tokenizer.encode_prompt("abc")], Guidance(1.0), max_tokens=9)
+    assert text.tokens
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "values")
+    assert type(plain) is type(hf)

@@ -164,8 +164,12 @@ def next_token(
     model costs but knows no base log-probs; with base top-k only the candidates' rows of the
     heads are read; else Q of the whole vocabulary is formed. Greedy has one candidate left.
     """
-    trunk = model.trunk
-    return distribution(trunk.output_weight, model.heads, hidden, guidance, folded, trunk.softcap)
+    trunk, known = model.trunk, None
+    if model.tokenizer is not None and model.tokenizer.vocab_size < trunk.vocab_size:
+        known = model.tokenizer.vocab_size
+    return distribution(
+        trunk.output_weight, model.heads, hidden, guidance, folded, trunk.softcap, known
+    )
 
 
 def distribution(
@@ -175,9 +179,16 @@ def distribution(
     guidance: Guidance,
     folded: Float[Tensor, "vocab embed"] | None = None,
     softcap: float | None = None,
+    known: int | None = None,
 ) -> NextToken:
-    """`next_token` of any LM head `weight`, whose trunk need not be ours."""
-    base = vocab.logits(hidden, weight if folded is None else folded, softcap).log_softmax(-1)
+    """`next_token` of any LM head `weight`, whose trunk need not be ours.
+
+    Of a padded vocabulary only the first `known` tokens exist.
+    """
+    logits = vocab.logits(hidden, weight if folded is None else folded, softcap)
+    if known is not None:
+        logits[:, known:] = NEG_INF
+    base = logits.log_softmax(-1)
     tokens, gathered, q = _everything(base), None, None
     if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
         base, tokens = base.topk(guidance.top_k, dim=-1)

@@ -104,8 +104,7 @@ def sequence_kl(
         steps: list[float] = []
         for h, g in zip(ours.split(size), theirs.split(size), strict=True):
             policy = next_token(model, h, guidance)
-            plain = vocab.logits(g, base.trunk.output_weight, base.trunk.softcap)
-            logprob = plain.log_softmax(-1)
+            logprob = next_token(base, g, Guidance()).base_logprob
             logprob = logprob.to(h.device).gather(1, policy.tokens)
             steps += NextToken(policy.tokens, policy.logprob, logprob).kl().tolist()
         each = iter(steps)
@@ -161,8 +160,11 @@ def _reports(
     """Reports on the given next tokens, which need not be candidates."""
     policy = next_token(model, hidden, guidance)
     taken = policy.tokens == action[:, None]
+    base = policy.base_logprob
+    if base.size(1) < model.trunk.vocab_size:  # candidates only
+        base = next_token(model, hidden, Guidance()).base_logprob
     columns = [
-        vocab.log_prob(hidden, model.trunk.output_weight, action, model.trunk.softcap).tolist(),
+        base.gather(1, action[:, None])[:, 0].tolist(),
         policy.logprob.where(taken, NEG_INF).amax(-1).tolist(),
         policy.kl().tolist(),
     ]
