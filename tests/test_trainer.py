@@ -18,7 +18,7 @@ from qvgpt.loop import FitOptions, fit
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
-from qvgpt.trajectory import collate, mean_return
+from qvgpt.trajectory import centred, collate, mean_return
 
 QUIET = Console(quiet=True)
 BOTH = ["LM", {"ILQL": {"gamma": 1.0}}]
@@ -469,6 +469,19 @@ def test_what_is_said_of_values_follows_their_training(config, tmp_path):
     run(learnt, ["AWAC", {"AWR": {"gamma": 0.1}}, {"MonteCarlo": {"gamma": 0.8}}])
     assert (learnt.info.gamma, learnt.info.per_turn_discount) == (0.8, False)
     assert learnt.info.recommended_guidance is None
+
+
+def test_centred_values_are_those_of_centred_returns(config, tmp_path):
+    config = replace(config, objectives=["MonteCarlo"])
+    train(replace(config, centred=True), QUIET)
+    learnt = ValueModel.from_pretrained(config.output)
+    assert learnt.info.centred
+    plain = replace(config, output=str(tmp_path / "plain"))
+    train(plain, QUIET)
+    other = ValueModel.from_pretrained(plain.output)
+    assert not other.info.centred
+    assert not same(learnt.heads.state_dict(), other.heads.state_dict())
+    assert mean_return(centred(texts())) != pytest.approx(mean_return(texts()), abs=1e-3)
 
 
 def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """The one time convention: what a decision is, whose a reward is, and where values bootstrap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qvgpt.errors import QvgptError
-from qvgpt.trajectory import Trajectory, collate, mean_return
+from qvgpt.trajectory import Trajectory, centred, collate, fingerprint, mean_return
 
 END = 99
 
@@ -107,3 +109,31 @@ def test_prompt_and_return():
     episode = Trajectory([1, 2, 10, 3], actions(0, 0, 1, 0), [0.0, 0.0, 0.5, 0.25], True)
     assert episode.prompt == (1, 2)
     assert episode.total_reward == 0.75
+
+
+def test_centred_returns_say_which_text_of_a_prompt_is_better():
+    def text(prompt, reward, length=2):
+        actions = [7] * length
+        is_action = [False] * len(prompt) + [True] * length
+        rewards = [0.0] * (len(is_action) - 2) + [0.25, reward - 0.25]
+        return Trajectory([*prompt, *actions], is_action, rewards, True)
+
+    texts = [text([1, 5], 1.0), text([1, 6], 0.5), text([1, 5], 0.0, 3), text([1, 5], 0.2)]
+    found = centred(texts)
+    assert [t.total_reward for t in found] == pytest.approx([0.6, 0.0, -0.4, -0.2])
+    assert [list(t.reward[:-1]) for t in found] == [list(t.reward[:-1]) for t in texts]
+    assert [t.tokens for t in found] == [t.tokens for t in texts]
+
+
+def test_a_fingerprint_sees_every_part_of_a_text():
+    base = Trajectory([1, 5, 6], [False, True, True], [0.0, 0.0, 1.0], True)
+    changes = [
+        {"tokens": [1, 5, 7]},
+        {"is_action": [False, False, True]},
+        {"reward": [0.0, 1.0, 0.0]},
+        {"terminated": False},
+    ]
+    prints = {fingerprint([base])} | {fingerprint([replace(base, **c)]) for c in changes}
+    prints |= {fingerprint([base, base]), fingerprint([])}
+    assert len(prints) == 7
+    assert fingerprint([base]) == fingerprint([replace(base)])

@@ -20,7 +20,7 @@ from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.run import check_run, open_run, write_json
-from qvgpt.trajectory import Trajectory
+from qvgpt.trajectory import Trajectory, centred
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class TrainConfig:
     """What to learn: LM, AWAC, AWR, ILQL, MonteCarlo, or several, with options and weights."""
     heads: HeadsConfig | None = None
     """Value heads, where the objectives learn values and the model has none yet."""
+    centred: bool = False
+    """Count returns from the mean of a prompt's texts: learn which of them are better, not how
+    hard the prompt is. Values then are differences to that mean, and the model says so."""
     freeze_trunk: bool = False
     """Leave the language model as it is and train the value heads only."""
     fit: FitOptions = field(default_factory=FitOptions)
@@ -101,8 +104,12 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     model = _start(config, objectives, newest_checkpoint(output / "checkpoints"))
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
+    if config.centred:
+        data, eval_data = centred(data), centred(eval_data)
     refuse(model, data, objectives, config.fit, eval_data)
     open_run(output, "train", record, config.resume)
+    if objectives.teaches_values:
+        model.info.centred = config.centred
     fitted = fit(
         model, data, objectives, config.fit,
         eval_data=eval_data, output=output, resume=config.resume, console=console,

@@ -20,7 +20,7 @@ never seen, so that decision has no target and is masked.
 import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,6 +50,21 @@ class Trajectory:
     def total_reward(self) -> float:
         """The undiscounted return of the whole text."""
         return float(sum(self.reward))
+
+
+def centred(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Texts whose return is counted from the mean of all texts of the same prompt.
+
+    What makes a whole prompt easy or hard is then no longer to be learned, only which of its texts
+    are better. The mean is taken off the reward of the last token.
+    """
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for t in trajectories:
+        groups.setdefault(t.prompt, []).append(t.total_reward)
+    means = {prompt: sum(found) / len(found) for prompt, found in groups.items()}
+    return [
+        replace(t, reward=[*t.reward[:-1], t.reward[-1] - means[t.prompt]]) for t in trajectories
+    ]
 
 
 def fingerprint(trajectories: Iterable[Trajectory]) -> str:

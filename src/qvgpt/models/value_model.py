@@ -39,6 +39,8 @@ class ValueInfo:
     """Discount the values were learned with."""
     per_turn_discount: bool = False
     """Whether γ applied at the ends of turns only."""
+    centred: bool = False
+    """Whether returns were counted from the mean of each prompt's texts."""
     recommended_guidance: Any = None
     """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
     `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
