@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.engine import refuse_request
+from qvgpt.decode.engine import read_prompts, refuse_request
 from qvgpt.decode.policy import NEG_INF, Guidance, fold, folds, next_token
 from qvgpt.errors import QvgptError
-from qvgpt.models.backbone import Cache
 from qvgpt.models.value_model import ValueModel
 
 
@@ -118,9 +117,10 @@ class _Search:
         self.finished: list[list[Hypothesis]] = [[] for _ in prompts]
         self.alive = list(range(len(prompts)))
         self.forward_tokens = sum(len(p) - 1 for p in prompts)
-        self.cache = _read(model, prompts, how.max_tokens).select(
-            torch.arange(len(prompts), device=device).repeat_interleave(how.beams)
-        )
+        room = max(map(len, prompts)) + how.max_tokens
+        read = read_prompts(model, [p[:-1] for p in prompts], min(room, model.trunk.seq_len))
+        each = torch.arange(len(prompts), device=device).repeat_interleave(how.beams)
+        self.cache = read.select(each)
         last = torch.tensor([p[-1] for p in prompts], device=device)
         self.last = last[:, None].expand(-1, how.beams)
         self.logprob = torch.full((len(prompts), how.beams), NEG_INF, device=device)
@@ -215,17 +215,3 @@ class _Search:
         texts = self.finished[self.alive[row]]
         full = len(texts) == self.how.beams
         return best_running == NEG_INF or (full and best_running <= texts[-1].score)
-
-
-def _read(model: ValueModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> Cache:
-    """A cache that holds the prompts but for their last tokens."""
-    longest = max(len(p) for p in prompts) - 1
-    cache = model.trunk.new_cache(len(prompts), min(longest + 1 + max_tokens, model.trunk.seq_len))
-    if longest:
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
-            mask[i, : len(prompt) - 1] = True
-        model.trunk.hidden(tokens.to(model.device), mask.to(model.device), cache=cache)
-    return cache

@@ -238,14 +238,8 @@ class Engine:
         if longest == 0:
             self._cache.clear(torch.tensor(free, device=device))
             return
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = torch.tensor(prompt)
-            mask[i, : len(prompt)] = True
-        read = self.model.trunk.new_cache(len(prompts), longest)
-        self.model.trunk.hidden(tokens.to(device), mask.to(device), cache=read)
-        self.forward_tokens += int(mask.sum())
+        read = read_prompts(self.model, prompts, longest)
+        self.forward_tokens += sum(map(len, prompts))
         copies = read.select(torch.tensor(which, device=device))
         self._cache.insert(torch.tensor(free, device=device), copies)
 
@@ -278,6 +272,20 @@ class Engine:
         assert self._cache is not None
         self._cache = self._cache.select(torch.tensor(active, device=self.model.device))
         self._slots = [self._slots[i] for i in active]
+
+
+def read_prompts(model: ValueModel, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
+    """A cache with room for `capacity` tokens a row that holds the prompts."""
+    longest = max(map(len, prompts))
+    cache = model.trunk.new_cache(len(prompts), capacity)
+    if longest:
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+            mask[i, : len(prompt)] = True
+        model.trunk.hidden(tokens.to(model.device), mask.to(model.device), cache=cache)
+    return cache
 
 
 def refuse_request(
