@@ -118,14 +118,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
-            requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
-            texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
-            groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
-            if config.beams:
-                found_by_beams = _beams(model, [prompts[i] for i in chunk], config)
-                groups = [a + b for a, b in zip(groups, found_by_beams, strict=True)]
-                tokens = sum(len(text.tokens) for found in found_by_beams for text in found)
-                progress.add(config.beams * len(chunk), tokens)
+            groups = _written(model, prompts, chunk, config, progress)
             found = [
                 _collected(rows[i], group, reward, model, config)
                 for i, group in zip(chunk, groups, strict=True)
@@ -164,6 +157,25 @@ def _guidance(config: CollectConfig, temperature: float = 1.0) -> Guidance:
         top_p=config.top_p,
         min_p=config.min_p,
     )
+
+
+def _written(
+    model: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    chunk: range,
+    config: CollectConfig,
+    progress: TextProgress,
+) -> list[list[Text]]:
+    """The texts of each prompt of a chunk: samples, then beams."""
+    requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
+    texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
+    groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
+    if not config.beams:
+        return groups
+    beams = _beams(model, [prompts[i] for i in chunk], config)
+    tokens = sum(len(text.tokens) for found in beams for text in found)
+    progress.add(config.beams * len(chunk), tokens)
+    return [a + b for a, b in zip(groups, beams, strict=True)]
 
 
 def _beams(
