@@ -17,8 +17,6 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
     ],
 )
-# Hugging Face says with a warning what beam search ignores; its progress bars go to stderr
-@pytest.mark.filterwarnings("ignore")
 def test_quick_form_runs_and_leaves_the_results_alone(name, figures, monkeypatch, capsys):
     script = REPRODUCTIONS / name / "run.py"
     before = {p: p.read_bytes() for p in script.parent.iterdir() if p.is_file()}

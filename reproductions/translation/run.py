@@ -105,7 +105,7 @@ def _trained(name: str, work: Path, quick: bool, output: str = "", **where: Any)
     said |= given | {"output": str(directory), "resume": (directory / "run.json").exists()}
     parser = ArgumentParser()
     parser.add_class_arguments(TrainConfig, "config")
-    config = parser.instantiate_classes(parser.parse_object({"config": said})).config
+    config = parser.instantiate(parser.parse_object({"config": said})).config
     train(TrainConfig(**vars(config)))
     return directory
 

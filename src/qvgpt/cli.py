@@ -145,7 +145,7 @@ def _parse(name: str, command: Command, config_class: type, argv: list[str]) -> 
             parsed = parser.parse_args(_arguments(argv, known, command.positional, texts))
         for name, value in parsed.items():
             parsed[name] = texts.told.get(value, value) if isinstance(value, str) else value
-        ready = parser.instantiate_classes(parsed)
+        ready = parser.instantiate(parsed)
         return config_class(**{name: ready[name] for name in known if "." not in name})
     except QvgptError:
         raise
