@@ -227,7 +227,7 @@ class _Loop:
         # not Accelerator(mixed_precision=...): that is global to the process and set once
         kind = self.accelerator.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bf16):
-            values = self.model(batch, self.objectives.needs)
+            values = self.model(batch, self.objectives.needs, even=not self.objectives.weighs)
         total = torch.zeros((), device=batch.tokens.device)
         parts: dict[str, torch.Tensor] = {}
         for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):

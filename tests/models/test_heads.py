@@ -28,7 +28,9 @@ def test_every_way_of_asking_agrees(kind):
     exact = {"atol": 1e-5, "rtol": 0}
     torch.testing.assert_close(head.of(h, token), q.gather(1, token[:, None])[:, 0], **exact)
     torch.testing.assert_close(head.of_many(h, some), q.gather(1, some), **exact)
-    torch.testing.assert_close(head.logsumexp(h), q.logsumexp(-1), **exact)
+    taken, total = head.of_and_logsumexp(h, token)
+    torch.testing.assert_close(taken, head.of(h, token), **exact)
+    torch.testing.assert_close(total, q.logsumexp(-1), **exact)
 
 
 def test_the_mean_kept_for_decoding_follows_every_change():

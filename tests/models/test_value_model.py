@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from qvgpt.data.tokenizer import Tokenizer
@@ -178,39 +177,6 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
             ValueModel.from_pretrained(tmp_path)
     with pytest.raises(QvgptError, match="no such directory"):
         ValueModel.from_pretrained(tmp_path / "nowhere")
-
-
-def naive(hidden, weight, token):
-    logits = hidden @ weight.T
-    return (
-        F.log_softmax(logits, -1).gather(1, token[:, None])[:, 0],
-        logits.logsumexp(-1),
-        logits.gather(1, token[:, None])[:, 0],
-    )
-
-
-@pytest.mark.parametrize("chunk", [1, 40, 2**24])
-def test_chunked_vocabulary_operations_are_the_naive_ones(monkeypatch, chunk):
-    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
-    torch.manual_seed(0)
-    token = torch.randint(0, 13, (9,))
-    inputs = [torch.randn(9, 6), torch.randn(13, 6)]
-    weights = torch.randn(3, 9)
-    results = []
-    for chunked in (True, False):
-        hidden, weight = (x.clone().requires_grad_() for x in inputs)
-        if chunked:
-            found = (
-                vocab.log_prob(hidden, weight, token),
-                vocab.logsumexp(hidden, weight),
-                vocab.gather_dot(hidden, weight, token),
-            )
-        else:
-            found = naive(hidden, weight, token)
-        sum((w * x).sum() for w, x in zip(weights, found, strict=True)).backward()
-        results.append([*found, hidden.grad, weight.grad])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_change_no_value_of_a_model(monkeypatch):

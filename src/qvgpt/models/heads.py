@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import gather_dot, logsumexp
+from qvgpt.models.vocab import gather_dot, taken_and_logsumexp
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,17 @@ class QHead(nn.Module):
         f = self.features(hidden)
         return f @ self.weight.T + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
 
-    def logsumexp(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows"]:
-        """log Σₐ exp Q(s, a), in chunks."""
+    def of_and_logsumexp(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        token: Int[Tensor, "rows"],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+        """Q of one token per row and log Σₐ exp Q(s, a), its products in `dtype`, in chunks."""
         f = self.features(hidden)
-        return logsumexp(f, self.weight) - f @ self.mean_weight() + self.baseline(hidden)
+        rest = self.baseline(hidden) - f @ self.mean_weight()
+        taken, total = taken_and_logsumexp(f, self.weight, token, dtype=dtype)
+        return taken + rest, total + rest
 
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The matrix F with A(s, a) = Fₐ · h up to a number per state, where there is one."""

@@ -60,6 +60,7 @@ class AWAC:
     """Clamp of the weight."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "target_q", "v"})
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -97,6 +98,7 @@ class AWR:
     """1: the return as it was observed. 0: one step, then the value."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "v"})
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
