@@ -1,4 +1,4 @@
-"""Operations over the vocabulary are the naive ones, whatever is chunked, capped or half precise."""
+"""Operations over the vocabulary are the naive ones, chunked, capped or half precise."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def chunked(hidden, weight, token, softcap, even):
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("weights", ["mean", "uneven"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunked_is_naive_in_values_and_gradients(monkeypatch, chunk, softcap, even, weights, dtype):
+def test_chunked_is_naive_with_its_gradients(monkeypatch, chunk, softcap, even, weights, dtype):
     monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(vocab, "_BLOCK_ELEMENTS", max(1, chunk // 2))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
@@ -107,7 +107,8 @@ def test_nothing_as_large_as_the_logits_is_kept(monkeypatch):
     monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", 4 * VOCAB)
     hidden, weight, token = inputs()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    hooks = (lambda x: kept.append(x.numel()) or x, lambda x: x)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
         vocab.log_prob(hidden, weight, token)
     assert kept
     assert max(kept) <= max(VOCAB * WIDTH, ROWS * WIDTH)

@@ -89,9 +89,7 @@ class ValueModel(nn.Module):
         at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
         return hidden.gather(1, at)
 
-    def forward(
-        self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True
-    ) -> Values:
+    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True) -> Values:
         """Only what `needs` names is computed, and only at decisions that count.
 
         `even`: no log-prob will weigh more than another in the loss; it spares time, no more.

@@ -80,7 +80,8 @@ class Objectives:
         """The names a log will have: those that one decision gives, all its values being 0."""
         batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
         one, q, v = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 2)
-        nothing = Values(q=q, target_q=q, v=v, q_logsumexp=q, logprob=one, token_logprob=one, entropy=one)
+        shapes = {"q": q, "target_q": q, "v": v, "q_logsumexp": q}
+        nothing = Values(**{name: shapes.get(name, one) for name in NEEDS})
         return ["total", *self(nothing, batch).parts]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
