@@ -43,6 +43,9 @@ class FitOptions:
     """Texts per optimizer step."""
     micro_batch_size: int | None = None
     """Texts per forward; None: the whole batch at once."""
+    packed: bool = False
+    """Put several texts into a row, none seeing another, and shuffle without regard to length.
+    Off: a text a row, batches of similar lengths."""
     lr: float = 1e-3
     """Peak learning rate of the trunk."""
     value_lr: float | None = None
@@ -182,15 +185,18 @@ class _Loop:
                     raise KeyboardInterrupt(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
-        return collate(texts, self.pad_id, self.end_ids)
+        return collate(texts, self.pad_id, self.end_ids, self.options.packed)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
         """The micro-batches of each step still to come."""
+        options = self.options
         while self.state.step < self.total_steps:
             epoch, position = divmod(self.state.step, self.steps_per_epoch)
-            order = batches(self.lengths, self.options.batch_size, self.options.seed, epoch)
+            order = batches(
+                self.lengths, options.batch_size, options.seed, epoch, not options.packed
+            )
             for indices in order[position:]:
-                size = self.options.micro_batch_size or len(indices)
+                size = options.micro_batch_size or len(indices)
                 parts = [indices[i : i + size] for i in range(0, len(indices), size)]
                 yield [self.collate([self.data[i] for i in part]) for part in parts]
                 if self.state.step >= self.total_steps:

@@ -70,6 +70,22 @@ def test_only_what_is_needed_is_computed(needs):
     assert {name for name, value in vars(values).items() if value is not None} == needs
 
 
+@torch.no_grad()
+def test_packed_texts_have_the_values_they_have_alone():
+    model = make("low_rank")
+    texts = [
+        Trajectory([1, *range(5, 5 + n), 3], [False, *[True] * (n + 1)], [0.0] * (n + 2), n % 2 > 0)
+        for n in (3, 9, 1, 4, 2, 6)
+    ]
+    packed, alone = collate(texts, packed=True), collate(texts)
+    assert len(packed.tokens) == 4
+    found, expected = vars(model(packed)), vars(model(alone))
+    for name in NEEDS - {"token_logprob"}:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+    seen = [values["token_logprob"].sum() for values in (found, expected)]
+    torch.testing.assert_close(*seen)
+
+
 def test_gradients_reach_what_learns_and_nothing_else():
     model = make().train()
     values = model(BATCH)

@@ -49,7 +49,13 @@ class Backbone(Protocol):
         positions: Int[Tensor, "batch time"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """States after the last norm: logits = hidden @ output_weight.T (see `softcap`)."""
+        """States after the last norm: logits = hidden @ output_weight.T (see `softcap`).
+
+        `mask` is False on padding, left or right (None: no padding, or right padding whose output
+        nobody reads). `positions` count the real tokens unless given; given without a mask, each
+        that is not one more than the one before it begins another text, which sees only itself.
+        With a `cache` the tokens continue what it holds, and it grows by the real ones.
+        """
         ...
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "Backbone":

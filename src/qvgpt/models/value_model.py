@@ -83,11 +83,11 @@ class ValueModel(nn.Module):
 
     @staticmethod
     def states(
-        hidden: Float[Tensor, "batch time embed"], batch: TrajectoryBatch
+        hidden: Float[Tensor, "rows time embed"], batch: TrajectoryBatch
     ) -> Float[Tensor, "batch states embed"]:
         """From token time to decision time: the state of each decision, then that of the end."""
-        at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
-        return hidden.gather(1, at)
+        at = batch.row[:, None] * hidden.size(1) + batch.state_index
+        return hidden.flatten(0, 1)[at]
 
     def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True) -> Values:
         """Only what `needs` names is computed, and only at decisions that count.
@@ -95,7 +95,7 @@ class ValueModel(nn.Module):
         `even`: no log-prob will weigh more than another in the loss; it spares time, no more.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            hidden = self.trunk.hidden(batch.tokens)
+            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
         states = self.states(hidden, batch)
         taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
@@ -106,9 +106,9 @@ class ValueModel(nn.Module):
         if "entropy" in needs:
             found["entropy"] = _scatter(entropy(taken, weight, softcap), batch.mask)
         if "token_logprob" in needs:
-            real = batch.attention_mask[:, 1:]
-            rows, token = hidden[:, :-1][real], batch.tokens[:, 1:][real]
-            found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), real)
+            at = batch.predicted
+            rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
+            found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
         if needs & {"q", "target_q", "v", "q_logsumexp"}:
             dtype = product_dtype(hidden.device)  # of the vocabulary's products alone
             with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32

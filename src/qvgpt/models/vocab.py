@@ -134,9 +134,9 @@ class _TakenAndLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_taken: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         features, weight, token, slope, lse, expected, summed = ctx.saved_tensors
-        of_taken, of_lse = gradients[0] * slope, gradients[1]
+        of_taken = of_taken * slope
         to_features = to_weight = None
         if expected is not None:
             to_features = wide(expected) * of_lse[:, None]

@@ -33,8 +33,8 @@ class Values:
     """log π(a|s) of the action taken."""
     entropy: Float[Tensor, "batch steps"] | None = None
     """−Σₐ π(a|s) log π(a|s), in nats."""
-    token_logprob: Float[Tensor, "batch pairs"] | None = None
-    """log π of every token but the first, prompts included: time − 1 of them."""
+    token_logprob: Float[Tensor, "rows pairs"] | None = None
+    """log π of every token but a text's first, prompts included: time − 1 of them."""
 
     def __post_init__(self) -> None:
         """The one shape that annotations cannot say, since each of the others may be None."""
@@ -70,7 +70,7 @@ class Objective(Protocol):
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss: ...  # noqa: D102
 
 
-def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "batch _"]:
+def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "_ _"]:
     """What the objective takes its mean over: the decisions, unless it says otherwise."""
     own = getattr(objective, "counted", None)
     return batch.mask if own is None else own(batch)
