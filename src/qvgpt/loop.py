@@ -64,6 +64,8 @@ class FitOptions:
     """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False
     """Autocast to bfloat16; the value heads stay in fp32."""
+    compiled: bool = False
+    """Compile the trunk's layers (torch.compile): slow to start, needs a C++ compiler on a CPU."""
     eval_every: int | None = None
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
@@ -98,7 +100,7 @@ class FitOptions:
             raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
 
 
-class _Loop:
+class Training:
     """The state of one `fit`: everything the loop touches, in one place."""
 
     def __init__(
@@ -107,8 +109,8 @@ class _Loop:
         data: Sequence[Trajectory],
         objectives: Objectives,
         options: FitOptions,
-        eval_data: Sequence[Trajectory],
-        output: Path | None,
+        eval_data: Sequence[Trajectory] = (),
+        output: Path | None = None,
     ):
         refuse(model, data, objectives, options, eval_data)
         self.data, self.objectives, self.options = data, objectives, options
@@ -132,6 +134,9 @@ class _Loop:
         )
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
+        if options.compiled:
+            for block in model.trunk.blocks:
+                block.compile()
         self.accelerator = Accelerator()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -185,6 +190,7 @@ class _Loop:
                     raise KeyboardInterrupt(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
+        """A batch as the options want it."""
         return collate(texts, self.pad_id, self.end_ids, self.options.packed)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
@@ -262,6 +268,7 @@ class _Loop:
         return parts
 
     def stop_if_not_finite(self, parts: dict[str, float]) -> None:
+        """Raise `QvgptError` that names what is not a number any more."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         if bad:
             raise QvgptError(
@@ -320,7 +327,7 @@ def fit(
     recommended before is forgotten.
     The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
     """
-    loop = _Loop(model, data, objectives, options, eval_data, output)
+    loop = Training(model, data, objectives, options, eval_data, output)
     console = console or Console(stderr=True)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if stale:
