@@ -344,13 +344,6 @@ def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
     assert plain.heads.are_fresh
 
 
-def test_several_processes_are_refused_before_anything_is_written(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(QvgptError, match="one process only for now"):
-        train(config, QUIET)
-    assert not Path(config.output).exists()
-
-
 def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
     m = model(heads=False)
     before = {k: v.clone() for k, v in m.state_dict().items()}
