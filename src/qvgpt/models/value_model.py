@@ -77,6 +77,11 @@ class ValueModel(nn.Module):
         return self
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers' class names, as Accelerate asks for them where it shards."""
+        return sorted({type(block).__name__ for block in self.trunk.blocks})
+
+    @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.trunk.output_weight.device
@@ -141,7 +146,7 @@ class ValueModel(nn.Module):
                 q = [_scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
-            found["v"] = heads.v(states)
+            found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
         return found
 
     def save(self, path: str | Path) -> None:
