@@ -172,7 +172,12 @@ class ValueModel(nn.Module):
             return
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
-        config = {
+        self.save_config(path)
+
+    def save_config(self, path: str | Path) -> None:
+        """Write `value_config.json` alone: the tensors stay."""
+        assert self.heads is not None
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "heads": asdict(self.heads.config),
             "trunk": "shared",
@@ -183,7 +188,7 @@ class ValueModel(nn.Module):
             config["template"] = asdict(self.tokenizer.template)
             config["end_ids"] = sorted(self.tokenizer.template.end_ids)
             config["tokenizer_sha256"] = self.tokenizer.sha256
-        (path / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (Path(path) / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, freeze_trunk: bool = False) -> "ValueModel":
