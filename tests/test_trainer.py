@@ -103,9 +103,15 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
 
 @pytest.mark.parametrize(
     "objectives",
-    [BOTH, [{"LM": {"on": "all"}}, "MonteCarlo"], [{"LM": {"min_return": 0.1}}, "MonteCarlo"]],
+    [
+        BOTH,
+        [{"LM": {"on": "all"}}, "MonteCarlo"],
+        [{"LM": {"min_return": 0.1}}, "MonteCarlo"],
+        [{"LM": {"on": "all", "min_return": 0.1}}, "MonteCarlo"],
+        ["LM", "AWR", "MonteCarlo"],
+    ],
 )
-def test_four_micro_batches_are_one_batch(objectives):
+def test_four_micro_batches_or_packed_rows_are_one_batch(objectives):
     """In gradients: Adam blows rounding up where one is 0 by construction (the keys' bias)."""
     found = []
 
@@ -116,12 +122,14 @@ def test_four_micro_batches_are_one_batch(objectives):
     hook = register_optimizer_step_pre_hook(keep)
     data = [*texts(2), *sorted(texts(), key=length)[:2]]
     assert len({t.total_reward >= 0.1 for t in data}) == 2
-    for size in (None, 1):  # texts differ in length, so that a mean of means would be wrong
+    for size, packed in ((None, False), (1, False), (None, True), (2, True)):
+        # texts differ in length, so that a mean of means would be wrong
         options = replace(FIT, max_steps=1, batch_size=4, micro_batch_size=size, clip=1e9)
-        run(model(), objectives, options, data)
+        run(model(), objectives, replace(options, packed=packed), data)
     hook.remove()
-    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
     assert found[0].abs().max() > 0.01
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
 
 
 def test_frozen_trunk_is_bit_unchanged_and_the_heads_learn():
@@ -344,13 +352,6 @@ def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
     assert plain.heads.are_fresh
 
 
-def test_several_processes_are_refused_before_anything_is_written(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(QvgptError, match="one process only for now"):
-        train(config, QUIET)
-    assert not Path(config.output).exists()
-
-
 def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
     m = model(heads=False)
     before = {k: v.clone() for k, v in m.state_dict().items()}
@@ -401,6 +402,10 @@ def test_batches_hold_everything_once_and_like_lengths_together():
     assert found == batches(lengths, 8, seed=3, epoch=1) != batches(lengths, 8, seed=3, epoch=2)
     spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in found]
     assert sum(spread) / len(spread) < 2
+    loose = batches(lengths, 8, seed=3, epoch=1, bucketed=False)
+    assert sorted(i for batch in loose for i in batch) == list(range(500))
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in loose]
+    assert sum(spread) / len(spread) > 20
 
 
 @pytest.fixture

@@ -137,3 +137,33 @@ def test_a_fingerprint_sees_every_part_of_a_text():
     prints |= {fingerprint([base, base]), fingerprint([])}
     assert len(prints) == 7
     assert fingerprint([base]) == fingerprint([replace(base)])
+
+
+def test_packed_texts_share_rows_no_longer_than_the_longest():
+    texts = [
+        Trajectory([1, 10, 11], actions(0, 1, 1), [0.0, 1.0, 2.0], True),
+        Trajectory([2] * 6 + [12], actions(*[0] * 6, 1), [0.0] * 6 + [3.0], True),
+        Trajectory([3, 13, 14, 15], actions(0, 1, 1, 1), [0.0] * 4, False),
+        Trajectory([4, 16], actions(0, 1), [0.0, 1.0], True),
+    ]
+    batch, plain = collate(texts, packed=True), collate(texts)
+    assert batch.tokens.tolist() == [
+        [2, 2, 2, 2, 2, 2, 12],
+        [3, 13, 14, 15, 1, 10, 11],
+        [4, 16, 0, 0, 0, 0, 0],
+    ]
+    assert batch.attention_mask.sum(1).tolist() == [7, 7, 2]
+    assert batch.row.tolist() == [1, 0, 1, 2]
+    assert batch.positions is not None
+    assert batch.positions[1].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.text.tolist() == [[1] * 7, [2] * 4 + [0] * 3, [3] * 7]
+    assert batch.state_index.tolist() == [[4, 5, 6, 0], [5, 6, 0, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.predicted.tolist() == [
+        actions(1, 1, 1, 1, 1, 1),
+        actions(1, 1, 1, 0, 1, 1),
+        actions(1, 0, 0, 0, 0, 0),
+    ]
+    assert plain.positions is None
+    assert plain.predicted.tolist() == plain.attention_mask[:, 1:].tolist()
+    for name in ("action", "reward", "nonterminal", "ends_turn", "mask"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))

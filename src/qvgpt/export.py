@@ -144,7 +144,7 @@ def fidelity(
         tokens, at = tokens.to(model.device), at.to(model.device)
         ours = model.trunk.hidden(tokens[None])[0, at]
         folded = theirs.base_model(tokens[None]).last_hidden_state[0, at]
-        size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
+        size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
         for h, g in zip(ours.split(size), folded.split(size), strict=True):
             exact = next_token(model, h, guidance).logprob
             found = theirs.get_output_embeddings()(g).float().log_softmax(-1)

@@ -2,16 +2,17 @@
 
 import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 
 from qvgpt.checkpoint import (
@@ -28,7 +29,14 @@ from qvgpt.models.disk import writing
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, fingerprint, mean_return
+from qvgpt.trajectory import (
+    Trajectory,
+    TrajectoryBatch,
+    collate,
+    fingerprint,
+    mean_return,
+    nothing_counts,
+)
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -45,6 +53,9 @@ class FitOptions:
     """Texts per optimizer step."""
     micro_batch_size: int | None = None
     """Texts per forward; None: the whole batch at once."""
+    packed: bool = False
+    """Put several texts into a row, none seeing another, and shuffle without regard to length.
+    Off: a text a row, batches of similar lengths."""
     lr: float = 1e-3
     """Peak learning rate of the trunk."""
     value_lr: float | None = None
@@ -63,6 +74,8 @@ class FitOptions:
     """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False
     """Autocast to bfloat16; the value heads stay in fp32."""
+    compiled: bool = False
+    """Compile the trunk's layers (torch.compile): slow to start, needs a C++ compiler on a CPU."""
     eval_every: int | None = None
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
@@ -97,7 +110,7 @@ class FitOptions:
             raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
 
 
-class _Loop:
+class Training:
     """The state of one `fit`: everything the loop touches, in one place."""
 
     def __init__(
@@ -106,10 +119,9 @@ class _Loop:
         data: Sequence[Trajectory],
         objectives: Objectives,
         options: FitOptions,
-        eval_data: Sequence[Trajectory],
-        output: Path | None,
+        eval_data: Sequence[Trajectory] = (),
+        output: Path | None = None,
     ):
-        refuse(model, data, objectives, options, eval_data)
         self.data, self.objectives, self.options = data, objectives, options
         self.lengths = [len(t.tokens) for t in data]
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
@@ -119,20 +131,20 @@ class _Loop:
         if model.tokenizer is not None:
             template = model.tokenizer.template
             self.pad_id, self.end_ids = template.pad, tuple(template.end_ids)
-        size = 2 * (options.micro_batch_size or options.batch_size)
-        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
-        self.eval_batches = [
-            self.collate([eval_data[i] for i in order[start : start + size]])
-            for start in range(0, len(order), size)
-        ]
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
-        self.accelerator = Accelerator()
+        if options.compiled:
+            for block in model.trunk.blocks:
+                block.compile()
+        self.accelerator = accelerator(model, objectives)
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        size = 2 * (options.micro_batch_size or options.batch_size)
+        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
+        self.eval_batches = self.my_batches(eval_data, order, size) if eval_data else []
         self.state = TrainState(data_sha256=fingerprint(data), eval_sha256=fingerprint(eval_data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
@@ -166,7 +178,6 @@ class _Loop:
         with Interruption() as interruption:
             for micro_batches in self.optimizer_steps():
                 parts = self.learn(micro_batches)
-                state.tokens += sum(int(b.attention_mask.sum()) for b in micro_batches)
                 state.seconds = time.perf_counter() - started
                 progress.step(state.step, parts, state.tokens / state.seconds)
                 at_eval = state.step % eval_every == 0 or state.step == self.total_steps
@@ -174,33 +185,59 @@ class _Loop:
                     self.evaluate(progress)
                 if options.patience and state.bad_evals >= options.patience:
                     return
+                overdue = time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+                # the clocks of processes differ, and a signal may reach one of them only
+                overdue = overdue and self.accelerator.is_main_process
+                asked, overdue = self.sums([interruption.asked is not None, overdue])
                 if options.save_every:
                     due = state.step % options.save_every == 0
                 else:
-                    due = at_eval and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
-                if self.checkpoints is not None and (due or interruption.asked):
-                    save_checkpoint(
-                        self.checkpoints, self.bare, self.optimizer, state, options.keep
-                    )
+                    due = at_eval and overdue
+                if self.checkpoints is not None and (due or asked):
+                    self.save_checkpoint()
                     saved_at, saved_step = time.monotonic(), state.step
-                if interruption.asked:
+                if asked:
                     where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
-                    raise interruption.asked(where if self.checkpoints else "")
+                    kind = (
+                        interruption.asked or KeyboardInterrupt
+                    )  # None: another process was asked
+                    raise kind(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
-        return collate(texts, self.pad_id, self.end_ids)
+        """A batch as the options want it."""
+        return collate(texts, self.pad_id, self.end_ids, self.options.packed)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
         """The micro-batches of each step still to come."""
+        options = self.options
         while self.state.step < self.total_steps:
             epoch, position = divmod(self.state.step, self.steps_per_epoch)
-            order = batches(self.lengths, self.options.batch_size, self.options.seed, epoch)
+            order = batches(
+                self.lengths, options.batch_size, options.seed, epoch, not options.packed
+            )
             for indices in order[position:]:
-                size = self.options.micro_batch_size or len(indices)
-                parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-                yield [self.collate([self.data[i] for i in part]) for part in parts]
+                yield self.my_batches(self.data, indices, options.micro_batch_size)
                 if self.state.step >= self.total_steps:
                     return
+
+    def my_batches(
+        self, texts: Sequence[Trajectory], indices: Sequence[int], size: int | None
+    ) -> list[TrajectoryBatch]:
+        """This process's share of some texts, in micro-batches; all processes get equally many.
+
+        Where there are too few texts, a batch in which nothing counts makes up for them.
+        """
+        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
+        most = math.ceil(len(indices) / processes)
+        size = size or most
+        share, batches = indices[mine::processes], []
+        for start in range(0, most, size):
+            part = [texts[i] for i in share[start : start + size]]
+            if part:
+                batches.append(self.collate(part))
+            else:
+                batches.append(nothing_counts(self.collate([texts[indices[0]]])))
+        return batches
 
     def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
         """The loss and its parts, over all micro-batches as if they were one; with gradients.
@@ -210,21 +247,34 @@ class _Loop:
         """
         objectives = [o for _, o in self.objectives.terms]
         counts = [[int(counted(o, b).sum()) for o in objectives] for b in micro_batches]
-        totals = [sum(column) for column in zip(*counts, strict=True)]
-        if not any(totals) and not any(bool(b.mask.any()) for b in micro_batches):
+        sizes = [sum(int(b.mask.sum()) for b in micro_batches)]
+        sizes.append(sum(int(b.attention_mask.sum()) for b in micro_batches))
+        *totals, decisions, tokens = self.sums([*map(sum, zip(*counts, strict=True)), *sizes])
+        self.state.tokens += int(tokens) * learn
+        if not any(totals) and not decisions:
             raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
         parts: dict[str, float] = {}
-        for batch, units in zip(micro_batches, counts, strict=True):
-            shares = [n / max(total, 1) for n, total in zip(units, totals, strict=True)]
-            if not any(units) and not batch.mask.any():
-                continue
-            loss, found = self.loss(batch.to(self.accelerator.device), shares)
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + value
-            self.stop_if_not_finite(parts)
-            if learn:
-                self.accelerator.backward(loss)
+        for n, (batch, units) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+            shares = [unit / max(total, 1) for unit, total in zip(units, totals, strict=True)]
+            whole = not learn or n == len(micro_batches)  # gradients go around once a step
+            with nullcontext() if whole else self.accelerator.no_sync(self.model):
+                loss, found = self.loss(batch.to(self.accelerator.device), shares)
+                for name, value in found.items():
+                    parts[name] = parts.get(name, 0.0) + value
+                if learn:
+                    # processes average their gradients, where the loss is a sum over all of them
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+        parts = dict(zip(parts, self.sums(list(parts.values())), strict=True))
+        self.stop_if_not_finite(parts)
         return parts
+
+    def sums(self, numbers: Sequence[float | int]) -> list[float]:
+        """Each number summed over all processes; as they are where there is one."""
+        if self.accelerator.num_processes == 1:
+            return [float(n) for n in numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        total: Any = self.accelerator.reduce(mine, "sum")
+        return total.tolist()
 
     def loss(
         self, batch: TrajectoryBatch, shares: list[float]
@@ -233,7 +283,7 @@ class _Loop:
         # not Accelerator(mixed_precision=...): that is global to the process and set once
         kind = self.accelerator.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bf16):
-            values = self.model(batch, self.objectives.needs)
+            values = self.model(batch, self.objectives.needs, even=not self.objectives.weighs)
         total = torch.zeros((), device=batch.tokens.device)
         parts: dict[str, torch.Tensor] = {}
         for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):
@@ -264,6 +314,7 @@ class _Loop:
         return parts
 
     def stop_if_not_finite(self, parts: dict[str, float]) -> None:
+        """Raise `QvgptError` that names what is not a number any more."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         if bad:
             raise QvgptError(
@@ -286,9 +337,18 @@ class _Loop:
         self.state.best, self.state.best_step = found[name], self.state.step
         self.state.bad_evals = 0
         if self.best_models is not None:
-            save_model(self.best_models, self.bare, self.state.step)
+            if self.accelerator.is_main_process:
+                save_model(self.best_models, self.bare, self.state.step)
         else:
             self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
+
+    def save_checkpoint(self) -> None:
+        """All processes gather what is sharded; one writes."""
+        assert self.checkpoints is not None
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.checkpoints, self.bare, self.optimizer, self.state, self.options.keep
+            )
 
     def restore_best(self) -> None:
         """Put the model of the best evaluation back."""
@@ -298,6 +358,15 @@ class _Loop:
             self.bare.load_state_dict(self.best_weights)
         elif self.best_models is not None and (best := newest_checkpoint(self.best_models)):
             load_model(best, self.bare)
+
+
+def accelerator(model: ValueModel, objectives: Objectives) -> Accelerator:
+    """Accelerate's, told whether every parameter that may learn will."""
+    needs = objectives.needs
+    heads_learn = model.heads is None or {"q", "v"} <= needs
+    trunk_learns = model.trunk_is_frozen or needs & {"logprob", "token_logprob"}
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not (heads_learn and trunk_learns))
+    return Accelerator(kwargs_handlers=[ddp])
 
 
 def fit(
@@ -325,8 +394,10 @@ def fit(
     The first Ctrl-C or SIGTERM saves a checkpoint after the current step and raises
     KeyboardInterrupt, or its kind `Terminated`.
     """
-    loop = _Loop(model, data, objectives, options, eval_data, output)
-    console = console or Console(stderr=True)
+    refuse(model, data, objectives, options, eval_data)
+    training = Training(model, data, objectives, options, eval_data, output)
+    is_main = training.accelerator.is_main_process
+    console = console or Console(stderr=True, quiet=not is_main)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if stale:
         console.print(
@@ -338,20 +409,20 @@ def fit(
         model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
         model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
-        loop.resume(console, accept_changes)
-    elif output is not None:
+        training.resume(console, accept_changes)
+    elif output is not None and is_main:
         for spent in ("checkpoints", "best"):
             shutil.rmtree(output / spent, ignore_errors=True)
     if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
         model.heads.start_at(mean_return(data))
-    state = loop.state
-    with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
-        loop.run(shown)
-    loop.restore_best()
+    state, log = training.state, output if is_main else None
+    with RunProgress(training.total_steps, state.step, log, options.tensorboard, console) as shown:
+        training.run(shown)
+    training.restore_best()
     if stale:
         model.heads, model.info = None, ValueInfo()
     model.eval()
-    if output is not None:
+    if output is not None and is_main:
         with writing(output, "go on with --resume"):
             model.save(output)
     return {
@@ -372,8 +443,6 @@ def refuse(
     eval_data: Sequence[Trajectory],
 ) -> None:
     """Raise `QvgptError` for what could only fail later, or fail silently."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun and accelerate launch set it
-        raise QvgptError("training runs in one process only for now: start it without a launcher")
     if not data:
         raise QvgptError("the data set is empty: there is nothing to train on")
     if objectives.learns_values and model.heads is None:

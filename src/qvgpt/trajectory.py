@@ -21,6 +21,7 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -90,10 +91,16 @@ def mean_return(trajectories: Iterable[Trajectory]) -> float:
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """Padded episodes: tokens in token time, all else in decision time."""
+    """Episodes side by side: tokens in token time, all else in decision time.
 
-    tokens: Int[Tensor, "batch time"]
-    attention_mask: Bool[Tensor, "batch time"]
+    A row of tokens holds one text and padding, or, packed, several texts one after another.
+    """
+
+    tokens: Int[Tensor, "rows time"]
+    attention_mask: Bool[Tensor, "rows time"]
+    text: Int[Tensor, "rows time"]  # which text a token belongs to; padding: the one before it
+    positions: Int[Tensor, "rows time"] | None  # within its text; None: one text a row
+    row: Int[Tensor, "batch"]  # where each text lies
     action: Int[Tensor, "batch steps"]
     reward: Float[Tensor, "batch steps"]
     nonterminal: Float[Tensor, "batch steps"]  # 1 where the next state has a value, else 0
@@ -101,9 +108,16 @@ class TrajectoryBatch:
     mask: Bool[Tensor, "batch steps"]
     state_index: Int[Tensor, "batch steps+1"]  # into time; the last one ends the episode
 
+    @property
+    def predicted(self) -> Bool[Tensor, "rows pairs"]:
+        """The tokens that follow another of their text: all but the first of each."""
+        follows = self.text[:, 1:] == self.text[:, :-1]
+        return self.attention_mask[:, 1:] & follows
+
     def to(self, device: torch.device | str) -> "TrajectoryBatch":
         """The same batch on another device."""
-        return TrajectoryBatch(**{k: v.to(device) for k, v in vars(self).items()})
+        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in vars(self).items()}
+        return TrajectoryBatch(**moved)
 
 
 @dataclass(frozen=True)
@@ -117,27 +131,76 @@ class Completion:
 
 
 def collate(
-    trajectories: Sequence[Trajectory], pad_id: int = 0, end_ids: Collection[int] = ()
+    trajectories: Sequence[Trajectory],
+    pad_id: int = 0,
+    end_ids: Collection[int] = (),
+    packed: bool = False,
 ) -> TrajectoryBatch:
-    """Pad a list of episodes to a batch, on the right.
+    """Make a batch of a list of episodes, a row each, or `packed` into as few rows as will do.
 
     `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
-    cut in the middle of it. Raises `QvgptError` for a text without an action, one whose first
-    token is an action, or a reward before the first decision.
+    cut in the middle of it. No row is longer than the longest text. Raises `QvgptError` for a
+    text without an action, one whose first token is an action, or a reward before the first
+    decision.
     """
     if not trajectories:
         raise QvgptError("an empty batch: there is no trajectory to learn from")
-    rows = [_to_decision_time(t, end_ids) for t in trajectories]
-    tokens, states, actions, rewards, nonterminals, ends, masks = map(list, zip(*rows, strict=True))
+    texts = [_to_decision_time(t, end_ids) for t in trajectories]
+    tokens, states, actions, rewards, nonterminals, ends, masks = map(
+        list, zip(*texts, strict=True)
+    )
+    length = [len(t) for t in tokens]
+    rows = _pack(length) if packed else [[i] for i in range(len(tokens))]
+    row, offset = torch.zeros(2, len(tokens), dtype=torch.long)
+    for r, inside in enumerate(rows):
+        for before, i in enumerate(inside):
+            row[i], offset[i] = r, sum(length[j] for j in inside[:before])
+    filled = torch.tensor([sum(length[i] for i in inside) for inside in rows])
     return TrajectoryBatch(
-        tokens=pad_sequence(tokens, batch_first=True, padding_value=pad_id),
-        attention_mask=_length_mask(torch.tensor([len(t) for t in tokens])),
+        tokens=_rows(tokens, rows, pad_id),
+        attention_mask=torch.arange(int(filled.max())) < filled[:, None],
+        text=_rows([torch.full((n,), i) for i, n in enumerate(length)], rows, None),
+        positions=_rows([torch.arange(n) for n in length], rows, 0) if packed else None,
+        row=row,
         action=pad_sequence(actions, batch_first=True),
         reward=pad_sequence(rewards, batch_first=True),
         nonterminal=pad_sequence(nonterminals, batch_first=True),
         ends_turn=pad_sequence(ends, batch_first=True),
         mask=pad_sequence(masks, batch_first=True),
-        state_index=pad_sequence(states, batch_first=True),
+        state_index=pad_sequence(
+            [s + at for s, at in zip(states, offset, strict=True)], batch_first=True
+        ),
+    )
+
+
+def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """The same batch, none of whose tokens or decisions is to be learned."""
+    off = {name: torch.zeros_like(getattr(batch, name)) for name in ("mask", "attention_mask")}
+    return replace(batch, **off)
+
+
+def _pack(length: Sequence[int]) -> list[list[int]]:
+    """Which texts share a row no longer than the longest of them (first fit, longest first)."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(length)), key=lambda i: -length[i]):
+        fits = next((r for r, free in enumerate(room) if free >= length[i]), None)
+        if fits is None:
+            fits = len(rows)
+            rows.append([])
+            room.append(max(length))
+        rows[fits].append(i)
+        room[fits] -= length[i]
+    return rows
+
+
+def _rows(texts: Sequence[Tensor], rows: Sequence[Sequence[int]], padding: int | None) -> Tensor:
+    """The texts of each row one after another; None pads with what a row ends in."""
+    joined = [torch.cat([texts[i] for i in inside]) for inside in rows]
+    longest = max(map(len, joined))
+    fill = [x[-1] if padding is None else torch.tensor(padding) for x in joined]
+    return torch.stack(
+        [torch.cat([x, f.expand(longest - len(x))]) for x, f in zip(joined, fill, strict=True)]
     )
 
 
@@ -164,7 +227,3 @@ def _to_decision_time(t: Trajectory, end_ids: Collection[int]) -> tuple[Tensor, 
         mask[-1], ends_turn[-1] = not turn_is_whole, turn_is_whole
     states = torch.cat([position - 1, torch.tensor([last])])
     return tokens, states, tokens[position], credited, nonterminal, ends_turn, mask
-
-
-def _length_mask(length: Int[Tensor, "batch"]) -> Bool[Tensor, "batch longest"]:
-    return torch.arange(int(length.max())) < length[:, None]

@@ -116,6 +116,18 @@ def hf_generate(hf, prompt, **options):
     return text[: next((i + 1 for i, t in enumerate(text) if t in (3, 4)), len(text))]
 
 
+@torch.no_grad()
+def test_packed_texts_do_not_see_each_other(family):
+    trunk, sizes = CausalLM(make_hf(family)), [9, 4, 3, 12]
+    texts = [torch.randint(4, 30, (n,)) for n in sizes]
+    padding = torch.zeros(2, dtype=torch.long)
+    row = torch.cat([*texts, padding])[None]
+    positions = torch.cat([*(torch.arange(n) for n in sizes), padding])[None]
+    found = trunk.hidden(row, positions=positions)[0].split([*sizes, 2])
+    for tokens, states in zip(texts, found, strict=False):
+        torch.testing.assert_close(states, trunk.hidden(tokens[None])[0], atol=1e-5, rtol=0)
+
+
 def test_the_engine_writes_what_hugging_face_writes(saved):
     model, path = saved
     hf = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -28,11 +28,13 @@ def test_every_way_of_asking_agrees(kind):
     exact = {"atol": 1e-5, "rtol": 0}
     torch.testing.assert_close(head.of(h, token), q.gather(1, token[:, None])[:, 0], **exact)
     torch.testing.assert_close(head.of_many(h, some), q.gather(1, some), **exact)
-    torch.testing.assert_close(head.logsumexp(h), q.logsumexp(-1), **exact)
+    taken, total = head.of_and_logsumexp(h, token)
+    torch.testing.assert_close(taken, head.of(h, token), **exact)
+    torch.testing.assert_close(total, q.logsumexp(-1), **exact)
 
 
 def test_the_mean_kept_for_decoding_follows_every_change():
-    heads, h = make("linear"), torch.randn(5, EMBED)
+    heads, h = make("linear").eval(), torch.randn(5, EMBED)
     head, slow = heads.q[0], heads.target_q[0]
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.1, fused=True)
 
@@ -52,6 +54,8 @@ def test_the_mean_kept_for_decoding_follows_every_change():
         change()
         assert torch.equal(head.mean_weight(), head.weight.mean(0)), name
         assert torch.equal(slow.mean_weight(), slow.weight.mean(0)), name
+    heads.train()
+    assert slow.mean_weight() is not slow.mean_weight()  # sharded, it changes unseen
     assert head.mean_weight().requires_grad
     assert not slow.mean_weight().requires_grad
 

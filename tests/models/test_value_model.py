@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from qvgpt.data.tokenizer import Tokenizer
@@ -69,6 +68,22 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
 def test_only_what_is_needed_is_computed(needs):
     values = make()(BATCH, frozenset(needs))
     assert {name for name, value in vars(values).items() if value is not None} == needs
+
+
+@torch.no_grad()
+def test_packed_texts_have_the_values_they_have_alone():
+    model = make("low_rank")
+    texts = [
+        Trajectory([1, *range(5, 5 + n), 3], [False, *[True] * (n + 1)], [0.0] * (n + 2), n % 2 > 0)
+        for n in (3, 9, 1, 4, 2, 6)
+    ]
+    packed, alone = collate(texts, packed=True), collate(texts)
+    assert len(packed.tokens) == 4
+    found, expected = vars(model(packed)), vars(model(alone))
+    for name in NEEDS - {"token_logprob"}:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+    seen = [values["token_logprob"].sum() for values in (found, expected)]
+    torch.testing.assert_close(*seen)
 
 
 def test_gradients_reach_what_learns_and_nothing_else():
@@ -178,39 +193,6 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
             ValueModel.from_pretrained(tmp_path)
     with pytest.raises(QvgptError, match="no such directory"):
         ValueModel.from_pretrained(tmp_path / "nowhere")
-
-
-def naive(hidden, weight, token):
-    logits = hidden @ weight.T
-    return (
-        F.log_softmax(logits, -1).gather(1, token[:, None])[:, 0],
-        logits.logsumexp(-1),
-        logits.gather(1, token[:, None])[:, 0],
-    )
-
-
-@pytest.mark.parametrize("chunk", [1, 40, 2**24])
-def test_chunked_vocabulary_operations_are_the_naive_ones(monkeypatch, chunk):
-    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
-    torch.manual_seed(0)
-    token = torch.randint(0, 13, (9,))
-    inputs = [torch.randn(9, 6), torch.randn(13, 6)]
-    weights = torch.randn(3, 9)
-    results = []
-    for chunked in (True, False):
-        hidden, weight = (x.clone().requires_grad_() for x in inputs)
-        if chunked:
-            found = (
-                vocab.log_prob(hidden, weight, token),
-                vocab.logsumexp(hidden, weight),
-                vocab.gather_dot(hidden, weight, token),
-            )
-        else:
-            found = naive(hidden, weight, token)
-        sum((w * x).sum() for w, x in zip(weights, found, strict=True)).backward()
-        results.append([*found, hidden.grad, weight.grad])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_change_no_value_of_a_model(monkeypatch):

@@ -96,7 +96,7 @@ def sequence_kl(
         _refuse_long(texts, reader)
         reader.eval()
     found: dict[int, float] = {}
-    size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
+    size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
     for chosen in _batches(texts, batch_size):
         batch = collate([texts[i] for i in chosen]).to(model.device)
         ours = _states(model, batch)[:, :-1][batch.mask]
@@ -139,7 +139,7 @@ def _score_batch(
     batch = collate(trajectories).to(model.device)
     states = _states(model, batch)
     flat, action = states[:, :-1][batch.mask], batch.action[batch.mask]
-    size = max(1, vocab.CHUNK_ELEMENTS // model.trunk.vocab_size)
+    size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
     chunks = zip(flat.split(size), action.split(size), strict=True)
     reports = (r for h, a in chunks for r in _reports(model, h, a, guidance))
     ends: list[float | None] = [None] * len(trajectories)

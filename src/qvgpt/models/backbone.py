@@ -1,5 +1,6 @@
 """What a trunk must offer to carry value heads."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -49,7 +50,18 @@ class Backbone(Protocol):
         positions: Int[Tensor, "batch time"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """States after the last norm: logits = hidden @ output_weight.T (see `softcap`)."""
+        """States after the last norm: logits = hidden @ output_weight.T (see `softcap`).
+
+        `mask` is False on padding, left or right (None: no padding, or right padding whose output
+        nobody reads). `positions` count the real tokens unless given; given without a mask, each
+        that is not one more than the one before it begins another text, which sees only itself.
+        With a `cache` the tokens continue what it holds, and it grows by the real ones.
+        """
+        ...
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The layers: what is compiled, recomputed or sharded one by one."""
         ...
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "Backbone":

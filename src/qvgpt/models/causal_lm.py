@@ -118,6 +118,12 @@ class CausalLM(nn.Module):
         """The LM head's matrix."""
         return self.model.get_output_embeddings().weight
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, by the names that the model itself says must not be split."""
+        names = self.model._no_split_modules or ()
+        return [m for m in self.model.modules() if type(m).__name__ in names]
+
     def hidden(
         self,
         tokens: Int[Tensor, "batch time"],

@@ -229,12 +229,7 @@ class GPT(nn.Module):
         positions: Int[Tensor, "batch time"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """Hidden states after the last norm.
-
-        `mask` is False on padding, left or right (None: no padding, or right padding whose
-        output nobody reads). `positions` count the real tokens unless given. With a `cache`
-        the tokens continue what it holds, and it grows by the real ones.
-        """
+        """Hidden states after the last norm; see `Backbone.hidden`."""
         if mask is None and cache is not None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         slot = visible = None
@@ -247,7 +242,9 @@ class GPT(nn.Module):
             visible = (torch.arange(extent, device=tokens.device) <= slot[:, :, None])[:, None]
             positions = slot.clamp(max=self.seq_len - 1) if positions is None else positions
         elif mask is not None:
-            visible = self._causal(mask)
+            visible = _causal(mask)
+        elif positions is not None:
+            visible = _block_diagonal(positions)
         if positions is None:
             positions = _default_positions(tokens, mask)
         x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
@@ -256,14 +253,6 @@ class GPT(nn.Module):
         if cache is not None and mask is not None:
             cache.length = cache.length + mask.sum(1)
         return self.norm(x)
-
-    @staticmethod
-    def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
-        """Real tokens up to one's own; padding sees itself, so that no softmax is empty."""
-        time = mask.size(1)
-        lower = torch.ones(time, time, dtype=torch.bool, device=mask.device).tril()
-        itself = torch.eye(time, dtype=torch.bool, device=mask.device)
-        return ((lower & mask[:, None, :]) | itself)[:, None]
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
@@ -340,6 +329,19 @@ class GPT(nn.Module):
         except RuntimeError as error:
             raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
         return model
+
+
+def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+    """Real tokens up to one's own; padding sees itself, so that no softmax is empty."""
+    itself = torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
+    return ((itself.logical_not().tril() & mask[:, None, :]) | itself)[:, None]
+
+
+def _block_diagonal(positions: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+    """Tokens of the same text up to one's own."""
+    begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+    text = begins.cumsum(1)
+    return (text[:, :, None] == text[:, None, :]).tril()[:, None]
 
 
 def _default_positions(

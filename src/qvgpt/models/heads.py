@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import gather_dot, logsumexp
+from qvgpt.models.vocab import gather_dot, taken_and_logsumexp
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class QHead(nn.Module):
         elif config.kind == "mlp":
             self.project = nn.Linear(embed_dim, width)
 
+    def train(self, mode: bool = True) -> "QHead":
+        """What was kept is forgotten: sharded weights change in ways that nobody sees."""
+        self._mean = None
+        return super().train(mode)
+
     def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
         """f(s): the part that does not depend on the token."""
         if self.kind == "linear":
@@ -86,8 +91,8 @@ class QHead(nn.Module):
         return projected.relu() if self.kind == "mlp" else projected
 
     def mean_weight(self) -> Float[Tensor, "features"]:
-        """w̄; that of a slow copy is kept until the copy moves, for decoding asks at each token."""
-        if self.weight.requires_grad:
+        """w̄; that of a slow copy is kept while decoding, which asks at each token."""
+        if self.training or self.weight.requires_grad:
             return self.weight.mean(0)
         # in-place changes count up; only fused optimizers do not, which never touch a slow copy
         state = (self.weight._version, self.weight.data_ptr())
@@ -119,10 +124,17 @@ class QHead(nn.Module):
         f = self.features(hidden)
         return f @ self.weight.T + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
 
-    def logsumexp(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows"]:
-        """log Σₐ exp Q(s, a), in chunks."""
+    def of_and_logsumexp(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        token: Int[Tensor, "rows"],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+        """Q of one token per row and log Σₐ exp Q(s, a), its products in `dtype`, in chunks."""
         f = self.features(hidden)
-        return logsumexp(f, self.weight) - f @ self.mean_weight() + self.baseline(hidden)
+        rest = self.baseline(hidden) - f @ self.mean_weight()
+        taken, total = taken_and_logsumexp(f, self.weight, token, dtype=dtype)
+        return taken + rest, total + rest
 
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The matrix F with A(s, a) = Fₐ · h up to a number per state, where there is one."""

@@ -22,7 +22,7 @@ from qvgpt.models.backbone import Backbone, as_module
 from qvgpt.models.disk import load_tensors, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
-from qvgpt.models.vocab import log_prob
+from qvgpt.models.vocab import entropy, log_prob, product_dtype, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -77,36 +77,47 @@ class ValueModel(nn.Module):
         return self
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers' class names, as Accelerate asks for them where it shards."""
+        return sorted({type(block).__name__ for block in self.trunk.blocks})
+
+    @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.trunk.output_weight.device
 
     @staticmethod
     def states(
-        hidden: Float[Tensor, "batch time embed"], batch: TrajectoryBatch
+        hidden: Float[Tensor, "rows time embed"], batch: TrajectoryBatch
     ) -> Float[Tensor, "batch states embed"]:
         """From token time to decision time: the state of each decision, then that of the end."""
-        at = batch.state_index[:, :, None].expand(-1, -1, hidden.size(-1))
-        return hidden.gather(1, at)
+        at = batch.row[:, None] * hidden.size(1) + batch.state_index
+        return hidden.flatten(0, 1)[at]
 
-    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS) -> Values:
-        """Only what `needs` names is computed, and only at decisions that count."""
+    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True) -> Values:
+        """Only what `needs` names is computed, and only at decisions that count.
+
+        `even`: no log-prob will weigh more than another in the loss; it spares time, no more.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            hidden = self.trunk.hidden(batch.tokens)
+            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
         states = self.states(hidden, batch)
         taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
+        weight, softcap = self.trunk.output_weight, self.trunk.softcap
         if "logprob" in needs:
-            flat = log_prob(taken, self.trunk.output_weight, action, self.trunk.softcap)
+            flat = log_prob(taken, weight, action, softcap, even)
             found["logprob"] = _scatter(flat, batch.mask)
+        if "entropy" in needs:
+            found["entropy"] = _scatter(entropy(taken, weight, softcap), batch.mask)
         if "token_logprob" in needs:
-            real = batch.attention_mask[:, 1:]
-            rows, token = hidden[:, :-1][real], batch.tokens[:, 1:][real]
-            flat = log_prob(rows, self.trunk.output_weight, token, self.trunk.softcap)
-            found["token_logprob"] = _scatter(flat, real)
+            at = batch.predicted
+            rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
+            found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
         if needs & {"q", "target_q", "v", "q_logsumexp"}:
+            dtype = product_dtype(hidden.device)  # of the vocabulary's products alone
             with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
-                found |= self._values(states.float(), taken.float(), action, batch.mask, needs)
+                found |= self._values(wide(states), wide(taken), action, batch.mask, needs, dtype)
         return Values(**found)
 
     def _values(
@@ -116,22 +127,26 @@ class ValueModel(nn.Module):
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],
         needs: Set[str],
+        dtype: torch.dtype | None,
     ) -> dict[str, Tensor]:
         if self.heads is None:
             raise QvgptError("this model has no value heads; give it some to learn Q and V")
         heads, found = self.heads, {}
-        if "q" in needs:
-            q = [_scatter(head.of(taken, action), mask) for head in heads.q]  # type: ignore[operator]
-            found["q"] = torch.stack(q)
+        fast: Any = heads.q
+        slow: Any = heads.target_q
+        if "q_logsumexp" in needs:
+            both = [head.of_and_logsumexp(taken, action, dtype) for head in fast]
+            for name, flat in zip(("q", "q_logsumexp"), zip(*both, strict=True), strict=True):
+                if name in needs:
+                    found[name] = torch.stack([_scatter(x, mask) for x in flat])
+        elif "q" in needs:
+            found["q"] = torch.stack([_scatter(head.of(taken, action), mask) for head in fast])
         if "target_q" in needs:
             with torch.no_grad():
-                q = [_scatter(head.of(taken, action), mask) for head in heads.target_q]  # type: ignore[operator]
+                q = [_scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
-            found["v"] = heads.v(states)
-        if "q_logsumexp" in needs:
-            q = [_scatter(head.logsumexp(taken), mask) for head in heads.q]  # type: ignore[operator]
-            found["q_logsumexp"] = torch.stack(q)
+            found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
         return found
 
     def save(self, path: str | Path) -> None:

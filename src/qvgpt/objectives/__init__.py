@@ -58,6 +58,12 @@ class Objectives:
         return self.learns_values and not self.teaches_values
 
     @property
+    def weighs(self) -> bool:
+        """Whether some log-probs weigh more than others in the loss."""
+        reads = [o for _, o in self.terms if o.needs & {"logprob", "token_logprob"}]
+        return len(reads) > 1 or any(getattr(o, "weighs", False) for o in reads)
+
+    @property
     def teaches_values(self) -> bool:
         """Whether Q is trained, and not just read as a weight."""
         return "q" in self.needs
@@ -74,7 +80,8 @@ class Objectives:
         """The names a log will have: those that one decision gives, all its values being 0."""
         batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
         one, q, v = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 2)
-        nothing = Values(q=q, target_q=q, v=v, q_logsumexp=q, logprob=one, token_logprob=one)
+        shapes = {"q": q, "target_q": q, "v": v, "q_logsumexp": q}
+        nothing = Values(**{name: shapes.get(name, one) for name in NEEDS})
         return ["total", *self(nothing, batch).parts]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:

@@ -31,12 +31,14 @@ class Values:
     """log Σₐ exp Q(s, a)."""
     logprob: Float[Tensor, "batch steps"] | None = None
     """log π(a|s) of the action taken."""
-    token_logprob: Float[Tensor, "batch pairs"] | None = None
-    """log π of every token but the first, prompts included: time − 1 of them."""
+    entropy: Float[Tensor, "batch steps"] | None = None
+    """−Σₐ π(a|s) log π(a|s), in nats."""
+    token_logprob: Float[Tensor, "rows pairs"] | None = None
+    """log π of every token but a text's first, prompts included: time − 1 of them."""
 
     def __post_init__(self) -> None:
         """The one shape that annotations cannot say, since each of the others may be None."""
-        found = (self.q, self.target_q, self.q_logsumexp, self.logprob)
+        found = (self.q, self.target_q, self.q_logsumexp, self.logprob, self.entropy)
         steps = {x.size(-1) for x in found if x is not None}
         if self.v is not None and not steps <= {self.v.size(-1) - 1}:
             states = self.v.size(-1)
@@ -59,7 +61,8 @@ class Objective(Protocol):
     """Anything that turns values and a batch into a loss; `needs` names the `Values` it reads.
 
     The loss is a mean over `batch.mask`; a method that takes it over something else has a
-    `counted(batch)` too, so that batches in parts weigh as one would.
+    `counted(batch)` too, so that batches in parts weigh as one would. One that weighs its
+    log-probs says so by a class variable `weighs`, which spares time and changes nothing else.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -67,7 +70,7 @@ class Objective(Protocol):
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss: ...  # noqa: D102
 
 
-def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "batch _"]:
+def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "_ _"]:
     """What the objective takes its mean over: the decisions, unless it says otherwise."""
     own = getattr(objective, "counted", None)
     return batch.mask if own is None else own(batch)

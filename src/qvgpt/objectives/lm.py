@@ -38,13 +38,14 @@ class LM:
         assert logprob is not None
         return weighted_loss(self.counted(batch), nll=(1.0, -logprob))
 
-    def counted(self, batch: TrajectoryBatch) -> Bool[Tensor, "batch _"]:
+    def counted(self, batch: TrajectoryBatch) -> Bool[Tensor, "_ _"]:
         """The decisions, or the tokens but the first, that the mean is taken over."""
-        mask = batch.mask if self.on == "completions" else batch.attention_mask[:, 1:]
+        completions = self.on == "completions"
+        mask = batch.mask if completions else batch.predicted
         if self.min_return is None:
             return mask
         good = batch.reward.sum(1) >= self.min_return - 1e-6  # rewards may be sums of parts
-        return mask & good[:, None]
+        return mask & (good[:, None] if completions else good[batch.text[:, 1:]])
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class AWAC:
     """Clamp of the weight."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "target_q", "v"})
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -97,6 +99,7 @@ class AWR:
     """1: the return as it was observed. 0: one step, then the value."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "v"})
+    weighs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""

@@ -1,0 +1,114 @@
+"""Operations over the vocabulary are the naive ones, chunked, capped or half precise."""
+
+import pytest
+import torch
+
+from qvgpt.models import vocab
+
+ROWS, VOCAB, WIDTH = 9, 13, 6
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    token = torch.randint(0, VOCAB, (ROWS,))
+    hidden = torch.randn(ROWS, WIDTH, dtype=dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, dtype=dtype).requires_grad_()
+    return hidden, weight, token
+
+
+def naive(hidden, weight, token, softcap):
+    z = hidden @ weight.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_pi = z.log_softmax(-1)
+    taken = z.gather(1, token[:, None])[:, 0]
+    return {
+        "taken": taken,
+        "logsumexp": z.logsumexp(-1),
+        "log_prob": log_pi.gather(1, token[:, None])[:, 0],
+        "entropy": torch.distributions.Categorical(logits=z).entropy(),
+    }
+
+
+def chunked(hidden, weight, token, softcap, even):
+    taken, total = vocab.taken_and_logsumexp(hidden, weight, token, softcap, even)
+    return {
+        "taken": taken,
+        "logsumexp": total,
+        "log_prob": vocab.log_prob(hidden, weight, token, softcap, even),
+        "entropy": vocab.entropy(hidden, weight, softcap),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**24])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("weights", ["mean", "uneven"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunked_is_naive_with_its_gradients(monkeypatch, chunk, softcap, even, weights, dtype):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(vocab, "_BLOCK_ELEMENTS", max(1, chunk // 2))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    weigh = torch.full((ROWS,), 0.3) if weights == "mean" else torch.rand(ROWS)
+    for name in ("taken", "logsumexp", "log_prob", "entropy"):
+        results = []
+        for function, more in ((naive, ()), (chunked, (even,))):
+            hidden, weight, token = inputs(dtype)
+            value = function(hidden, weight, token, softcap, *more)[name]
+            (weigh.to(dtype) * value).sum().backward()
+            results.append((value, hidden.grad, weight.grad))
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("learns", ["hidden", "weight"])
+def test_only_what_learns_gets_a_gradient(learns):
+    hidden, weight, token = inputs()
+    expected = inputs()
+    naive(*expected, None)["log_prob"].mean().backward()
+    (weight if learns == "hidden" else hidden).requires_grad_(False)
+    vocab.log_prob(hidden, weight, token).mean().backward()
+    found = {"hidden": hidden.grad, "weight": weight.grad}
+    wanted = {"hidden": expected[0].grad, "weight": expected[1].grad}
+    torch.testing.assert_close(found[learns], wanted[learns])
+    assert sum(g is None for g in found.values()) == 1
+
+
+def test_half_precision_products_leave_the_taken_exact():
+    hidden, weight, token = inputs()
+    exact, total = vocab.taken_and_logsumexp(hidden, weight, token)
+    with torch.autocast("cpu", torch.bfloat16):
+        taken, rounded = vocab.taken_and_logsumexp(hidden, weight, token)
+    assert torch.equal(taken, exact)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, total, atol=0.05, rtol=0)
+    assert not torch.equal(rounded, total)
+
+
+def test_gradients_are_those_of_finite_differences():
+    hidden, weight, token = inputs(torch.float64)
+    for even in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda h, w, even=even: vocab.taken_and_logsumexp(h, w, token, 2.0, even),
+            (hidden, weight),
+        )
+
+
+def test_no_rows_are_no_trouble():
+    _, weight, _ = inputs()
+    nothing = torch.zeros(0, WIDTH, requires_grad=True)
+    value = vocab.log_prob(nothing, weight, torch.zeros(0, dtype=torch.long))
+    value.sum().backward()
+    assert value.shape == (0,)
+    assert weight.grad.eq(0).all()
+    assert vocab.entropy(nothing, weight).shape == (0,)
+
+
+def test_nothing_as_large_as_the_logits_is_kept(monkeypatch):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", 4 * VOCAB)
+    hidden, weight, token = inputs()
+    kept = []
+    hooks = (lambda x: kept.append(x.numel()) or x, lambda x: x)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        vocab.log_prob(hidden, weight, token)
+    assert kept
+    assert max(kept) <= max(VOCAB * WIDTH, ROWS * WIDTH)
