@@ -1,11 +1,12 @@
 """The training loop, from data in memory to a trained model. Device and backward: Accelerate's."""
 
+import hashlib
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qvgpt.checkpoint import (
 )
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError, nearest
+from qvgpt.models.disk import writing
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
@@ -129,7 +131,6 @@ class Training:
         if model.tokenizer is not None:
             template = model.tokenizer.template
             self.pad_id, self.end_ids = template.pad, tuple(template.end_ids)
-        torch.manual_seed(options.seed)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
@@ -144,24 +145,29 @@ class Training:
         size = 2 * (options.micro_batch_size or options.batch_size)
         order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
         self.eval_batches = self.my_batches(eval_data, order, size) if eval_data else []
-        self.state = TrainState(data_sha256=fingerprint(data))
+        self.state = TrainState(data_sha256=fingerprint(data), eval_sha256=fingerprint(eval_data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
         self.best_models = output / "best" if output else None
 
-    def resume(self, console: Console) -> None:
+    def resume(self, console: Console, accept_changes: bool) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         assert self.checkpoints is not None
         newest = newest_checkpoint(self.checkpoints, lambda s: console.print(s, soft_wrap=True))
         if newest is None:
             return
         state = load_checkpoint(newest, self.bare, self.optimizer)
-        if state.data_sha256 != self.state.data_sha256:
-            raise QvgptError(
-                f"{newest}: was trained on other data than there are now; restore them, or train "
-                "anew elsewhere"
-            )
-        self.state = state
+        now = {"data_sha256": self.state.data_sha256, "eval_sha256": self.state.eval_sha256}
+        if any(getattr(state, name) != value for name, value in now.items()):
+            if not accept_changes:
+                raise QvgptError(
+                    f"{newest}: was trained on other data than there are now; restore them, train "
+                    "anew elsewhere, or accept them with --accept_changes true"
+                )
+            console.print("goes on with other data than the run began with")
+        if state.eval_sha256 != self.state.eval_sha256:  # the best so far has no like there
+            state.best, state.best_step, state.bad_evals = None, 0, 0
+        self.state = replace(state, **now)
 
     def run(self, progress: RunProgress) -> None:
         """All steps still to come, with evaluations and checkpoints between them."""
@@ -182,7 +188,7 @@ class Training:
                 overdue = time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
                 # the clocks of processes differ, and a signal may reach one of them only
                 overdue = overdue and self.accelerator.is_main_process
-                asked, overdue = self.sums([interruption.asked, overdue])
+                asked, overdue = self.sums([interruption.asked is not None, overdue])
                 if options.save_every:
                     due = state.step % options.save_every == 0
                 else:
@@ -192,7 +198,10 @@ class Training:
                     saved_at, saved_step = time.monotonic(), state.step
                 if asked:
                     where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
-                    raise KeyboardInterrupt(where if self.checkpoints else "")
+                    kind = (
+                        interruption.asked or KeyboardInterrupt
+                    )  # None: another process was asked
+                    raise kind(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
         """A batch as the options want it."""
@@ -287,6 +296,8 @@ class Training:
 
     def learn(self, micro_batches: Sequence[TrajectoryBatch]) -> dict[str, float]:
         """One optimizer step; returns the loss parts."""
+        process = self.accelerator.process_index
+        torch.manual_seed(step_seed(self.options.seed, self.state.step, process))
         self.model.train()
         parts = self.measure(micro_batches, learn=True)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
@@ -367,18 +378,21 @@ def fit(
     eval_data: Sequence[Trajectory] = (),
     output: Path | None = None,
     resume: bool = False,
+    accept_changes: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return a summary (steps, tokens/s, last and best losses).
 
     With `output`, writes log.jsonl, checkpoints and, at the end, the model itself there; where
     `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
-    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
+    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened;
+    with other data only if `accept_changes`.
     Fresh value heads start at the mean return of `data`, so that no constant has to be learned.
     Where the objectives change the trunk and teach no values, those learned before no longer fit
     it: `model` is left, and saved, without them. Where they teach values further, the guidance
     recommended before is forgotten.
-    The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
+    The first Ctrl-C or SIGTERM saves a checkpoint after the current step and raises
+    KeyboardInterrupt, or its kind `Terminated`.
     """
     refuse(model, data, objectives, options, eval_data)
     training = Training(model, data, objectives, options, eval_data, output)
@@ -395,7 +409,7 @@ def fit(
         model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
         model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
-        training.resume(console)
+        training.resume(console, accept_changes)
     elif output is not None and is_main:
         for spent in ("checkpoints", "best"):
             shutil.rmtree(output / spent, ignore_errors=True)
@@ -409,7 +423,8 @@ def fit(
         model.heads, model.info = None, ValueInfo()
     model.eval()
     if output is not None and is_main:
-        model.save(output)
+        with writing(output, "go on with --resume"):
+            model.save(output)
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 2),
@@ -457,6 +472,15 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The random state of a step, 64 bits: a resumed run drops what it would have dropped.
+
+    Hashed, for generators seeded with neighbouring numbers may be alike.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
+    return int.from_bytes(digest[:8])
 
 
 def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:

@@ -1,9 +1,12 @@
-"""JSON and safetensors from disk, where a fault is one clear error. Pickles are never read."""
+"""JSON and safetensors on disk, where a fault is one clear error. Pickles are never read."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,3 +34,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         raise QvgptError(f"{path}: no readable safetensors file: {error}") from None
+
+
+@contextmanager
+def writing(path: Path, then: str = "try again") -> Iterator[None]:
+    """What is written of `path` in here and fails, as on a full disk, is one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise QvgptError(
+            f"{path}: cannot be written ({reason}): make room there, then {then}"
+        ) from error
