@@ -17,6 +17,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.loop import FitOptions, fit, refuse
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.run import check_run, open_run, write_json
@@ -79,6 +80,9 @@ class TrainConfig:
     hard the prompt is. Values then are differences to that mean, and the model says so."""
     freeze_trunk: bool = False
     """Leave the language model as it is and train the value heads only."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in the place of the language model (needs a model and the extra
+    `peft`). The result is merged; the adapters alone lie in `adapter`, for peft."""
     fit: FitOptions = field(default_factory=FitOptions)
     """How to train."""
     max_length: int | None = None
@@ -134,29 +138,41 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
 def _start(config: TrainConfig, objectives: Objectives, newest: Path | None) -> ValueModel:
     """The model to train: that of a checkpoint, a given one, or a new one."""
     torch.manual_seed(config.fit.seed)
-    source, given = newest or config.model, config.tokenizer
-    if source is not None:
-        model = ValueModel.from_pretrained(source, config.freeze_trunk)
-        own = model.tokenizer.sha256 if model.tokenizer is not None else None
-        if given.path is not None and Tokenizer.load(given.path).sha256 != own:
-            raise QvgptError(
-                f"tokenizer.path: {given.path} is not the tokenizer of {source}; leave it out"
-            )
-    else:
-        if config.freeze_trunk:
-            raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
-        if given.path is not None:
-            tokenizer = Tokenizer.load(given.path)
-        else:
-            texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
-            tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
-        model = ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
+    if config.lora is not None and (config.model is None or config.freeze_trunk):
+        raise QvgptError("lora: adapts a given model: say which, and leave freeze_trunk off")
+    # checkpoints hold adapters alone: what they adapt is the model that the run began with
+    source = config.model if config.lora is not None else newest or config.model
+    model = _new(config) if source is None else _given(config, source)
     if model.heads is not None and config.heads not in (None, model.heads.config):
         raise QvgptError(f"heads: {source} has other ones, {model.heads.config}; leave heads out")
     if model.heads is None and objectives.learns_values:
         heads = config.heads or HeadsConfig()
-        return ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
+        model = ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
+    if config.lora is not None:
+        model.trunk.add_lora(config.lora)
     return model
+
+
+def _given(config: TrainConfig, source: str | Path) -> ValueModel:
+    model = ValueModel.from_pretrained(
+        source, config.freeze_trunk, as_causal_lm=config.lora is not None
+    )
+    own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
+    if path is not None and Tokenizer.load(path).sha256 != own:
+        raise QvgptError(f"tokenizer.path: {path} is not the tokenizer of {source}; leave it out")
+    return model
+
+
+def _new(config: TrainConfig) -> ValueModel:
+    given = config.tokenizer
+    if config.freeze_trunk:
+        raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
+    if given.path is not None:
+        tokenizer = Tokenizer.load(given.path)
+    else:
+        texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
+        tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
+    return ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
 
 
 def _load(

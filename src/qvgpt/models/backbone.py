@@ -36,6 +36,8 @@ class Backbone(Protocol):
     seq_len: int
     softcap: float | None
     """c where logits are c·tanh(hidden @ output_weight.T / c), as Gemma 2 caps them."""
+    lora: Any
+    """The `LoraConfig` of adapters that are trained in the place of the trunk, or None."""
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab embed"]:

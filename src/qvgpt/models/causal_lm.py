@@ -21,6 +21,15 @@ from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.disk import read_json
+from qvgpt.models.lora import (
+    ADAPTER,
+    LoraConfig,
+    add_lora,
+    base_sha256,
+    load_adapter,
+    merged_state,
+    save_adapter,
+)
 
 _SLACK = 32  # columns that no row needs any more are cut off once there are so many
 
@@ -101,6 +110,8 @@ def _widen(x: Float[Tensor, "batch heads columns dim"], width: int) -> Tensor:
 class CausalLM(nn.Module):
     """A `transformers` causal LM seen as hidden states and an output matrix."""
 
+    lora: LoraConfig | None = None
+
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
@@ -169,12 +180,12 @@ class CausalLM(nn.Module):
 
     def set_dropout(self, rate: float) -> None:
         """Drop another share of activations while training; `config.json` stays."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and ".lora_dropout." not in name:
                 module.p = rate
-            for name in ("attention_dropout", "dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, rate)
+            for own in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, own, None), float):
+                    setattr(module, own, rate)
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "CausalLM":
         """A copy whose LM head is `weight`, untied from the token embedding."""
@@ -184,13 +195,37 @@ class CausalLM(nn.Module):
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
         model.set_output_embeddings(head)
-        return CausalLM(model)
+        other = CausalLM(model)
+        if self.lora is not None:
+            other.lora, other.base_sha256 = self.lora, self.base_sha256
+        return other
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Let fresh adapters be trained in the place of the model's own weights."""
+        if self.lora is not None:
+            raise QvgptError("lora: the model has adapters already")
+        add_lora(self.model, config)
+        self.lora, self.base_sha256 = config, base_sha256(self.model)
+
+    def save_adapter(self, path: Path) -> None:
+        """Write the adapters alone, in peft's format."""
+        save_adapter(self.model, path, self.base_sha256)
+
+    def load_adapter(self, path: Path) -> None:
+        """Put saved adapters in the place of those that `add_lora` made."""
+        load_adapter(self.model, path, self.base_sha256)
 
     def save(self, path: str | Path, **config: Any) -> None:
-        """Write the Hugging Face directory; `config` adds keys such as eos_token_id."""
+        """Write the Hugging Face directory; `config` adds keys such as eos_token_id.
+
+        Adapters are merged there, and stand in `adapter` beside.
+        """
         path = Path(path)
         logging.disable_progress_bar()
-        self.model.save_pretrained(path)
+        merged = None if self.lora is None else merged_state(self.model)
+        self.model.save_pretrained(path, state_dict=merged)
+        if self.lora is not None:
+            self.save_adapter(path / ADAPTER)
         if config:
             said = read_json(path / "config.json") | config
             (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")

@@ -159,6 +159,7 @@ class GPT(nn.Module):
     """A decoder-only transformer language model; `model(tokens)` gives next-token logits."""
 
     softcap: float | None = None  # of the logits; GPT-2 has none
+    lora: None = None  # a GPT-2 to be adapted is read as `CausalLM`
 
     def __init__(
         self,
