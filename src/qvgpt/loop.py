@@ -64,6 +64,8 @@ class FitOptions:
     """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False
     """Autocast to bfloat16; the value heads stay in fp32."""
+    gradient_checkpointing: bool = False
+    """Compute the trunk's activations anew in the backward pass: less memory, a third more time."""
     eval_every: int | None = None
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
@@ -132,6 +134,7 @@ class _Loop:
         )
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
+        model.trunk.set_gradient_checkpointing(options.gradient_checkpointing)
         self.accelerator = Accelerator()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -379,6 +382,8 @@ def refuse(
         )
     if model.trunk_is_frozen and not objectives.teaches_values:
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    if model.trunk_is_frozen and options.gradient_checkpointing:
+        raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
     if options.keep_best and options.keep_best not in (parts := objectives.parts):

@@ -68,6 +68,10 @@ class Backbone(Protocol):
         """Drop another share of activations while training."""
         ...
 
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a layer's input alone while training; the backward pass computes the rest anew."""
+        ...
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
         ...

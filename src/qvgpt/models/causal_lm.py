@@ -187,6 +187,20 @@ class CausalLM(nn.Module):
                 if isinstance(getattr(module, own, None), float):
                     setattr(module, own, rate)
 
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a layer's input alone while training; the backward pass computes the rest anew."""
+        model, name = self.model, "activation_checkpointing"
+        if not hasattr(model, f"{name}_enable"):
+            name = "gradient_checkpointing"  # as transformers called it before
+        if not on:
+            getattr(model, f"{name}_disable")()
+            return
+        if not model.supports_gradient_checkpointing:
+            raise QvgptError(f"{type(model).__name__}: transformers cannot checkpoint its layers")
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+        if hasattr(model, "_require_grads_hook"):
+            model.disable_input_require_grads()  # only the reentrant kind needs gradients there
+
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "CausalLM":
         """A copy whose LM head is `weight`, untied from the token embedding."""
         model = copy.deepcopy(self.model)

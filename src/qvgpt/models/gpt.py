@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.disk import load_tensors, read_json
@@ -185,6 +186,7 @@ class GPT(nn.Module):
         }
         self.vocab_size, self.embed_dim = vocab_size, embed_dim
         self.seq_len, self.num_heads = seq_len, num_heads
+        self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(seq_len, embed_dim)
         self.drop = nn.Dropout(dropout)
@@ -212,6 +214,10 @@ class GPT(nn.Module):
                 module.p = rate
             elif isinstance(module, Attention):
                 module.dropout = rate
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a block's input alone while training; the backward pass computes the rest anew."""
+        self.gradient_checkpointing = on
 
     def forward(
         self,
@@ -250,7 +256,10 @@ class GPT(nn.Module):
             positions = _default_positions(tokens, mask)
         x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
-            x = block(x, visible, cache, layer, slot)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = checkpoint(block, x, visible, use_reentrant=False)
+            else:
+                x = block(x, visible, cache, layer, slot)
         if cache is not None and mask is not None:
             cache.length = cache.length + mask.sum(1)
         return self.norm(x)
