@@ -382,6 +382,13 @@ def refuse(
         )
     if model.trunk_is_frozen and not objectives.teaches_values:
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    trunk: Any = model.trunk
+    short = {str(p.dtype)[6:] for p in trunk.parameters() if p.requires_grad and p.itemsize < 4}
+    if short:
+        raise QvgptError(
+            f"dtype: weights of {short.pop()} have too few digits to be trained: add lora or "
+            "freeze_trunk (fit.bf16 computes in bfloat16 and keeps weights of float32)"
+        )
     if model.trunk_is_frozen and options.gradient_checkpointing:
         raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
     if options.keep_best and not eval_data:

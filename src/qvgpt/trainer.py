@@ -15,6 +15,7 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.loop import FitOptions, fit, refuse
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.lora import LoraConfig
@@ -80,6 +81,9 @@ class TrainConfig:
     hard the prompt is. Values then are differences to that mean, and the model says so."""
     freeze_trunk: bool = False
     """Leave the language model as it is and train the value heads only."""
+    dtype: Dtype = "float32"
+    """Of the weights of the model to start from, in memory and in the result; auto: as they are
+    stored. Other than float32 only with lora or freeze_trunk; the value heads are float32."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in the place of the language model (needs a model and the extra
     `peft`). The result is merged; the adapters alone lie in `adapter`, for peft."""
@@ -155,7 +159,7 @@ def _start(config: TrainConfig, objectives: Objectives, newest: Path | None) -> 
 
 def _given(config: TrainConfig, source: str | Path) -> ValueModel:
     model = ValueModel.from_pretrained(
-        source, config.freeze_trunk, as_causal_lm=config.lora is not None
+        source, config.freeze_trunk, config.lora is not None, config.dtype
     )
     own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
     if path is not None and Tokenizer.load(path).sha256 != own:
@@ -167,6 +171,8 @@ def _new(config: TrainConfig) -> ValueModel:
     given = config.tokenizer
     if config.freeze_trunk:
         raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
+    if config.dtype != "float32":
+        raise QvgptError("dtype: a GPT from scratch has weights of float32")
     if given.path is not None:
         tokenizer = Tokenizer.load(given.path)
     else:

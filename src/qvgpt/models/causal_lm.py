@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import read_json
 from qvgpt.models.lora import (
     ADAPTER,
@@ -68,14 +69,15 @@ class ColumnCache:
         """A copy with the given rows, in the given order; a row may be taken more than once."""
         past = DynamicCache()
         for i, layer in enumerate(self._layers()):
-            past.update(layer.keys[rows], layer.values[rows], i)
+            at = rows.to(layer.keys.device)
+            past.update(layer.keys[at], layer.values[at], i)
         picked = ColumnCache(self.mask[rows], self.capacity, past)
         picked.longest = self.longest
         return picked
 
     def reorder(self, rows: Int[Tensor, "rows"]) -> None:
         """Let row i be what row `rows[i]` was."""
-        self._map(lambda x: x[rows])
+        self._map(lambda x: x[rows.to(x.device)])
         self.mask = self.mask[rows]
 
     def insert(self, rows: Int[Tensor, "rows"], other: "ColumnCache") -> None:
@@ -88,7 +90,8 @@ class ColumnCache:
                 self.past.update(keys.new_zeros(size), values.new_zeros(size), i)
         for layer, (keys, values) in zip(self._layers(), theirs, strict=True):
             layer.keys, layer.values = _widen(layer.keys, width), _widen(layer.values, width)
-            layer.keys[rows], layer.values[rows] = _widen(keys, width), _widen(values, width)
+            at = rows.to(keys.device)
+            layer.keys[at], layer.values[at] = _widen(keys, width), _widen(values, width)
         self.mask = F.pad(self.mask, (width - self.mask.size(1), 0))
         self.mask[rows] = F.pad(other.mask, (width - other.mask.size(1), 0))
         self.longest = max(self.longest, other.longest)
@@ -169,7 +172,8 @@ class CausalLM(nn.Module):
         return out.gather(1, back[:, :, None].expand_as(out))
 
     def _base(self, tokens: Tensor, **options: Any) -> Tensor:
-        return self.model.base_model(input_ids=tokens, **options).last_hidden_state
+        hidden = self.model.base_model(input_ids=tokens, **options).last_hidden_state
+        return hidden.to(self.output_weight.device)  # a device map may put it elsewhere
 
     def new_cache(self, batch: int, capacity: int) -> ColumnCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
@@ -245,9 +249,15 @@ class CausalLM(nn.Module):
             (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "CausalLM":
-        """Read a Hugging Face directory: known architectures and safetensors only, in fp32.
+    def load(
+        cls,
+        path: str | Path,
+        dtype: Dtype = "float32",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> "CausalLM":
+        """Read a Hugging Face directory: known architectures and safetensors only.
 
+        `device_map` is accelerate's: "auto", a device, or module → device; None: the CPU.
         Raises `QvgptError` where it holds code of its own, no such model, or weights that do not
         fit.
         """
@@ -269,16 +279,24 @@ class CausalLM(nn.Module):
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=dtype,
+                device_map=device_map,
                 output_loading_info=True,
             )
         except Exception as error:  # whatever transformers raises for a damaged directory
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise QvgptError(f"{path}: no causal language model can be read: {reason}") from None
         model, found = loaded
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:
             raise QvgptError(f"{path}: the weights do not fit config.json: {wrong[0]} and more")
+        places = (getattr(model, "hf_device_map", None) or {}).values()
+        head = model.get_output_embeddings()
+        if "disk" in places or (head is not None and head.weight.is_meta):
+            raise QvgptError(
+                f"device_map: {device_map!r} leaves weights on disk, or the LM head where values "
+                "cannot read it: there must be memory for them"
+            )
         return cls(model.eval())
 
     @torch.no_grad()

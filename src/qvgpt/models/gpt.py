@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import load_tensors, read_json
 
 _BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
@@ -311,7 +312,7 @@ class GPT(nn.Module):
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "GPT":
+    def load(cls, path: str | Path, dtype: Dtype = "float32") -> "GPT":
         """Read a Hugging Face GPT-2 directory; raises `QvgptError` where it is none."""
         path = Path(path)
         hf = read_json(path / "config.json")
@@ -338,7 +339,7 @@ class GPT(nn.Module):
             model.load_state_dict(state)
         except RuntimeError as error:
             raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
-        return model
+        return model.to(state["head.weight"].dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:

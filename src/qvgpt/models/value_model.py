@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
-from qvgpt.models.backbone import Backbone, as_module
+from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.disk import load_tensors, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
@@ -190,16 +190,23 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, freeze_trunk: bool = False, as_causal_lm: bool = False
+        cls,
+        path: str | Path,
+        freeze_trunk: bool = False,
+        as_causal_lm: bool = False,
+        dtype: Dtype = "float32",
+        device_map: str | dict[str, Any] | None = None,
     ) -> "ValueModel":
         """Read an artefact, or a plain Hugging Face directory (then without heads).
 
-        `as_causal_lm` is that of `load_trunk`.
+        The other arguments are those of `load_trunk`. Heads are in fp32, and lie where the LM
+        head does.
         """
         path = Path(path)
         if not path.is_dir():
             raise QvgptError(f"{path}: no such directory; a model directory was expected")
-        trunk, tokenizer = load_trunk(path, as_causal_lm), Tokenizer.load(path)
+        trunk = load_trunk(path, as_causal_lm, dtype, device_map)
+        tokenizer = Tokenizer.load(path)
         if not (path / "value_config.json").exists():
             ours = read_json(path / "config.json").get("qvgpt") or {}
             if ours.get("tokenizer_sha256") not in (None, tokenizer.sha256):
@@ -225,6 +232,7 @@ class ValueModel(nn.Module):
         known = ValueInfo.__dataclass_fields__
         model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
         model._load_heads(path / "value_heads.safetensors")
+        as_module(model.heads).to(model.device)
         return model
 
     def _load_heads(self, path: Path) -> None:
@@ -235,16 +243,23 @@ class ValueModel(nn.Module):
             raise QvgptError(f"{path}: does not fit value_config.json: {error}") from None
 
 
-def load_trunk(path: Path, as_causal_lm: bool = False) -> Backbone:
+def load_trunk(
+    path: Path,
+    as_causal_lm: bool = False,
+    dtype: Dtype = "float32",
+    device_map: str | dict[str, Any] | None = None,
+) -> Backbone:
     """The language model of a directory: our GPT where it is a GPT-2, else transformers' own.
 
-    `as_causal_lm`: transformers' own GPT-2 too, which can be adapted.
+    `as_causal_lm`: transformers' own GPT-2 too, which can be adapted; a `device_map`
+    (accelerate's; for reading alone) asks for it as well.
     """
-    if not as_causal_lm and read_json(path / "config.json").get("model_type") == "gpt2":
-        return GPT.load(path)
+    ours = read_json(path / "config.json").get("model_type") == "gpt2"
+    if ours and not as_causal_lm and device_map is None:
+        return GPT.load(path, dtype)
     from qvgpt.models.causal_lm import CausalLM  # transformers takes seconds to import
 
-    return CausalLM.load(path)
+    return CausalLM.load(path, dtype, device_map)
 
 
 def _scatter(
