@@ -23,6 +23,7 @@ from qvgpt.compare import (
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
@@ -86,6 +87,10 @@ class EvaluateConfig:
     recommend: bool = False
     """Write the guidance with the best mean reward into the model, for `generate` and `export` to
     use where nothing is said. Choose it on validation data, never on those of the final figures."""
+    dtype: Dtype = "float32"
+    """Of the language model's weights in memory; auto: as they are stored."""
+    device_map: str | None = None
+    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     resume: bool = False
     """Make the results anew in a directory that holds the same run."""
 
@@ -95,7 +100,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     started = time.perf_counter()
     check_run(config.output, "evaluate", asdict(config), config.resume)
     _refuse(config)
-    model = ValueModel.from_pretrained(config.model)
+    kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
+    model = ValueModel.from_pretrained(config.model, **kept)
     if model.heads is None and any(config.betas):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
     if config.recommend and model.heads is None:
@@ -103,7 +109,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     base = None
     if config.base is not None:
-        base = ValueModel.from_pretrained(config.base)
+        base = ValueModel.from_pretrained(config.base, **kept)
         refuse_other_tokens(model, base)
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
