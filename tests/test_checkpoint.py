@@ -11,6 +11,7 @@ from qvgpt.checkpoint import (
     replace_directory,
     save_checkpoint,
 )
+from qvgpt.models.disk import load_tensors
 
 TOKENIZER = Tokenizer.train(["abc"], "char")
 STATE = TrainState(step=3, best=0.1 + 0.2, best_step=2, bad_evals=1, tokens=7, eval={"total": 1e-9})
@@ -24,24 +25,49 @@ def make(embed_dim=8):
 
 
 def step(model, optimizer):
-    x = torch.randint(0, TOKENIZER.vocab_size, (2, 5))  # draws from the generator, as dropout does
-    (model.trunk(x).square().mean() + model.heads.v(torch.rand(1, 8)).sum()).backward()
+    x = torch.arange(10).view(2, 5) % TOKENIZER.vocab_size
+    (model.trunk(x).square().mean() + model.heads.v(torch.ones(1, 8)).sum()).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return x
 
 
 def test_what_is_saved_comes_back_bit_identical(tmp_path):
     model, optimizer = make()
     step(model, optimizer)
     save_checkpoint(tmp_path, model, optimizer, STATE)
-    expected = step(model, optimizer)
-    torch.manual_seed(99)
+    step(model, optimizer)
     other, other_optimizer = make()
     assert load_checkpoint(newest_checkpoint(tmp_path), other, other_optimizer) == STATE
-    assert torch.equal(step(other, other_optimizer), expected)
+    step(other, other_optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_the_optimizer_is_read_by_name_and_its_rates_are_those_of_now(tmp_path):
+    model, optimizer = make()
+    step(model, optimizer)
+    path = save_checkpoint(tmp_path, model, optimizer, STATE)
+    found = load_tensors(path / "optimizer.safetensors")
+    assert "trunk.token_embedding.weight.exp_avg" in found
+    assert not [name for name in found if name.startswith("heads.q")]  # no gradient, no state
+    other, _ = make()
+    backwards = [p for p in other.parameters() if p.requires_grad][::-1]
+    groups = [{"params": [p], "peak_lr": 0.3} for p in backwards]
+    other_optimizer = torch.optim.AdamW(groups, lr=0.2)
+    load_checkpoint(path, other, other_optimizer)
+    saved = {p: f"{name}." for name, p in other.named_parameters()}
+    for group in other_optimizer.param_groups:
+        assert (group["lr"], group["peak_lr"]) == (0.2, 0.3)
+        [parameter] = group["params"]
+        state = other_optimizer.state.get(parameter, {})
+        assert set(state) == {
+            name.rpartition(".")[2] for name in found if name.startswith(saved[parameter])
+        }
+        for key, value in state.items():
+            assert torch.equal(value, found[saved[parameter] + key])
+    frozen = torch.optim.AdamW(other.heads.v.parameters())
+    with pytest.raises(QvgptError, match=r"there trunk\.\S+ was trained, which now it is not"):
+        load_checkpoint(path, other, frozen)
 
 
 def test_only_the_newest_is_kept_and_it_is_no_pickle(tmp_path):
@@ -99,25 +125,40 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, damage):
+FILES = [
+    "config.json", "generation_config.json", "manifest.json", "model.safetensors",
+    "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "trainer.json",
+    "value_config.json", "value_heads.safetensors",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three_saved(tmp_path_factory):
+    """Three checkpoints of which two are kept."""
+    folder = tmp_path_factory.mktemp("saved")
     model, optimizer = make()
-    names = []
+    step(model, optimizer)
     for number in (1, 2, 3):
-        newest = save_checkpoint(tmp_path, model, optimizer, TrainState(step=number), keep=2)
-        names = sorted(p.name for p in newest.iterdir())
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
-    assert {"manifest.json", "model.safetensors", "optimizer.safetensors"} < set(names)
-    for name in names:
-        whole = (newest / name).read_bytes()
-        damage(newest / name)
-        said = []
-        assert newest_checkpoint(tmp_path, said.append).name == "step-00000002", name
-        assert len(said) == 1
-        assert f"skipped {newest}" in said[0]
-        assert name in said[0] or name == "manifest.json"
+        save_checkpoint(folder, model, optimizer, TrainState(step=number), keep=2)
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
+    assert sorted(p.name for p in (folder / "step-00000003").iterdir()) == FILES
+    return folder
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_skipped_and_named(three_saved, damage, name):
+    newest, said = three_saved / "step-00000003", []
+    whole = (newest / name).read_bytes()
+    damage(newest / name)
+    try:
+        assert newest_checkpoint(three_saved, said.append).name == "step-00000002"
+    finally:
         (newest / name).write_bytes(whole)
-    assert newest_checkpoint(tmp_path, said.append) == newest
+    assert len(said) == 1
+    assert f"skipped {newest}" in said[0]
+    assert name in said[0] or name == "manifest.json"  # a digit of it speaks of another file
+    assert newest_checkpoint(three_saved) == newest
 
 
 def test_where_no_checkpoint_is_whole_nothing_begins_anew(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 from qvgpt.cli import COMMANDS, main
 from qvgpt.envs.random_walk import RandomWalks
+from qvgpt.errors import Terminated
 
 ROWS = RandomWalks.draw(0).logged_walks(40, 0)
 YAML = """
@@ -411,13 +412,14 @@ def test_export(call, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_ctrl_c_is_130(call, monkeypatch, capsys):
+@pytest.mark.parametrize(("kind", "expected"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_ctrl_c_is_130_and_sigterm_143(kind, expected, call, monkeypatch):
     def interrupted(*_, **__):
-        raise KeyboardInterrupt("; step 2 is in run/checkpoints: go on with --resume")
+        raise kind("; step 2 is in run/checkpoints: go on with --resume")
 
     monkeypatch.setattr("qvgpt.trainer.fit", interrupted)
     code, out, err = call("train", "--config", "YAML", "--output", "OUT")
-    assert (code, out) == (130, "")
+    assert (code, out) == (expected, "")
     assert err == "qvgpt: interrupted; step 2 is in run/checkpoints: go on with --resume\n"
 
 

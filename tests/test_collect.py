@@ -17,6 +17,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
+from qvgpt.run import alone_in
 
 PAIRS = [("ab", "a a b"), ("c", "c b"), ("d e", "h"), ("f", "f g h a"), ("gh", "b"), ("e", "c d")]
 
@@ -186,6 +187,12 @@ def test_a_stopped_collection_goes_on_to_the_same_file(task, tmp_path, monkeypat
     again = collect(replace(stopped, resume=True))  # nothing is left to do
     assert file.read_bytes() == whole
     assert again["tokens"] == summary["tokens"]
+
+
+def test_one_process_collects_at_a_time(task):
+    collect(task)
+    with alone_in(Path(task.output)), pytest.raises(QvgptError, match="another process"):
+        collect(replace(task, resume=True))
 
 
 def test_resume_notices_other_data(task):

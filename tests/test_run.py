@@ -5,8 +5,17 @@ import threading
 import pytest
 from rich.console import Console
 
-from qvgpt.errors import QvgptError
-from qvgpt.run import Interruption, RunProgress, flatten, open_run, print_summary, read_log
+from qvgpt.cli import _sigterm_as_exception
+from qvgpt.errors import QvgptError, Terminated
+from qvgpt.run import (
+    Interruption,
+    RunProgress,
+    alone_in,
+    flatten,
+    open_run,
+    print_summary,
+    read_log,
+)
 
 CONFIG = {"a": 1, "fit": {"lr": 0.1, "seed": 0}, "resume": False}
 
@@ -25,6 +34,25 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     assert (out / "run.json").read_text() == before
     with pytest.raises(QvgptError, match=r"choose another output$"):
         open_run(out, "export", {})
+    with pytest.raises(QvgptError, match="command"):
+        open_run(out, "collect", CONFIG, resume=True, accept_changes=True)
+    open_run(out, "train", changed, resume=True, accept_changes=True)
+    assert json.loads((out / "run.json").read_text())["config"] == changed
+
+
+def test_what_a_kill_left_before_the_first_step_is_no_run_of_others(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".run.json.staged").write_text("{")
+    assert open_run(tmp_path, "train", CONFIG) == tmp_path
+
+
+def test_one_process_a_directory(tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(QvgptError, match=r"another process is at work there \(pid \d+ on"):
+            alone_in(tmp_path).__enter__()
+        assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+    with alone_in(tmp_path):
+        pass
 
 
 def test_what_holds_no_run_is_refused_and_left_alone(tmp_path):
@@ -52,12 +80,16 @@ def test_a_resumed_log_forgets_the_steps_taken_again(tmp_path):
     assert [(e["step"], e["total"]) for e in log] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-def test_the_first_ctrl_c_waits_and_the_second_does_not():
-    with Interruption() as interruption:
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.asked
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_and_the_second_does_not(first, second):
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    with _sigterm_as_exception(), Interruption() as interruption:
+        signal.raise_signal(first)
+        assert interruption.asked is kinds[first]
+        with pytest.raises(kinds[second]):
+            signal.raise_signal(second)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=lambda: Interruption().__enter__())
     thread.start()

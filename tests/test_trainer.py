@@ -1,9 +1,11 @@
 import io
 import json
 import math
+import shutil
 import signal
 import sys
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
 from qvgpt.data.batches import batches
 from qvgpt.decode.policy import Guidance, next_token
-from qvgpt.loop import FitOptions, fit
+from qvgpt.loop import FitOptions, fit, step_seed
 from qvgpt.objectives import parse_objectives
-from qvgpt.run import RunProgress, read_log
+from qvgpt.run import RunProgress, open_run, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 from qvgpt.trajectory import centred, collate, mean_return
 
@@ -180,7 +182,22 @@ class Killed(Exception):
     pass
 
 
-def test_resume_is_bit_identical(tmp_path, monkeypatch):
+@contextmanager
+def stopped_at(last):
+    """Training ends with `Killed` after this step, before it is saved."""
+    step = RunProgress.step
+
+    def kill(self, at, *args):
+        step(self, at, *args)
+        if at == last:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunProgress, "step", kill)
+        yield
+
+
+def test_resume_is_bit_identical(tmp_path):
     """20 steps straight == a checkpoint at 10, a kill at 13, and the rest."""
     options = replace(
         FIT, max_steps=20, save_every=5, eval_every=3, keep_best="total", patience=5, lr=0.1
@@ -188,17 +205,8 @@ def test_resume_is_bit_identical(tmp_path, monkeypatch):
     more = {"options": options, "eval_data": texts(9)}
     straight, resumed = model(dropout=0.3), model(dropout=0.3)
     expected = run(straight, output=tmp_path / "a", **more)
-    step = RunProgress.step
-
-    def kill(self, at, *args):
-        step(self, at, *args)
-        if at == 13:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "step", kill)
-        with pytest.raises(Killed):
-            run(resumed, output=tmp_path / "b", **more)
+    with stopped_at(13), pytest.raises(Killed):
+        run(resumed, output=tmp_path / "b", **more)
     fresh = model(dropout=0.3)
     found = run(fresh, output=tmp_path / "b", resume=True, **more)
     timed = ("seconds", "tokens_per_second")
@@ -342,13 +350,6 @@ def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
     plain = model()
     run(plain, ["LM"])
     assert plain.heads.are_fresh
-
-
-def test_several_processes_are_refused_before_anything_is_written(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(QvgptError, match="one process only for now"):
-        train(config, QUIET)
-    assert not Path(config.output).exists()
 
 
 def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
@@ -496,20 +497,11 @@ def test_centred_values_are_those_of_centred_returns(config, tmp_path):
     assert mean_return(centred(texts())) != pytest.approx(mean_return(texts()), abs=1e-3)
 
 
-def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch):
+def test_train_resumes_as_if_nothing_had_happened(config, tmp_path):
     train(config, QUIET)
     other = replace(config, output=str(tmp_path / "other"))
-    step = RunProgress.step
-
-    def kill(self, at, *args):
-        step(self, at, *args)
-        if at == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "step", kill)
-        with pytest.raises(Killed):
-            train(other, QUIET)
+    with stopped_at(3), pytest.raises(Killed):
+        train(other, QUIET)
     with pytest.raises(QvgptError, match="continue it with --resume true"):
         train(other, QUIET)
     with pytest.raises(QvgptError, match=r"other settings \(fit.lr 0.01 → 0.5\)"):
@@ -519,6 +511,152 @@ def test_train_resumes_as_if_nothing_had_happened(config, tmp_path, monkeypatch)
     for name in ("model.safetensors", "value_heads.safetensors", "tokenizer.json"):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     assert train(replace(other, resume=True), QUIET) == summary  # finished: nothing to do
+
+
+@pytest.fixture
+def half_done(config, tmp_path):
+    """The files of a run that was stopped at step 2 of 4, training on a model with heads."""
+    begun = replace(config, output=str(tmp_path / "start"))
+    train(begun, QUIET)
+    shutil.copytree(begun.output, tmp_path / "start_copy")
+    half = replace(config, model=begun.output, tokenizer=TokenizerConfig(), eval_data=config.data)
+    with stopped_at(3), pytest.raises(Killed):
+        train(half, QUIET)
+    return replace(half, resume=True)
+
+
+def said_by(config):
+    said = io.StringIO()
+    summary = train(config, Console(file=said, width=1000))
+    return summary, said.getvalue()
+
+
+def rewards_changed(config, tmp_path):
+    path = tmp_path / "changed.jsonl"
+    rows = [{**row, "reward": row["reward"] + 1} for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("which", ["data", "eval_data"])
+def test_changed_data_are_refused_unless_accepted(half_done, tmp_path, which):
+    path = Path(half_done.data[0])
+    other = rewards_changed(half_done, tmp_path)
+    if which == "data":  # the path stays, what it holds does not
+        copy = tmp_path / "copy.jsonl"
+        copy.write_text(path.read_text())
+        path.write_text(Path(other).read_text())
+        half_done = replace(half_done, eval_data=[str(copy)])
+    else:
+        half_done = replace(half_done, eval_data=[other])
+    with pytest.raises(QvgptError, match=r"eval_data .*; choose another output, or accept them"):
+        train(half_done, QUIET)
+    summary, said = said_by(replace(half_done, accept_changes=True))
+    assert summary["steps"] == 4
+    assert "goes on with other settings: eval_data [" in said
+    assert "goes on with other data than the run began with" in said
+
+
+def test_changed_contents_of_the_data_are_refused(half_done, tmp_path):
+    Path(half_done.data[0]).write_text(Path(rewards_changed(half_done, tmp_path)).read_text())
+    with pytest.raises(QvgptError, match=r"other data than there are now; .* --accept_changes"):
+        train(half_done, QUIET)
+    assert "goes on with other data" in said_by(replace(half_done, accept_changes=True))[1]
+
+
+def test_changed_settings_are_taken_and_recorded_only_when_accepted(half_done):
+    other = replace(half_done, fit=replace(half_done.fit, value_lr=0.5, max_steps=5))
+    with pytest.raises(QvgptError, match=r"fit.max_steps 4 → 5, fit.value_lr None → 0.5"):
+        train(other, QUIET)
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda o, *_: rates.append([g["peak_lr"] for g in o.param_groups])
+    )
+    summary, said = said_by(replace(other, accept_changes=True))
+    hook.remove()
+    assert summary["steps"] == 5
+    assert rates == [[0.01, 0.01, 0.5]] * 3
+    assert "goes on with other settings: fit.max_steps 4 → 5, fit.value_lr None → 0.5\n" in said
+    record = json.loads((Path(other.output) / "run.json").read_text())
+    assert record["config"]["fit"]["value_lr"] == 0.5
+    assert train(other, QUIET) == summary
+    with pytest.raises(QvgptError, match="is finished and takes no other settings"):
+        train(replace(half_done, accept_changes=True), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"gpt": replace(TINY, embed_dim=8)}, "gpt.embed_dim 16 → 8"),
+        ({"heads": HeadsConfig(kind="mlp")}, "heads.kind None → 'mlp'"),
+        ({"freeze_trunk": True}, "freeze_trunk False → True"),
+        ({"model": None}, "model '.*' → None"),
+        ({"fit": replace(FIT, save_every=2, keep_best="total")}, "fit.keep_best None → 'total'"),
+    ],
+)
+def test_what_makes_the_model_cannot_change(half_done, change, named):
+    before = (Path(half_done.output) / "run.json").read_bytes()
+    with pytest.raises(QvgptError, match=f"{named}.*a run cannot go on with that"):
+        train(replace(half_done, accept_changes=True, **change), QUIET)
+    assert (Path(half_done.output) / "run.json").read_bytes() == before
+
+
+def test_a_run_gains_no_heads(config, tmp_path):
+    plain = replace(config, objectives=["LM"])
+    with stopped_at(3), pytest.raises(Killed):
+        train(plain, QUIET)
+    more = replace(plain, objectives=BOTH, resume=True, accept_changes=True)
+    with pytest.raises(QvgptError, match="has no value heads and a run cannot gain them"):
+        train(more, QUIET)
+
+
+def test_a_changed_tokenizer_is_refused_unless_accepted(half_done, tmp_path):
+    file = tmp_path / "start" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    changed = Tokenizer.load(tmp_path / "start").sha256
+    with pytest.raises(QvgptError, match="start: is not the tokenizer the run began with"):
+        train(half_done, QUIET)
+    _, said = said_by(replace(half_done, accept_changes=True))
+    assert f"goes on with another tokenizer, that of {tmp_path}/start" in said
+    assert ValueModel.from_pretrained(half_done.output).tokenizer.sha256 == changed
+
+
+def test_a_run_goes_on_without_the_model_it_began_with(half_done, tmp_path):
+    shutil.rmtree(tmp_path / "start")
+    assert train(half_done, QUIET)["steps"] == 4
+
+
+def test_a_directory_claimed_meanwhile_is_left_alone(config, monkeypatch):
+    def also_begun(*_):
+        open_run(config.output, "train", asdict(config))
+
+    monkeypatch.setattr("qvgpt.trainer.refuse", also_begun)
+    with pytest.raises(QvgptError, match="holds another run already"):
+        train(replace(config, resume=True), QUIET)
+
+
+def test_random_numbers_are_those_of_seed_and_step(config, tmp_path):
+    """Whatever was drawn before; other seeds, steps and processes draw others."""
+    torch.rand(3)
+    train(config, QUIET)
+    torch.rand(5)
+    train(replace(config, output=str(tmp_path / "b")), QUIET)
+    one, two = (ValueModel.from_pretrained(x) for x in (config.output, tmp_path / "b"))
+    assert same(one.state_dict(), two.state_dict())
+    seeds = {step_seed(s, k, p) for s in range(4) for k in range(50) for p in range(4)}
+    assert len(seeds) == 4 * 50 * 4
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_initial_weights_follow_from_the_seed_alone(config, tmp_path):
+    found = []
+    still = replace(FIT, lr=0.0, weight_decay=0.0, max_steps=1)
+    for i, (seed, size) in enumerate([(0, 8), (0, 3), (1, 8)]):
+        fit = replace(still, seed=seed, batch_size=size)
+        train(replace(config, fit=fit, output=str(tmp_path / f"{i}")), QUIET)
+        found.append(ValueModel.from_pretrained(tmp_path / f"{i}").trunk.state_dict())
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
 
 
 def test_train_refuses_before_it_writes(config, tmp_path, monkeypatch):

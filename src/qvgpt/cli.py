@@ -9,18 +9,20 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import types
 import typing
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from qvgpt.errors import QvgptError, nearest
+from qvgpt.errors import QvgptError, Terminated, nearest
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 (bad input, faulty data), 130 (Ctrl-C)."""
+    """Run a command; returns the exit code: 0, 2 (bad input, faulty data), 130 (Ctrl-C),
+    143 (SIGTERM)."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if name in ("-h", "--help"):
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise QvgptError(f"unknown command {name!r}{nearest(name, COMMANDS)}; see qvgpt --help")
         with warnings.catch_warnings():
             _quieten()
-            return _run(name, rest)
+            with _sigterm_as_exception():
+                return _run(name, rest)
     except QvgptError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone
@@ -83,7 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt as interrupt:
         print(f"qvgpt: interrupted{interrupt}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    """A scheduler's SIGTERM ends a command in order, as Ctrl-C does; in the main thread only."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(name: str, argv: list[str]) -> int:

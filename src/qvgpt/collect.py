@@ -22,7 +22,7 @@ from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
-from qvgpt.run import check_run, open_run, write_json
+from qvgpt.run import alone_in, check_run, open_run, write_json
 from qvgpt.sampling import TextProgress, check_references, load_prompts
 
 _KNOWN = frozenset().union(*FORMS.values())
@@ -117,6 +117,20 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     for temperature in config.temperatures:
         _guidance(config, temperature)  # refuses what is senseless
     output = open_run(config.output, "collect", asdict(config), config.resume)
+    with alone_in(output):
+        return _collect(config, model, rows, prompts, reward, started)
+
+
+def _collect(
+    config: CollectConfig,
+    model: ValueModel,
+    rows: list[Row],
+    prompts: list[list[int]],
+    reward: Metric,
+    started: float,
+) -> dict[str, Any]:
+    """Sample, score and write what is not written yet, then the summary."""
+    output = Path(config.output)
     file = output / "data.jsonl"
     each = config.samples + config.beams
     size = max(1, _BATCHES_PER_CHUNK * config.max_batch // each)

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read: the command line prints it and exits with 2."""
+"""The exceptions a user is meant to read: the command line prints them and exits with a code."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class QvgptError(ValueError):
     """Bad input. The message says where, what was expected and what to do, in one line."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: as Ctrl-C, but the command line exits with 143, not 130."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,16 +1,18 @@
 """The training loop, from data in memory to a trained model. Device and backward: Accelerate's."""
 
+import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 
 from qvgpt.checkpoint import (
@@ -23,10 +25,18 @@ from qvgpt.checkpoint import (
 )
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError, nearest
+from qvgpt.models.disk import writing
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, fingerprint, mean_return
+from qvgpt.trajectory import (
+    Trajectory,
+    TrajectoryBatch,
+    collate,
+    fingerprint,
+    mean_return,
+    nothing_counts,
+)
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -64,6 +74,8 @@ class FitOptions:
     """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False
     """Autocast to bfloat16; the value heads stay in fp32."""
+    compiled: bool = False
+    """Compile the trunk's layers (torch.compile): slow to start, needs a C++ compiler on a CPU."""
     gradient_checkpointing: bool = False
     """Compute the trunk's activations anew in the backward pass: less memory, a third more time."""
     eval_every: int | None = None
@@ -100,7 +112,7 @@ class FitOptions:
             raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
 
 
-class _Loop:
+class Training:
     """The state of one `fit`: everything the loop touches, in one place."""
 
     def __init__(
@@ -109,10 +121,9 @@ class _Loop:
         data: Sequence[Trajectory],
         objectives: Objectives,
         options: FitOptions,
-        eval_data: Sequence[Trajectory],
-        output: Path | None,
+        eval_data: Sequence[Trajectory] = (),
+        output: Path | None = None,
     ):
-        refuse(model, data, objectives, options, eval_data)
         self.data, self.objectives, self.options = data, objectives, options
         self.lengths = [len(t.tokens) for t in data]
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
@@ -122,40 +133,44 @@ class _Loop:
         if model.tokenizer is not None:
             template = model.tokenizer.template
             self.pad_id, self.end_ids = template.pad, tuple(template.end_ids)
-        size = 2 * (options.micro_batch_size or options.batch_size)
-        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
-        self.eval_batches = [
-            self.collate([eval_data[i] for i in order[start : start + size]])
-            for start in range(0, len(order), size)
-        ]
-        torch.manual_seed(options.seed)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, options), betas=(0.9, 0.95), fused=True
         )
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
         model.trunk.set_gradient_checkpointing(options.gradient_checkpointing)
-        self.accelerator = Accelerator()
+        if options.compiled:
+            for block in model.trunk.blocks:
+                block.compile()
+        self.accelerator = accelerator(model, objectives)
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = TrainState(data_sha256=fingerprint(data))
+        size = 2 * (options.micro_batch_size or options.batch_size)
+        order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
+        self.eval_batches = self.my_batches(eval_data, order, size) if eval_data else []
+        self.state = TrainState(data_sha256=fingerprint(data), eval_sha256=fingerprint(eval_data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
         self.best_models = output / "best" if output else None
 
-    def resume(self, console: Console) -> None:
+    def resume(self, console: Console, accept_changes: bool) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         assert self.checkpoints is not None
         newest = newest_checkpoint(self.checkpoints, lambda s: console.print(s, soft_wrap=True))
         if newest is None:
             return
         state = load_checkpoint(newest, self.bare, self.optimizer)
-        if state.data_sha256 != self.state.data_sha256:
-            raise QvgptError(
-                f"{newest}: was trained on other data than there are now; restore them, or train "
-                "anew elsewhere"
-            )
-        self.state = state
+        now = {"data_sha256": self.state.data_sha256, "eval_sha256": self.state.eval_sha256}
+        if any(getattr(state, name) != value for name, value in now.items()):
+            if not accept_changes:
+                raise QvgptError(
+                    f"{newest}: was trained on other data than there are now; restore them, train "
+                    "anew elsewhere, or accept them with --accept_changes true"
+                )
+            console.print("goes on with other data than the run began with")
+        if state.eval_sha256 != self.state.eval_sha256:  # the best so far has no like there
+            state.best, state.best_step, state.bad_evals = None, 0, 0
+        self.state = replace(state, **now)
 
     def run(self, progress: RunProgress) -> None:
         """All steps still to come, with evaluations and checkpoints between them."""
@@ -166,7 +181,6 @@ class _Loop:
         with Interruption() as interruption:
             for micro_batches in self.optimizer_steps():
                 parts = self.learn(micro_batches)
-                state.tokens += sum(int(b.attention_mask.sum()) for b in micro_batches)
                 state.seconds = time.perf_counter() - started
                 progress.step(state.step, parts, state.tokens / state.seconds)
                 at_eval = state.step % eval_every == 0 or state.step == self.total_steps
@@ -174,20 +188,26 @@ class _Loop:
                     self.evaluate(progress)
                 if options.patience and state.bad_evals >= options.patience:
                     return
+                overdue = time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
+                # the clocks of processes differ, and a signal may reach one of them only
+                overdue = overdue and self.accelerator.is_main_process
+                asked, overdue = self.sums([interruption.asked is not None, overdue])
                 if options.save_every:
                     due = state.step % options.save_every == 0
                 else:
-                    due = at_eval and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
-                if self.checkpoints is not None and (due or interruption.asked):
-                    save_checkpoint(
-                        self.checkpoints, self.bare, self.optimizer, state, options.keep
-                    )
+                    due = at_eval and overdue
+                if self.checkpoints is not None and (due or asked):
+                    self.save_checkpoint()
                     saved_at, saved_step = time.monotonic(), state.step
-                if interruption.asked:
+                if asked:
                     where = f"; step {saved_step} is in {self.checkpoints}: go on with --resume"
-                    raise KeyboardInterrupt(where if self.checkpoints else "")
+                    kind = (
+                        interruption.asked or KeyboardInterrupt
+                    )  # None: another process was asked
+                    raise kind(where if self.checkpoints else "")
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
+        """A batch as the options want it."""
         return collate(texts, self.pad_id, self.end_ids, self.options.packed)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
@@ -199,11 +219,28 @@ class _Loop:
                 self.lengths, options.batch_size, options.seed, epoch, not options.packed
             )
             for indices in order[position:]:
-                size = options.micro_batch_size or len(indices)
-                parts = [indices[i : i + size] for i in range(0, len(indices), size)]
-                yield [self.collate([self.data[i] for i in part]) for part in parts]
+                yield self.my_batches(self.data, indices, options.micro_batch_size)
                 if self.state.step >= self.total_steps:
                     return
+
+    def my_batches(
+        self, texts: Sequence[Trajectory], indices: Sequence[int], size: int | None
+    ) -> list[TrajectoryBatch]:
+        """This process's share of some texts, in micro-batches; all processes get equally many.
+
+        Where there are too few texts, a batch in which nothing counts makes up for them.
+        """
+        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
+        most = math.ceil(len(indices) / processes)
+        size = size or most
+        share, batches = indices[mine::processes], []
+        for start in range(0, most, size):
+            part = [texts[i] for i in share[start : start + size]]
+            if part:
+                batches.append(self.collate(part))
+            else:
+                batches.append(nothing_counts(self.collate([texts[indices[0]]])))
+        return batches
 
     def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
         """The loss and its parts, over all micro-batches as if they were one; with gradients.
@@ -213,21 +250,34 @@ class _Loop:
         """
         objectives = [o for _, o in self.objectives.terms]
         counts = [[int(counted(o, b).sum()) for o in objectives] for b in micro_batches]
-        totals = [sum(column) for column in zip(*counts, strict=True)]
-        if not any(totals) and not any(bool(b.mask.any()) for b in micro_batches):
+        sizes = [sum(int(b.mask.sum()) for b in micro_batches)]
+        sizes.append(sum(int(b.attention_mask.sum()) for b in micro_batches))
+        *totals, decisions, tokens = self.sums([*map(sum, zip(*counts, strict=True)), *sizes])
+        self.state.tokens += int(tokens) * learn
+        if not any(totals) and not decisions:
             raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
         parts: dict[str, float] = {}
-        for batch, units in zip(micro_batches, counts, strict=True):
-            shares = [n / max(total, 1) for n, total in zip(units, totals, strict=True)]
-            if not any(units) and not batch.mask.any():
-                continue
-            loss, found = self.loss(batch.to(self.accelerator.device), shares)
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + value
-            self.stop_if_not_finite(parts)
-            if learn:
-                self.accelerator.backward(loss)
+        for n, (batch, units) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+            shares = [unit / max(total, 1) for unit, total in zip(units, totals, strict=True)]
+            whole = not learn or n == len(micro_batches)  # gradients go around once a step
+            with nullcontext() if whole else self.accelerator.no_sync(self.model):
+                loss, found = self.loss(batch.to(self.accelerator.device), shares)
+                for name, value in found.items():
+                    parts[name] = parts.get(name, 0.0) + value
+                if learn:
+                    # processes average their gradients, where the loss is a sum over all of them
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+        parts = dict(zip(parts, self.sums(list(parts.values())), strict=True))
+        self.stop_if_not_finite(parts)
         return parts
+
+    def sums(self, numbers: Sequence[float | int]) -> list[float]:
+        """Each number summed over all processes; as they are where there is one."""
+        if self.accelerator.num_processes == 1:
+            return [float(n) for n in numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        total: Any = self.accelerator.reduce(mine, "sum")
+        return total.tolist()
 
     def loss(
         self, batch: TrajectoryBatch, shares: list[float]
@@ -249,6 +299,8 @@ class _Loop:
 
     def learn(self, micro_batches: Sequence[TrajectoryBatch]) -> dict[str, float]:
         """One optimizer step; returns the loss parts."""
+        process = self.accelerator.process_index
+        torch.manual_seed(step_seed(self.options.seed, self.state.step, process))
         self.model.train()
         parts = self.measure(micro_batches, learn=True)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
@@ -265,6 +317,7 @@ class _Loop:
         return parts
 
     def stop_if_not_finite(self, parts: dict[str, float]) -> None:
+        """Raise `QvgptError` that names what is not a number any more."""
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         if bad:
             raise QvgptError(
@@ -287,9 +340,18 @@ class _Loop:
         self.state.best, self.state.best_step = found[name], self.state.step
         self.state.bad_evals = 0
         if self.best_models is not None:
-            save_model(self.best_models, self.bare, self.state.step)
+            if self.accelerator.is_main_process:
+                save_model(self.best_models, self.bare, self.state.step)
         else:
             self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
+
+    def save_checkpoint(self) -> None:
+        """All processes gather what is sharded; one writes."""
+        assert self.checkpoints is not None
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.checkpoints, self.bare, self.optimizer, self.state, self.options.keep
+            )
 
     def restore_best(self) -> None:
         """Put the model of the best evaluation back."""
@@ -301,6 +363,15 @@ class _Loop:
             load_model(best, self.bare)
 
 
+def accelerator(model: ValueModel, objectives: Objectives) -> Accelerator:
+    """Accelerate's, told whether every parameter that may learn will."""
+    needs = objectives.needs
+    heads_learn = model.heads is None or {"q", "v"} <= needs
+    trunk_learns = model.trunk_is_frozen or needs & {"logprob", "token_logprob"}
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not (heads_learn and trunk_learns))
+    return Accelerator(kwargs_handlers=[ddp])
+
+
 def fit(
     model: ValueModel,
     data: Sequence[Trajectory],
@@ -310,21 +381,26 @@ def fit(
     eval_data: Sequence[Trajectory] = (),
     output: Path | None = None,
     resume: bool = False,
+    accept_changes: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return a summary (steps, tokens/s, last and best losses).
 
     With `output`, writes log.jsonl, checkpoints and, at the end, the model itself there; where
     `keep_best` is set the model of the best evaluation is what is left in `model` and on disk.
-    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened.
+    `resume` goes on from the newest checkpoint in `output`, exactly as if nothing had happened;
+    with other data only if `accept_changes`.
     Fresh value heads start at the mean return of `data`, so that no constant has to be learned.
     Where the objectives change the trunk and teach no values, those learned before no longer fit
     it: `model` is left, and saved, without them. Where they teach values further, the guidance
     recommended before is forgotten.
-    The first Ctrl-C saves a checkpoint after the current step and raises KeyboardInterrupt.
+    The first Ctrl-C or SIGTERM saves a checkpoint after the current step and raises
+    KeyboardInterrupt, or its kind `Terminated`.
     """
-    loop = _Loop(model, data, objectives, options, eval_data, output)
-    console = console or Console(stderr=True)
+    refuse(model, data, objectives, options, eval_data)
+    training = Training(model, data, objectives, options, eval_data, output)
+    is_main = training.accelerator.is_main_process
+    console = console or Console(stderr=True, quiet=not is_main)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if stale:
         console.print(
@@ -336,21 +412,22 @@ def fit(
         model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
         model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
-        loop.resume(console)
-    elif output is not None:
+        training.resume(console, accept_changes)
+    elif output is not None and is_main:
         for spent in ("checkpoints", "best"):
             shutil.rmtree(output / spent, ignore_errors=True)
     if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
         model.heads.start_at(mean_return(data))
-    state = loop.state
-    with RunProgress(loop.total_steps, state.step, output, options.tensorboard, console) as shown:
-        loop.run(shown)
-    loop.restore_best()
+    state, log = training.state, output if is_main else None
+    with RunProgress(training.total_steps, state.step, log, options.tensorboard, console) as shown:
+        training.run(shown)
+    training.restore_best()
     if stale:
         model.heads, model.info = None, ValueInfo()
     model.eval()
-    if output is not None:
-        model.save(output)
+    if output is not None and is_main:
+        with writing(output, "go on with --resume"):
+            model.save(output)
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 2),
@@ -369,8 +446,6 @@ def refuse(
     eval_data: Sequence[Trajectory],
 ) -> None:
     """Raise `QvgptError` for what could only fail later, or fail silently."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun and accelerate launch set it
-        raise QvgptError("training runs in one process only for now: start it without a launcher")
     if not data:
         raise QvgptError("the data set is empty: there is nothing to train on")
     if objectives.learns_values and model.heads is None:
@@ -409,6 +484,15 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The random state of a step, 64 bits: a resumed run drops what it would have dropped.
+
+    Hashed, for generators seeded with neighbouring numbers may be alike.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
+    return int.from_bytes(digest[:8])
 
 
 def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:

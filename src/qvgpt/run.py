@@ -4,13 +4,15 @@ A directory belongs to one run, named in its `run.json`; another one is refused 
 a bar on a terminal and lines elsewhere; `log.jsonl` is written always.
 """
 
+import fcntl
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from qvgpt.errors import QvgptError
+from qvgpt.errors import QvgptError, Terminated
+from qvgpt.models.disk import writing
 
+_LOCK = ".lock"
 _QUIET_SECONDS = 20.0  # between lines where there is no terminal to draw a bar on
 
 
 def open_run(
-    output: str | Path, command: str, config: Mapping[str, Any], resume: bool = False
+    output: str | Path,
+    command: str,
+    config: Mapping[str, Any],
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> Path:
     """Claim `output` for a run of `command` with this (JSON-ready) configuration.
 
     Raises `QvgptError`, and touches nothing, where the directory holds anything else: another
-    run, a run of another configuration, or the same run while `resume` is off.
+    run, the same run while `resume` is off, or a run of another configuration; with
+    `accept_changes` that one takes the new configuration.
     """
     path = Path(output)
-    if check_run(output, command, config, resume):
+    if check_run(output, command, config, resume, accept_changes) and not accept_changes:
         return path
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "run.json", {"command": command, "config": config})
@@ -41,46 +50,81 @@ def open_run(
 
 
 def check_run(
-    output: str | Path, command: str, config: Mapping[str, Any], resume: bool = False
+    output: str | Path,
+    command: str,
+    config: Mapping[str, Any],
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> bool:
     """What `open_run` would refuse, said before any work is done; True where a run goes on."""
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise QvgptError(f"{path}: a directory was expected, not a file")
     if not (path / "run.json").exists():
-        if path.is_dir() and any(path.iterdir()):
+        # a run killed before its first step leaves no more than these
+        if path.is_dir() and {p.name for p in path.iterdir()} - {_LOCK, ".run.json.staged"}:
             raise QvgptError(f"{path}: is not empty and holds no run; choose another output")
         return False
     if not resume:
         ways = ", or continue it with --resume true" if "resume" in config else ""
         raise QvgptError(f"{path}: holds another run already; choose another output{ways}")
+    changed = changed_settings(path, command, config)
+    if changed and ("command" in changed or not accept_changes):
+        ways = ", or accept them with --accept_changes true" if "accept_changes" in config else ""
+        raise QvgptError(
+            f"{path}: holds a run with other settings ({', '.join(changed.values())}); "
+            f"choose another output{ways}"
+        )
+    return True
+
+
+def changed_settings(path: Path, command: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Which settings a run was not begun with, each as `fit.lr 0.001 → 0.01`."""
     try:
         found = json.loads((path / "run.json").read_text())
     except ValueError:
         raise QvgptError(f"{path / 'run.json'}: broken JSON; choose another output") from None
-    changed = _differences(found, json.loads(json.dumps({"command": command, "config": config})))
-    if changed:
-        raise QvgptError(
-            f"{path}: holds a run with other settings ({', '.join(changed)}); choose another output"
-        )
-    return True
+    old, new = (
+        flatten(found),
+        flatten(json.loads(json.dumps({"command": command, "config": config}))),
+    )
+    names = {key: key.removeprefix("config.") for key in {**old, **new}}
+    return {
+        name: f"{name} {old.get(key)!r} → {new.get(key)!r}"
+        for key, name in names.items()
+        if name not in ("resume", "accept_changes") and old.get(key) != new.get(key)
+    }
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Be the only process at work in a directory. Raises `QvgptError` where another one is.
+
+    The kernel drops the lock of a process that dies, however it dies, so that the file left behind
+    locks nobody out. Who only reads the directory needs no lock.
+    """
+    with (path / _LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise QvgptError(
+                f"{path}: another process is at work there ({lock.read().strip() or 'unknown'}); "
+                "wait for it, or choose another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        print(f"pid {os.getpid()} on {os.uname().nodename}", file=lock, flush=True)
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece: a reader sees the old file or the new one."""
     staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(staged, path)
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The settings that changed, as `fit.lr 0.001 → 0.01`."""
-    old, new = flatten(found), flatten(wanted)
-    return [
-        f"{k.removeprefix('config.')} {old.get(k)!r} → {new.get(k)!r}"
-        for k in {**old, **new}
-        if k != "config.resume" and old.get(k) != new.get(k)
-    ]
+    with writing(path):
+        staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        os.replace(staged, path)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,26 +163,29 @@ def _shown(value: Any) -> str:
 
 
 class Interruption:
-    """Holds back the first Ctrl-C until the step is whole; the second one is immediate.
+    """Holds back the first Ctrl-C or SIGTERM until the step is whole; the second is immediate.
 
-    `asked` says that it came. Does nothing outside the main thread, where no signal arrives.
+    `asked` says that one came. Does nothing outside the main thread, where no signal arrives.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked: type[KeyboardInterrupt] | None = None
+        """What to raise when the step is whole."""
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+    def _ask(self, number: int, _: object) -> None:
+        self.asked = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.__exit__()
 
 
 class RunProgress:
@@ -173,7 +220,7 @@ class RunProgress:
             if tensorboard:
                 self.writer = require_tensorboard()(output / "tensorboard", purge_step=done + 1)
             _forget_after(output / "log.jsonl", done)
-            self.file = (output / "log.jsonl").open("a")
+            self.file = (output / "log.jsonl").open("ab", buffering=0)
 
     def __enter__(self) -> "RunProgress":
         self.bar.start()
@@ -203,8 +250,8 @@ class RunProgress:
             text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             self.console.print(f"step {step}/{self.total}  {text}", soft_wrap=True)
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+            with writing(Path(self.file.name), "go on with --resume"):
+                self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -228,7 +275,10 @@ def _forget_after(log: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # the last line of a killed run may be half there
             continue
-    log.write_text("".join(line + "\n" for line in kept))
+    staged = log.with_name(f".{log.name}.staged")
+    with writing(log, "go on with --resume"):
+        staged.write_text("".join(line + "\n" for line in kept))
+        os.replace(staged, log)
 
 
 def require_tensorboard() -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,13 @@ from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
-from qvgpt.run import check_run, open_run, write_json
+from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred
+
+# settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
+# them is trained, and what the best so far is the best of
+_FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
+          "tokenizer.vocab_size.", "fit.keep_best.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class TrainConfig:
     """What to do with longer texts; cut drops those whose reward sits on a cut-off token."""
     resume: bool = False
     """Go on from the newest checkpoint in output."""
+    accept_changes: bool = False
+    """Go on although settings, data or tokenizer are not those the run began with."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
@@ -103,24 +111,41 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     Bad input raises `QvgptError` before anything is written.
     """
     console = console or Console(stderr=True)
+    output = Path(config.output)
+    with ExitStack() as lock:
+        goes_on = (output / "run.json").exists()
+        if goes_on:  # before anything is read that another process might write
+            lock.enter_context(alone_in(output))
+        return _train(config, console, goes_on, lock)
+
+
+def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack) -> dict[str, Any]:
     record, output = asdict(config), Path(config.output)
     objectives = parse_objectives(config.objectives)
-    goes_on = check_run(output, "train", record, config.resume)
-    if goes_on and (output / "summary.json").exists():
-        console.print(f"{output}: this run is finished")
-        return json.loads((output / "summary.json").read_text())
-    model = _start(config, objectives, newest_checkpoint(output / "checkpoints"))
+    check_run(output, "train", record, config.resume, config.accept_changes)
+    if goes_on:
+        finished = (output / "summary.json").exists()
+        _say_what_changed(config, record, finished, console)
+        if finished:
+            console.print(f"{output}: this run is finished")
+            _clear(output)
+            return json.loads((output / "summary.json").read_text())
+    model = _start(config, objectives, newest_checkpoint(output / "checkpoints"), console)
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
     refuse(model, data, objectives, config.fit, eval_data)
-    open_run(output, "train", record, config.resume)
+    # not config.resume: a run that another process began meanwhile is not ours
+    open_run(output, "train", record, goes_on, config.accept_changes)
+    if not goes_on:
+        lock.enter_context(alone_in(output))
     if objectives.teaches_values:
         model.info.centred = config.centred
     fitted = fit(
         model, data, objectives, config.fit,
-        eval_data=eval_data, output=output, resume=config.resume, console=console,
+        eval_data=eval_data, output=output, resume=config.resume,
+        accept_changes=config.accept_changes, console=console,
     )  # fmt: skip
     parts = {"trunk": model.trunk}
     if model.heads is not None:
@@ -134,22 +159,56 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "output": str(output),
     }
     write_json(output / "summary.json", summary)  # from here on the run counts as finished
-    for spent in ("checkpoints", "best"):
-        shutil.rmtree(output / spent, ignore_errors=True)
+    _clear(output)
     return summary
 
 
-def _start(config: TrainConfig, objectives: Objectives, newest: Path | None) -> ValueModel:
+def _clear(output: Path) -> None:
+    """Drop what a finished run needs no more."""
+    for spent in ("checkpoints", "best"):
+        shutil.rmtree(output / spent, ignore_errors=True)
+
+
+def _say_what_changed(
+    config: TrainConfig, record: dict[str, Any], finished: bool, console: Console
+) -> None:
+    """Print the changed settings a run goes on with; refuse those it cannot go on with."""
+    changed = changed_settings(Path(config.output), "train", record)
+    fixed = [change for name, change in changed.items() if f"{name}.".startswith(_FIXED)]
+    if fixed:
+        raise QvgptError(
+            f"{config.output}: {', '.join(fixed)}: a run cannot go on with that, it defines the "
+            "model or what is trained of it; choose another output"
+        )
+    if finished and changed:
+        raise QvgptError(
+            f"{config.output}: is finished and takes no other settings; give it as --model of a "
+            "new run"
+        )
+    if changed:
+        console.print(f"goes on with other settings: {', '.join(changed.values())}", soft_wrap=True)
+
+
+def _start(
+    config: TrainConfig, objectives: Objectives, newest: Path | None, console: Console
+) -> ValueModel:
     """The model to train: that of a checkpoint, a given one, or a new one."""
     torch.manual_seed(config.fit.seed)
     if config.lora is not None and (config.model is None or config.freeze_trunk):
         raise QvgptError("lora: adapts a given model: say which, and leave freeze_trunk off")
     # checkpoints hold adapters alone: what they adapt is the model that the run began with
     source = config.model if config.lora is not None else newest or config.model
-    model = _new(config) if source is None else _given(config, source)
+    model = _new(config) if source is None else _given(config, source, newest)
+    if newest is not None:
+        _take_tokenizer(config, model, newest, console)
     if model.heads is not None and config.heads not in (None, model.heads.config):
         raise QvgptError(f"heads: {source} has other ones, {model.heads.config}; leave heads out")
     if model.heads is None and objectives.learns_values:
+        if newest is not None and config.lora is None:
+            raise QvgptError(
+                f"objectives: {newest} has no value heads and a run cannot gain them; give it as "
+                "--model of a new run"
+            )
         heads = config.heads or HeadsConfig()
         model = ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
     if config.lora is not None:
@@ -157,12 +216,35 @@ def _start(config: TrainConfig, objectives: Objectives, newest: Path | None) -> 
     return model
 
 
-def _given(config: TrainConfig, source: str | Path) -> ValueModel:
+def _take_tokenizer(config: TrainConfig, model: ValueModel, newest: Path, console: Console) -> None:
+    """Compare the tokenizer a run began with to that of its source, if there still is one."""
+    model.tokenizer = Tokenizer.load(newest)
+    source = config.tokenizer.path or config.model
+    if source is None or not Path(source).exists():
+        return
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.sha256 == model.tokenizer.sha256:
+        return
+    if not config.accept_changes:
+        raise QvgptError(
+            f"{source}: is not the tokenizer the run began with; restore it, train anew "
+            "elsewhere, or accept it with --accept_changes true"
+        )
+    if tokenizer.vocab_size > model.trunk.vocab_size:
+        raise QvgptError(
+            f"{source}: its {tokenizer.vocab_size} tokens are more than the model's "
+            f"{model.trunk.vocab_size}; a run cannot go on with it"
+        )
+    console.print(f"goes on with another tokenizer, that of {source}", soft_wrap=True)
+    model.tokenizer = tokenizer
+
+
+def _given(config: TrainConfig, source: str | Path, newest: Path | None) -> ValueModel:
     model = ValueModel.from_pretrained(
         source, config.freeze_trunk, config.lora is not None, config.dtype
     )
     own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
-    if path is not None and Tokenizer.load(path).sha256 != own:
+    if newest is None and path is not None and Tokenizer.load(path).sha256 != own:
         raise QvgptError(f"tokenizer.path: {path} is not the tokenizer of {source}; leave it out")
     return model
 

@@ -173,6 +173,12 @@ def collate(
     )
 
 
+def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """The same batch, none of whose tokens or decisions is to be learned."""
+    off = {name: torch.zeros_like(getattr(batch, name)) for name in ("mask", "attention_mask")}
+    return replace(batch, **off)
+
+
 def _pack(length: Sequence[int]) -> list[list[int]]:
     """Which texts share a row no longer than the longest of them (first fit, longest first)."""
     rows: list[list[int]] = []

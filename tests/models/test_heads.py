@@ -34,7 +34,7 @@ def test_every_way_of_asking_agrees(kind):
 
 
 def test_the_mean_kept_for_decoding_follows_every_change():
-    heads, h = make("linear"), torch.randn(5, EMBED)
+    heads, h = make("linear").eval(), torch.randn(5, EMBED)
     head, slow = heads.q[0], heads.target_q[0]
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.1, fused=True)
 
@@ -54,6 +54,8 @@ def test_the_mean_kept_for_decoding_follows_every_change():
         change()
         assert torch.equal(head.mean_weight(), head.weight.mean(0)), name
         assert torch.equal(slow.mean_weight(), slow.weight.mean(0)), name
+    heads.train()
+    assert slow.mean_weight() is not slow.mean_weight()  # sharded, it changes unseen
     assert head.mean_weight().requires_grad
     assert not slow.mean_weight().requires_grad
 

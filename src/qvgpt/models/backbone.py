@@ -1,5 +1,6 @@
 """What a trunk must offer to carry value heads."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -61,6 +62,11 @@ class Backbone(Protocol):
         that is not one more than the one before it begins another text, which sees only itself.
         With a `cache` the tokens continue what it holds, and it grows by the real ones.
         """
+        ...
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The layers: what is compiled, recomputed or sharded one by one."""
         ...
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "Backbone":

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
-from qvgpt.models.disk import read_config, read_json, reason
+from qvgpt.models.disk import one_line, read_config, read_json
 from qvgpt.models.lora import (
     ADAPTER,
     LoraConfig,
@@ -131,6 +131,12 @@ class CausalLM(nn.Module):
     def output_weight(self) -> Float[Tensor, "vocab embed"]:
         """The LM head's matrix."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, by the names that the model itself says must not be split."""
+        names = self.model._no_split_modules or ()
+        return [m for m in self.model.modules() if type(m).__name__ in names]
 
     def hidden(
         self,
@@ -280,7 +286,7 @@ class CausalLM(nn.Module):
             )
         except Exception as error:  # whatever transformers raises for a damaged directory
             raise QvgptError(
-                f"{path}: no causal language model can be read: {reason(error)}"
+                f"{path}: no causal language model can be read: {one_line(error)}"
             ) from None
         model, found = loaded
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]

@@ -1,10 +1,13 @@
-"""JSON and safetensors from disk, where a fault is one clear error. Pickles are never read."""
+"""JSON and safetensors on disk, where a fault is one clear error. Pickles are never read."""
 
 import json
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,7 +53,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def reason(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an exception of other packages says, in one line of bearable length."""
     return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
@@ -62,4 +65,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise QvgptError(f"{path}: no readable safetensors file: {reason(error)}") from None
+        raise QvgptError(f"{path}: no readable safetensors file: {one_line(error)}") from None
+
+
+@contextmanager
+def writing(path: Path, then: str = "try again") -> Iterator[None]:
+    """What is written of `path` in here and fails, as on a full disk, is one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise QvgptError(
+            f"{path}: cannot be written ({reason}): make room there, then {then}"
+        ) from error

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
-from qvgpt.models.disk import load_tensors, read_config, reason
+from qvgpt.models.disk import load_tensors, one_line, read_config
 
 _BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
 
@@ -343,7 +343,7 @@ class GPT(nn.Module):
             model.load_state_dict(state)
         except Exception as error:  # whatever sizes that make no sense lead to
             raise QvgptError(
-                f"{path}: the weights do not fit config.json: {reason(error)}"
+                f"{path}: the weights do not fit config.json: {one_line(error)}"
             ) from None
         return model.to(state["head.weight"].dtype if dtype == "auto" else getattr(torch, dtype))
 

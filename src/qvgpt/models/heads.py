@@ -78,6 +78,11 @@ class QHead(nn.Module):
         elif config.kind == "mlp":
             self.project = nn.Linear(embed_dim, width)
 
+    def train(self, mode: bool = True) -> "QHead":
+        """What was kept is forgotten: sharded weights change in ways that nobody sees."""
+        self._mean = None
+        return super().train(mode)
+
     def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
         """f(s): the part that does not depend on the token."""
         if self.kind == "linear":
@@ -86,8 +91,8 @@ class QHead(nn.Module):
         return projected.relu() if self.kind == "mlp" else projected
 
     def mean_weight(self) -> Float[Tensor, "features"]:
-        """w̄; that of a slow copy is kept until the copy moves, for decoding asks at each token."""
-        if self.weight.requires_grad:
+        """w̄; that of a slow copy is kept while decoding, which asks at each token."""
+        if self.training or self.weight.requires_grad:
             return self.weight.mean(0)
         # in-place changes count up; only fused optimizers do not, which never touch a slow copy
         state = (self.weight._version, self.weight.data_ptr())

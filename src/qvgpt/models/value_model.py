@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
-from qvgpt.models.disk import load_tensors, read_config, read_json, reason
+from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.lora import ADAPTER
@@ -77,6 +77,11 @@ class ValueModel(nn.Module):
         if self.trunk_is_frozen:
             self.trunk.eval()
         return self
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers' class names, as Accelerate asks for them where it shards."""
+        return sorted({type(block).__name__ for block in self.trunk.blocks})
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +148,7 @@ class ValueModel(nn.Module):
                 q = [_scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
-            found["v"] = heads.v(states)
+            found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
         return found
 
     def save(self, path: str | Path, merged: bool = True) -> None:
@@ -175,7 +180,12 @@ class ValueModel(nn.Module):
             return
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
-        config = {
+        self.save_config(path)
+
+    def save_config(self, path: str | Path) -> None:
+        """Write `value_config.json` alone: the tensors stay."""
+        assert self.heads is not None
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "heads": asdict(self.heads.config),
             "trunk": "shared",
@@ -186,7 +196,7 @@ class ValueModel(nn.Module):
             config["template"] = asdict(self.tokenizer.template)
             config["end_ids"] = sorted(self.tokenizer.template.end_ids)
             config["tokenizer_sha256"] = self.tokenizer.sha256
-        (path / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (Path(path) / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -227,7 +237,7 @@ class ValueModel(nn.Module):
         try:
             heads = HeadsConfig(**config["heads"])
         except (KeyError, TypeError, QvgptError) as error:
-            raise QvgptError(f"{path}/value_config.json: bad heads: {reason(error)}") from None
+            raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
         tensors = _head_tensors(path, heads)
         model = cls(trunk, heads, tokenizer, freeze_trunk)
         known = ValueInfo.__dataclass_fields__
@@ -236,7 +246,7 @@ class ValueModel(nn.Module):
             as_module(model.heads).load_state_dict(tensors)
         except RuntimeError as error:
             raise QvgptError(
-                f"{path}/value_heads.safetensors: does not fit value_config.json: {reason(error)}"
+                f"{path}/value_heads.safetensors: does not fit value_config.json: {one_line(error)}"
             ) from None
         as_module(model.heads).to(model.device)
         return model

@@ -1,0 +1,92 @@
+"""How benchmarks measure: candidates take turns, ratios within a turn, peaks of memory."""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], blocks: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each candidate's step in each block; the order turns from block to block."""
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for block in range(blocks):
+        turn = block % len(names)
+        for name in names[turn:] + names[:turn]:
+            synchronize()
+            started = time.perf_counter()
+            steps[name]()
+            synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """Median over the blocks of over ÷ under, with its 95 % bootstrap interval."""
+    ratios = np.asarray(over) / np.asarray(under)
+    drawn = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def extra_peak(step: Callable[[], Any]) -> int:
+    """Bytes that a step needs for a while on top of what is there before it and after it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")
+
+
+def in_process(script: str, **job: Any) -> Any:
+    """What `script --worker JOB` prints, as JSON: memory and threads start afresh there."""
+    command = [sys.executable, script, "--worker", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 2048, seconds: float = 3.0) -> float:
+    """Floating-point operations a second of a square matrix product, at its best."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
