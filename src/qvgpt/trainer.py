@@ -20,6 +20,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
+from qvgpt.plan import plan
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred
 
@@ -95,18 +96,22 @@ class TrainConfig:
     """Go on from the newest checkpoint in output."""
     accept_changes: bool = False
     """Go on although settings, data or tokenizer are not those the run began with."""
+    dry_run: bool = False
+    """Write nothing: try the heaviest batch and say what memory and time the training needs."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
     """From files to files; returns what it writes to summary.json.
 
-    Bad input raises `QvgptError` before anything is written.
+    Bad input raises `QvgptError` before anything is written. A dry run returns what `plan` found.
     """
     console = console or Console(stderr=True)
     output = Path(config.output)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
-        if goes_on:  # before anything is read that another process might write
+        if (
+            goes_on and not config.dry_run
+        ):  # before anything is read that another process might write
             lock.enter_context(alone_in(output))
         return _train(config, console, goes_on, lock)
 
@@ -120,7 +125,8 @@ def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack
         _say_what_changed(config, record, finished, console)
         if finished:
             console.print(f"{output}: this run is finished")
-            _clear(output)
+            if not config.dry_run:
+                _clear(output)
             return json.loads((output / "summary.json").read_text())
     model = _start(config, objectives, newest_checkpoint(output / "checkpoints"), console)
     data, counts = _load(config, config.data, model, console)
@@ -128,6 +134,8 @@ def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
     refuse(model, data, objectives, config.fit, eval_data)
+    if config.dry_run:
+        return plan(model, data, objectives, config.fit, eval_data, console)
     # not config.resume: a run that another process began meanwhile is not ours
     open_run(output, "train", record, goes_on, config.accept_changes)
     if not goes_on:
