@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvgpt.cli import COMMANDS, main
 from qvgpt.envs.random_walk import RandomWalks
@@ -439,3 +440,40 @@ def test_no_permission_is_one_line(call, tmp_path):
     code, _, err = call("train", "--config", "YAML", "--output", "OUT")
     assert code == 2
     assert "Permission denied" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "MODEL", "--prompt", "ab", "--max_tokens", "3"),
+        ("score", "MODEL", "--data", "DATA"),
+        ("collect", "--model", "MODEL", "--data", "DATA", "--reward", "chrf", "--samples", "1",
+         "--max_tokens", "3", "--limit", "3", "--output", "OUT"),
+        ("evaluate", "--model", "MODEL", "--data", "DATA", "--reward", "chrf", "--betas", "1",
+         "--samples", "1", "--max_tokens", "3", "--limit", "3", "--output", "OUT"),
+    ],
+)  # fmt: skip
+def test_a_model_is_read_in_bfloat16_onto_a_device(words, call, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "qvgpt.models.causal_lm.CausalLM._try", lambda self: read.append(self.output_weight)
+    )
+    code, _, err = call(*words, "--dtype", "bfloat16", "--device_map", "cpu")
+    assert (code, [(w.dtype, w.device.type) for w in read]) == (0, [(torch.bfloat16, "cpu")]), err
+    code, out, err = call(*words, "--dtype", "float8")
+    assert (code, out) == (2, "")
+    assert err == (
+        "qvgpt: error: dtype: expected 'float32' or 'bfloat16' or 'auto', found float8\n"
+    )
+
+
+def test_adapters_are_trained_by_options(call, tmp_path):
+    words = ("train", "--config", "YAML", "--model", "MODEL", "--output", "OUT")
+    code, _, err = call(*words, "--lora.rank", "2", "--lora.target_modules", "c_attn", "c_proj")
+    assert code == 0, err
+    said = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert said["r"] == 2
+    assert {name.rpartition(".")[2] for name in said["target_modules"]} == {"c_attn", "c_proj"}
+    code, out, err = call(*words, "--lora.rank", "0")
+    assert (code, out) == (2, "")
+    assert "lora.rank: must be at least 1, not 0" in err

@@ -305,6 +305,23 @@ def test_command_writes_summary_and_report(task, tmp_path, capsys):
     assert "guided" in capsys.readouterr().out
 
 
+def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model):
+    assert evaluate(task)["recommended"] is None
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    summary = evaluate(replace(task, recommend=True, output=str(tmp_path / "again")))
+    best = max(summary["rows"], key=lambda row: row["mean"])
+    assert summary["recommended"] == best["method"]
+    found = ValueModel.from_pretrained(tmp_path / "model").info.recommended_guidance
+    assert (found or {"beta": 0})["beta"] == best["beta"]
+    assert best["beta"] == 0 or found["temperature"] == best["temperature"]
+    changed = {p.name for p in (tmp_path / "model").iterdir() if kept[p.name] != p.read_bytes()}
+    assert changed <= {"value_config.json"}
+    ValueModel(model.trunk, None, model.tokenizer).save(tmp_path / "plain")
+    plain = replace(task, model=str(tmp_path / "plain"), betas=[], recommend=True)
+    with pytest.raises(QvgptError, match="recommend: there are no value heads"):
+        evaluate(replace(plain, output=str(tmp_path / "third")))
+
+
 def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     first = evaluate(task)
     before = (tmp_path / "out" / "summary.json").read_text()

@@ -147,13 +147,16 @@ def test_advice_is_sorted_by_what_it_saves():
     assert saved == sorted(saved, reverse=True)
     changes = {a["change"]: a["saves_mib"] for a in advice}
     assert changes["fit.micro_batch_size: 1"] == 750
-    assert changes["fit.bf16: true"] == 400
+    assert changes["fit.gradient_checkpointing: true"] == 600
     assert "freeze_trunk: true" in changes
     frozen = replace(OPTIONS, bf16=True, batch_size=1)
     training = Training(model(), texts(), parse_objectives(["LM"]), frozen)
     heaviest = training.my_batches(training.data, [0], None)[0]
     advice = planning._advice(training, heaviest, static, 1000 * MIB, 500 * MIB)
-    assert [a["change"].split(":")[0] for a in advice] == ["max_length"]
+    assert [a["change"].split(":")[0] for a in advice] == [
+        "fit.gradient_checkpointing",
+        "max_length",
+    ]
 
 
 def test_available_memory_is_no_more_than_a_limit(monkeypatch):

@@ -20,6 +20,7 @@ from torch import Tensor
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
 from qvgpt.models.disk import load_tensors, read_json, writing
+from qvgpt.models.lora import ADAPTER
 from qvgpt.models.value_model import ValueModel, load_trunk
 
 MANIFEST = "manifest.json"
@@ -85,7 +86,7 @@ def save_model(
     shutil.rmtree(staged, ignore_errors=True)
     try:
         with writing(final, "go on with --resume; what was saved before is whole"):
-            model.save(staged)
+            model.save(staged, merged=False)
             if add is not None:
                 add(staged)
             manifest = {
@@ -166,7 +167,12 @@ def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimi
 
 def load_model(path: Path, model: ValueModel) -> None:
     """Put the weights of an artefact into a model of the same shape."""
-    saved = {f"trunk.{k}": v for k, v in as_module(load_trunk(path)).state_dict().items()}
+    if model.trunk.lora is not None:  # their base is in the model already, and stays as it is
+        model.trunk.load_adapter(path / ADAPTER)
+        trunk = model.trunk
+    else:
+        trunk = as_module(load_trunk(path))
+    saved = {f"trunk.{k}": v for k, v in trunk.state_dict().items()}
     heads = path / "value_heads.safetensors"
     if heads.exists():
         saved |= {f"heads.{k}": v for k, v in load_tensors(heads).items()}

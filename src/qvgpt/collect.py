@@ -20,6 +20,7 @@ from qvgpt.decode.engine import Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import alone_in, check_run, open_run, write_json
 from qvgpt.sampling import TextProgress, check_references, load_prompts
@@ -76,6 +77,10 @@ class CollectConfig:
     """Use only this many prompts, from the top."""
     seed: int = 0
     """Of sampling: every completion has its own, whatever the batch."""
+    dtype: Dtype = "float32"
+    """Of the language model's weights in memory; auto: as they are stored."""
+    device_map: str | None = None
+    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     resume: bool = False
     """Go on with a collection that was stopped."""
 
@@ -93,7 +98,9 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         )
     if config.max_batch < 1:
         raise QvgptError("collect: max_batch must be at least 1")
-    model = ValueModel.from_pretrained(config.model)
+    model = ValueModel.from_pretrained(
+        config.model, dtype=config.dtype, device_map=config.device_map
+    )
     if config.beams < 0:
         raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
     if config.compare_with == "samples" and config.samples < 2:

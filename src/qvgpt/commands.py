@@ -20,6 +20,7 @@ from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
 from qvgpt.sampling import TextProgress, check_room, load_prompts
@@ -102,6 +103,10 @@ class GenerateConfig:
     """The same seed gives the same texts."""
     max_batch: int = 64
     """Texts written at once."""
+    dtype: Dtype = "float32"
+    """Of the language model's weights in memory; auto: as they are stored."""
+    device_map: str | None = None
+    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     values: bool = False
     """Show the tokens coloured by advantage, with their Q and V."""
     output: str | None = None
@@ -112,7 +117,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Stream one text, or write many as JSONL."""
     if (config.prompt is None) == (config.data is None):
         raise QvgptError("generate: give either --prompt or --data")
-    model = ValueModel.from_pretrained(config.model)
+    model = ValueModel.from_pretrained(
+        config.model, dtype=config.dtype, device_map=config.device_map
+    )
     if config.values and model.heads is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
     guidance = _guidance(model, config)
@@ -260,13 +267,19 @@ class ScoreConfig:
     """Directory for scores.jsonl and summary.json; new or empty."""
     show: int = 50
     """Rows of the table."""
+    dtype: Dtype = "float32"
+    """Of the language model's weights in memory; auto: as they are stored."""
+    device_map: str | None = None
+    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
     if not config.data:
         raise QvgptError("--data: missing")
-    model = ValueModel.from_pretrained(config.model)
+    model = ValueModel.from_pretrained(
+        config.model, dtype=config.dtype, device_map=config.device_map
+    )
     if model.heads is None or model.tokenizer is None:
         raise QvgptError(f"{config.model}: has no value heads to score with")
     texts, _ = load_trajectories(config.data, model.tokenizer)

@@ -23,6 +23,7 @@ from qvgpt.compare import (
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
@@ -83,6 +84,13 @@ class EvaluateConfig:
     """As in `collect`: BLEU's brevity penalty in every prefix (only read if shaped)."""
     texts: int = 4
     """Prompts whose texts are shown in the report."""
+    recommend: bool = False
+    """Write the guidance with the best mean reward into the model, for `generate` and `export` to
+    use where nothing is said. Choose it on validation data, never on those of the final figures."""
+    dtype: Dtype = "float32"
+    """Of the language model's weights in memory; auto: as they are stored."""
+    device_map: str | None = None
+    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     resume: bool = False
     """Make the results anew in a directory that holds the same run."""
 
@@ -92,13 +100,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     started = time.perf_counter()
     check_run(config.output, "evaluate", asdict(config), config.resume)
     _refuse(config)
-    model = ValueModel.from_pretrained(config.model)
+    kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
+    model = ValueModel.from_pretrained(config.model, **kept)
     if model.heads is None and any(config.betas):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
+    if config.recommend and model.heads is None:
+        raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     base = None
     if config.base is not None:
-        base = ValueModel.from_pretrained(config.base)
+        base = ValueModel.from_pretrained(config.base, **kept)
         refuse_other_tokens(model, base)
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
@@ -132,6 +143,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "samples": config.samples,
         "rows": [row.as_dict() for row in rows],
         "values": values,
+        "recommended": _recommend(model, rows, config) if config.recommend else None,
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
@@ -148,6 +160,15 @@ def _refuse(config: EvaluateConfig) -> None:
             raise QvgptError(f"evaluate: {name} must be at least {least}")
     if not config.temperatures:
         raise QvgptError("evaluate: temperatures must not be empty")
+
+
+def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
+    """Let the best method be what the model recommends: its name. The base is none to recommend."""
+    best = max(rows, key=lambda row: (row.score.value, -row.guidance.beta))
+    guided = best.guidance.beta > 0
+    model.info.recommended_guidance = asdict(best.guidance) if guided else None
+    model.save_config(config.model)
+    return best.method
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:

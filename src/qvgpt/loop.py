@@ -76,6 +76,8 @@ class FitOptions:
     """Autocast to bfloat16; the value heads stay in fp32."""
     compiled: bool = False
     """Compile the trunk's layers (torch.compile): slow to start, needs a C++ compiler on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute the trunk's activations anew in the backward pass: less memory, a third more time."""
     eval_every: int | None = None
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = None
@@ -136,6 +138,7 @@ class Training:
         )
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
+        model.trunk.set_gradient_checkpointing(options.gradient_checkpointing)
         if options.compiled:
             for block in model.trunk.blocks:
                 block.compile()
@@ -457,6 +460,15 @@ def refuse(
         )
     if model.trunk_is_frozen and not objectives.teaches_values:
         raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    trunk: Any = model.trunk
+    short = {str(p.dtype)[6:] for p in trunk.parameters() if p.requires_grad and p.itemsize < 4}
+    if short:
+        raise QvgptError(
+            f"dtype: weights of {short.pop()} have too few digits to be trained: add lora or "
+            "freeze_trunk (fit.bf16 computes in bfloat16 and keeps weights of float32)"
+        )
+    if model.trunk_is_frozen and options.gradient_checkpointing:
+        raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
     if options.keep_best and options.keep_best not in (parts := objectives.parts):

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from qvgpt.data.batches import batches
 from qvgpt.loop import FitOptions, Training
+from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives
 from qvgpt.trajectory import Trajectory, TrajectoryBatch
@@ -288,7 +289,10 @@ def _advice(
     activations: int,
     missing: int,
 ) -> list[dict[str, Any]]:
-    """What would save memory, best first, with rough numbers of what it saves."""
+    """What would save memory, best first, with rough numbers of what it saves.
+
+    The shares of the activations were measured on small GPTs (8 layers of 256, batches of 32).
+    """
     model, options = training.bare, training.options
     texts, longest = len(heaviest.action), heaviest.tokens.size(1)
     found: list[tuple[str, float, str]] = []
@@ -300,17 +304,23 @@ def _advice(
     if longest > 2:
         found.append((f"max_length: {longest // 2}", activations / 2, "drops or cuts longer texts"))
     if not options.bf16:
-        found.append(("fit.bf16: true", 0.4 * activations, "activations only"))
-    trained = sum(p.nbytes for p in model.trunk.parameters() if p.requires_grad)
+        found.append(("fit.bf16: true", 0.3 * activations, "activations only"))
+    trunk: Any = model.trunk
+    trained = sum(p.nbytes for p in trunk.parameters() if p.requires_grad)
+    if trained and not options.gradient_checkpointing:
+        saved = 0.6 * activations
+        found.append(("fit.gradient_checkpointing: true", saved, "a third more time"))
+    if trained and trunk.lora is None and not isinstance(trunk, GPT):
+        found.append(("lora: {rank: 16}", 3 * trained, "a new run"))
     if trained and training.objectives.teaches_values:
         saved = 3 * trained + 0.7 * activations  # gradients, two moments
-        found.append(("freeze_trunk: true", saved, "needs a trained model; values only"))
+        found.append(("freeze_trunk: true", saved, "a new run, from a trained model; values only"))
     if model.heads is not None and model.heads.config.kind != "low_rank":
         matrix: Any = model.heads.q[0].weight
         rank = min(64, matrix.size(1))
         copies = 5 * model.heads.config.num_q  # weight, gradient, two moments, slow target
         saved = copies * matrix.nbytes * (1 - rank / matrix.size(1))
-        found.append((f"heads: {{kind: low_rank, rank: {rank}}}", saved, "heads of a new model"))
+        found.append((f"heads: {{kind: low_rank, rank: {rank}}}", saved, "a new run"))
     return [
         {"change": change, "saves_mib": round(saved / MIB, 1), "note": note}
         for change, saved, note in sorted(found, key=lambda f: -f[1])

@@ -16,8 +16,10 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.loop import FitOptions, fit, refuse
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
@@ -26,8 +28,8 @@ from qvgpt.trajectory import Trajectory, centred
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
-_FIXED = ("gpt.", "heads.", "model.", "freeze_trunk.", "tokenizer.kind.", "tokenizer.vocab_size.",
-          "fit.keep_best.")  # fmt: skip
+_FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
+          "tokenizer.vocab_size.", "fit.keep_best.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class TrainConfig:
     hard the prompt is. Values then are differences to that mean, and the model says so."""
     freeze_trunk: bool = False
     """Leave the language model as it is and train the value heads only."""
+    dtype: Dtype = "float32"
+    """Of the weights of the model to start from, in memory and in the result; auto: as they are
+    stored. Other than float32 only with lora or freeze_trunk; the value heads are float32."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in the place of the language model (needs a model and the extra
+    `peft`). The result is merged; the adapters alone lie in `adapter`, for peft."""
     fit: FitOptions = field(default_factory=FitOptions)
     """How to train."""
     max_length: int | None = None
@@ -109,9 +117,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     output = Path(config.output)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
-        if (
-            goes_on and not config.dry_run
-        ):  # before anything is read that another process might write
+        # before anything is read that another process might write
+        if goes_on and not config.dry_run:
             lock.enter_context(alone_in(output))
         return _train(config, console, goes_on, lock)
 
@@ -194,45 +201,36 @@ def _start(
 ) -> ValueModel:
     """The model to train: that of a checkpoint, a given one, or a new one."""
     torch.manual_seed(config.fit.seed)
-    source, given = newest or config.model, config.tokenizer
-    if source is not None:
-        model = ValueModel.from_pretrained(source, config.freeze_trunk)
-        own = model.tokenizer.sha256 if model.tokenizer is not None else None
-        if newest is not None:
-            _take_tokenizer(config, model, console)
-        elif given.path is not None and Tokenizer.load(given.path).sha256 != own:
-            raise QvgptError(
-                f"tokenizer.path: {given.path} is not the tokenizer of {source}; leave it out"
-            )
-    else:
-        if config.freeze_trunk:
-            raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
-        if given.path is not None:
-            tokenizer = Tokenizer.load(given.path)
-        else:
-            texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
-            tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
-        model = ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
+    if config.lora is not None and (config.model is None or config.freeze_trunk):
+        raise QvgptError("lora: adapts a given model: say which, and leave freeze_trunk off")
+    # checkpoints hold adapters alone: what they adapt is the model that the run began with
+    source = config.model if config.lora is not None else newest or config.model
+    model = _new(config) if source is None else _given(config, source, newest)
+    if newest is not None:
+        _take_tokenizer(config, model, newest, console)
     if model.heads is not None and config.heads not in (None, model.heads.config):
         raise QvgptError(f"heads: {source} has other ones, {model.heads.config}; leave heads out")
     if model.heads is None and objectives.learns_values:
-        if newest is not None:
+        if newest is not None and config.lora is None:
             raise QvgptError(
                 f"objectives: {newest} has no value heads and a run cannot gain them; give it as "
                 "--model of a new run"
             )
         heads = config.heads or HeadsConfig()
-        return ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
+        model = ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
+    if config.lora is not None:
+        model.trunk.add_lora(config.lora)
     return model
 
 
-def _take_tokenizer(config: TrainConfig, model: ValueModel, console: Console) -> None:
+def _take_tokenizer(config: TrainConfig, model: ValueModel, newest: Path, console: Console) -> None:
     """Compare the tokenizer a run began with to that of its source, if there still is one."""
+    model.tokenizer = Tokenizer.load(newest)
     source = config.tokenizer.path or config.model
     if source is None or not Path(source).exists():
         return
     tokenizer = Tokenizer.load(source)
-    if model.tokenizer is not None and tokenizer.sha256 == model.tokenizer.sha256:
+    if tokenizer.sha256 == model.tokenizer.sha256:
         return
     if not config.accept_changes:
         raise QvgptError(
@@ -246,6 +244,30 @@ def _take_tokenizer(config: TrainConfig, model: ValueModel, console: Console) ->
         )
     console.print(f"goes on with another tokenizer, that of {source}", soft_wrap=True)
     model.tokenizer = tokenizer
+
+
+def _given(config: TrainConfig, source: str | Path, newest: Path | None) -> ValueModel:
+    model = ValueModel.from_pretrained(
+        source, config.freeze_trunk, config.lora is not None, config.dtype
+    )
+    own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
+    if newest is None and path is not None and Tokenizer.load(path).sha256 != own:
+        raise QvgptError(f"tokenizer.path: {path} is not the tokenizer of {source}; leave it out")
+    return model
+
+
+def _new(config: TrainConfig) -> ValueModel:
+    given = config.tokenizer
+    if config.freeze_trunk:
+        raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
+    if config.dtype != "float32":
+        raise QvgptError("dtype: a GPT from scratch has weights of float32")
+    if given.path is not None:
+        tokenizer = Tokenizer.load(given.path)
+    else:
+        texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
+        tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
+    return ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
 
 
 def _load(

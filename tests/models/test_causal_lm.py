@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from tiny_hf import FAMILIES, SIZES, TOKENIZER, make_hf
 from transformers import AutoModelForCausalLM
 
 from qvgpt.checkpoint import load_model, newest_checkpoint
 from qvgpt.collect import CollectConfig, collect
-from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.guided_head import load_guided
@@ -26,39 +26,7 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.trainer import TrainConfig, train
 from qvgpt.trajectory import Trajectory, collate
 
-TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz :?"], "char")
-SIZES = {
-    "vocab_size": TOKENIZER.vocab_size,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
-FAMILIES = {
-    "llama": ("LlamaConfig", {}),
-    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", {"sliding_window": 6}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 6, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": 6}),
-}
 PROMPTS = [[1, 12, 7, 20, 2], [1, 12], [1], [1, 30, 8, 8, 8, 17, 21, 9, 2]]
-
-
-def make_hf(family, **options):
-    name, more = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**SIZES, **more, **options})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
 
 
 @pytest.fixture(params=FAMILIES)

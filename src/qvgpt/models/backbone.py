@@ -1,10 +1,13 @@
 """What a trunk must offer to carry value heads."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+Dtype = Literal["float32", "bfloat16", "auto"]
+"""Of a trunk's weights in memory; auto: as they are stored."""
 
 
 @runtime_checkable
@@ -37,6 +40,8 @@ class Backbone(Protocol):
     seq_len: int
     softcap: float | None
     """c where logits are c·tanh(hidden @ output_weight.T / c), as Gemma 2 caps them."""
+    lora: Any
+    """The `LoraConfig` of adapters that are trained in the place of the trunk, or None."""
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab embed"]:
@@ -70,6 +75,10 @@ class Backbone(Protocol):
 
     def set_dropout(self, rate: float) -> None:
         """Drop another share of activations while training."""
+        ...
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a layer's input alone while training; the backward pass computes the rest anew."""
         ...
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

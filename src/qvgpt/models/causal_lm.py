@@ -20,7 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import read_json
+from qvgpt.models.lora import (
+    ADAPTER,
+    LoraConfig,
+    add_lora,
+    base_sha256,
+    load_adapter,
+    merged_state,
+    save_adapter,
+)
 
 _SLACK = 32  # columns that no row needs any more are cut off once there are so many
 
@@ -59,14 +69,15 @@ class ColumnCache:
         """A copy with the given rows, in the given order; a row may be taken more than once."""
         past = DynamicCache()
         for i, layer in enumerate(self._layers()):
-            past.update(layer.keys[rows], layer.values[rows], i)
+            at = rows.to(layer.keys.device)
+            past.update(layer.keys[at], layer.values[at], i)
         picked = ColumnCache(self.mask[rows], self.capacity, past)
         picked.longest = self.longest
         return picked
 
     def reorder(self, rows: Int[Tensor, "rows"]) -> None:
         """Let row i be what row `rows[i]` was."""
-        self._map(lambda x: x[rows])
+        self._map(lambda x: x[rows.to(x.device)])
         self.mask = self.mask[rows]
 
     def insert(self, rows: Int[Tensor, "rows"], other: "ColumnCache") -> None:
@@ -79,7 +90,8 @@ class ColumnCache:
                 self.past.update(keys.new_zeros(size), values.new_zeros(size), i)
         for layer, (keys, values) in zip(self._layers(), theirs, strict=True):
             layer.keys, layer.values = _widen(layer.keys, width), _widen(layer.values, width)
-            layer.keys[rows], layer.values[rows] = _widen(keys, width), _widen(values, width)
+            at = rows.to(keys.device)
+            layer.keys[at], layer.values[at] = _widen(keys, width), _widen(values, width)
         self.mask = F.pad(self.mask, (width - self.mask.size(1), 0))
         self.mask[rows] = F.pad(other.mask, (width - other.mask.size(1), 0))
         self.longest = max(self.longest, other.longest)
@@ -100,6 +112,8 @@ def _widen(x: Float[Tensor, "batch heads columns dim"], width: int) -> Tensor:
 
 class CausalLM(nn.Module):
     """A `transformers` causal LM seen as hidden states and an output matrix."""
+
+    lora: LoraConfig | None = None
 
     def __init__(self, model: Any):
         super().__init__()
@@ -164,7 +178,8 @@ class CausalLM(nn.Module):
         return out.gather(1, back[:, :, None].expand_as(out))
 
     def _base(self, tokens: Tensor, **options: Any) -> Tensor:
-        return self.model.base_model(input_ids=tokens, **options).last_hidden_state
+        hidden = self.model.base_model(input_ids=tokens, **options).last_hidden_state
+        return hidden.to(self.output_weight.device)  # a device map may put it elsewhere
 
     def new_cache(self, batch: int, capacity: int) -> ColumnCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
@@ -175,12 +190,26 @@ class CausalLM(nn.Module):
 
     def set_dropout(self, rate: float) -> None:
         """Drop another share of activations while training; `config.json` stays."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and ".lora_dropout." not in name:
                 module.p = rate
-            for name in ("attention_dropout", "dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, rate)
+            for own in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, own, None), float):
+                    setattr(module, own, rate)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a layer's input alone while training; the backward pass computes the rest anew."""
+        model, name = self.model, "activation_checkpointing"
+        if not hasattr(model, f"{name}_enable"):
+            name = "gradient_checkpointing"  # as transformers called it before
+        if not on:
+            getattr(model, f"{name}_disable")()
+            return
+        if not model.supports_gradient_checkpointing:
+            raise QvgptError(f"{type(model).__name__}: transformers cannot checkpoint its layers")
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+        if hasattr(model, "_require_grads_hook"):
+            model.disable_input_require_grads()  # only the reentrant kind needs gradients there
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "CausalLM":
         """A copy whose LM head is `weight`, untied from the token embedding."""
@@ -190,21 +219,51 @@ class CausalLM(nn.Module):
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
         model.set_output_embeddings(head)
-        return CausalLM(model)
+        other = CausalLM(model)
+        if self.lora is not None:
+            other.lora, other.base_sha256 = self.lora, self.base_sha256
+        return other
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Let fresh adapters be trained in the place of the model's own weights."""
+        if self.lora is not None:
+            raise QvgptError("lora: the model has adapters already")
+        add_lora(self.model, config)
+        self.lora, self.base_sha256 = config, base_sha256(self.model)
+
+    def save_adapter(self, path: Path) -> None:
+        """Write the adapters alone, in peft's format."""
+        save_adapter(self.model, path, self.base_sha256)
+
+    def load_adapter(self, path: Path) -> None:
+        """Put saved adapters in the place of those that `add_lora` made."""
+        load_adapter(self.model, path, self.base_sha256)
 
     def save(self, path: str | Path, **config: Any) -> None:
-        """Write the Hugging Face directory; `config` adds keys such as eos_token_id."""
+        """Write the Hugging Face directory; `config` adds keys such as eos_token_id.
+
+        Adapters are merged there, and stand in `adapter` beside.
+        """
         path = Path(path)
         logging.disable_progress_bar()
-        self.model.save_pretrained(path)
+        merged = None if self.lora is None else merged_state(self.model)
+        self.model.save_pretrained(path, state_dict=merged)
+        if self.lora is not None:
+            self.save_adapter(path / ADAPTER)
         if config:
             said = read_json(path / "config.json") | config
             (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "CausalLM":
-        """Read a Hugging Face directory: known architectures and safetensors only, in fp32.
+    def load(
+        cls,
+        path: str | Path,
+        dtype: Dtype = "float32",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> "CausalLM":
+        """Read a Hugging Face directory: known architectures and safetensors only.
 
+        `device_map` is accelerate's: "auto", a device, or module → device; None: the CPU.
         Raises `QvgptError` where it holds code of its own, no such model, or weights that do not
         fit.
         """
@@ -226,16 +285,24 @@ class CausalLM(nn.Module):
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=dtype,
+                device_map=device_map,
                 output_loading_info=True,
             )
         except Exception as error:  # whatever transformers raises for a damaged directory
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise QvgptError(f"{path}: no causal language model can be read: {reason}") from None
         model, found = loaded
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:
             raise QvgptError(f"{path}: the weights do not fit config.json: {wrong[0]} and more")
+        places = (getattr(model, "hf_device_map", None) or {}).values()
+        head = model.get_output_embeddings()
+        if "disk" in places or (head is not None and head.weight.is_meta):
+            raise QvgptError(
+                f"device_map: {device_map!r} leaves weights on disk, or the LM head where values "
+                "cannot read it: there must be memory for them"
+            )
         return cls(model.eval())
 
     @torch.no_grad()

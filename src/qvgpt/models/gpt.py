@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import load_tensors, read_json
 
 _BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
@@ -159,6 +161,7 @@ class GPT(nn.Module):
     """A decoder-only transformer language model; `model(tokens)` gives next-token logits."""
 
     softcap: float | None = None  # of the logits; GPT-2 has none
+    lora: None = None  # a GPT-2 to be adapted is read as `CausalLM`
 
     def __init__(
         self,
@@ -184,6 +187,7 @@ class GPT(nn.Module):
         }
         self.vocab_size, self.embed_dim = vocab_size, embed_dim
         self.seq_len, self.num_heads = seq_len, num_heads
+        self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(seq_len, embed_dim)
         self.drop = nn.Dropout(dropout)
@@ -211,6 +215,10 @@ class GPT(nn.Module):
                 module.p = rate
             elif isinstance(module, Attention):
                 module.dropout = rate
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep a block's input alone while training; the backward pass computes the rest anew."""
+        self.gradient_checkpointing = on
 
     def forward(
         self,
@@ -249,7 +257,10 @@ class GPT(nn.Module):
             positions = _default_positions(tokens, mask)
         x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
-            x = block(x, visible, cache, layer, slot)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = checkpoint(block, x, visible, use_reentrant=False)
+            else:
+                x = block(x, visible, cache, layer, slot)
         if cache is not None and mask is not None:
             cache.length = cache.length + mask.sum(1)
         return self.norm(x)
@@ -301,7 +312,7 @@ class GPT(nn.Module):
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "GPT":
+    def load(cls, path: str | Path, dtype: Dtype = "float32") -> "GPT":
         """Read a Hugging Face GPT-2 directory; raises `QvgptError` where it is none."""
         path = Path(path)
         hf = read_json(path / "config.json")
@@ -328,7 +339,7 @@ class GPT(nn.Module):
             model.load_state_dict(state)
         except RuntimeError as error:
             raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
-        return model
+        return model.to(state["head.weight"].dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:

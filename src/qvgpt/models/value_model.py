@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
-from qvgpt.models.backbone import Backbone, as_module
+from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.disk import load_tensors, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.lora import ADAPTER
 from qvgpt.models.vocab import entropy, log_prob, product_dtype, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
@@ -67,7 +68,8 @@ class ValueModel(nn.Module):
         self.tokenizer = tokenizer
         self.info = ValueInfo()
         self.trunk_is_frozen = freeze_trunk
-        self.trunk.requires_grad_(not freeze_trunk)
+        if freeze_trunk or trunk.lora is None:  # else the adapters alone are trained
+            self.trunk.requires_grad_(not freeze_trunk)
 
     def train(self, mode: bool = True) -> "ValueModel":
         """A frozen trunk stays in evaluation mode: no dropout under the heads."""
@@ -149,8 +151,11 @@ class ValueModel(nn.Module):
             found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
         return found
 
-    def save(self, path: str | Path) -> None:
-        """Write the artefact described at the head of this file."""
+    def save(self, path: str | Path, merged: bool = True) -> None:
+        """Write the artefact described at the head of this file.
+
+        Without `merged`, adapters of the trunk are all that is written of it.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         extra: dict[str, Any] = {}
@@ -165,14 +170,22 @@ class ValueModel(nn.Module):
             generation = extra | {"eos_token_id": sorted(template.end_ids)}
             (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
             extra["qvgpt"] = {"tokenizer_sha256": self.tokenizer.sha256}
-        self.trunk.save(path, **extra)
+        if merged or self.trunk.lora is None:
+            self.trunk.save(path, **extra)
+        else:
+            self.trunk.save_adapter(path / ADAPTER)
         if self.heads is None:
             for stale in ("value_config.json", "value_heads.safetensors"):
                 (path / stale).unlink(missing_ok=True)
             return
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
-        config = {
+        self.save_config(path)
+
+    def save_config(self, path: str | Path) -> None:
+        """Write `value_config.json` alone: the tensors stay."""
+        assert self.heads is not None
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "heads": asdict(self.heads.config),
             "trunk": "shared",
@@ -183,15 +196,27 @@ class ValueModel(nn.Module):
             config["template"] = asdict(self.tokenizer.template)
             config["end_ids"] = sorted(self.tokenizer.template.end_ids)
             config["tokenizer_sha256"] = self.tokenizer.sha256
-        (path / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (Path(path) / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, freeze_trunk: bool = False) -> "ValueModel":
-        """Read an artefact, or a plain Hugging Face directory (then without heads)."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        freeze_trunk: bool = False,
+        as_causal_lm: bool = False,
+        dtype: Dtype = "float32",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> "ValueModel":
+        """Read an artefact, or a plain Hugging Face directory (then without heads).
+
+        The other arguments are those of `load_trunk`. Heads are in fp32, and lie where the LM
+        head does.
+        """
         path = Path(path)
         if not path.is_dir():
             raise QvgptError(f"{path}: no such directory; a model directory was expected")
-        trunk, tokenizer = load_trunk(path), Tokenizer.load(path)
+        trunk = load_trunk(path, as_causal_lm, dtype, device_map)
+        tokenizer = Tokenizer.load(path)
         if not (path / "value_config.json").exists():
             ours = read_json(path / "config.json").get("qvgpt") or {}
             if ours.get("tokenizer_sha256") not in (None, tokenizer.sha256):
@@ -217,6 +242,7 @@ class ValueModel(nn.Module):
         known = ValueInfo.__dataclass_fields__
         model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
         model._load_heads(path / "value_heads.safetensors")
+        as_module(model.heads).to(model.device)
         return model
 
     def _load_heads(self, path: Path) -> None:
@@ -227,13 +253,23 @@ class ValueModel(nn.Module):
             raise QvgptError(f"{path}: does not fit value_config.json: {error}") from None
 
 
-def load_trunk(path: Path) -> Backbone:
-    """The language model of a directory: our GPT where it is a GPT-2, else transformers' own."""
-    if read_json(path / "config.json").get("model_type") == "gpt2":
-        return GPT.load(path)
+def load_trunk(
+    path: Path,
+    as_causal_lm: bool = False,
+    dtype: Dtype = "float32",
+    device_map: str | dict[str, Any] | None = None,
+) -> Backbone:
+    """The language model of a directory: our GPT where it is a GPT-2, else transformers' own.
+
+    `as_causal_lm`: transformers' own GPT-2 too, which can be adapted; a `device_map`
+    (accelerate's; for reading alone) asks for it as well.
+    """
+    ours = read_json(path / "config.json").get("model_type") == "gpt2"
+    if ours and not as_causal_lm and device_map is None:
+        return GPT.load(path, dtype)
     from qvgpt.models.causal_lm import CausalLM  # transformers takes seconds to import
 
-    return CausalLM.load(path)
+    return CausalLM.load(path, dtype, device_map)
 
 
 def _scatter(
