@@ -138,6 +138,19 @@ def test_what_does_not_fit_comes_with_advice(monkeypatch, room):
     assert said.startswith("does not fit: ")
 
 
+def test_a_device_that_runs_out_of_memory_is_no_traceback(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "_try", full)
+        found, _ = planned()
+        assert not found["fits"]
+    monkeypatch.setattr(planning, "_try_one_text", full)
+    with pytest.raises(QvgptError, match=r"not even one text fits into the .* MiB of cpu"):
+        planned()
+
+
 def test_advice_is_sorted_by_what_it_saves():
     training = Training(model(), texts(), BOTH, OPTIONS)
     heaviest = training.my_batches(training.data, range(4), None)[0]

@@ -7,6 +7,7 @@ on a GPU what torch's allocator reserved. What is certain beforehand is told apa
     peak = program + weights + gradients + optimizer state + activations
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 
 from qvgpt.data.batches import batches
+from qvgpt.errors import QvgptError
 from qvgpt.loop import FitOptions, Training
 from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
@@ -47,7 +49,7 @@ def plan(
     those of one text times the tokens.
     """
     console = console or Console(stderr=True)
-    loaded = _peak(model.device)  # reading data may need more than training on them
+    loaded = _peak(torch.device("cpu"))  # reading data may need more than training on them
     training = Training(model, data, objectives, options, eval_data)
     device = training.accelerator.device
     available = available_memory(device)
@@ -56,20 +58,29 @@ def plan(
     heaviest = max(micro_batches, key=_padded)
     # with the gradients of another micro-batch there already, as in the middle of a step
     tried = [*[b for b in micro_batches if b is not heaviest][:1], heaviest]
-    program, one_text, static = _try_one_text(training, step.indices)
+    try:
+        program, one_text, static = _try_one_text(training, step.indices)
+    except torch.OutOfMemoryError:
+        raise QvgptError(
+            f"not even one text fits into the {available / MIB:,.0f} MiB of {device}: take a "
+            "smaller model, lora or freeze_trunk"
+        ) from None
     forecast = program + sum(static.values()) + one_text * _padded(heaviest)
     seconds = eval_seconds = 0.0
     measured = forecast <= _SLACK * available
     peak = int(forecast)
     if measured:
-        peak, seconds, eval_seconds = _try(training, tried)
+        try:
+            peak, seconds, eval_seconds = _try(training, tried)
+        except torch.OutOfMemoryError:  # more than one text let expect
+            measured = False
     activations = max(0, peak - program - sum(static.values()))
-    peak = max(peak, loaded)
+    peak = max(peak, loaded) if device.type == "cpu" else peak
     seconds *= step.padded_mean / sum(map(_padded, tried))
     evaluations = training.total_steps // (options.eval_every or training.steps_per_epoch) + 1
     hours = (seconds * training.total_steps + eval_seconds * evaluations) / 3600
     memory = {"program": program, **static, "activations": activations}
-    fits = peak <= _SLACK * available
+    fits = measured and peak <= _SLACK * available
     advice = [] if fits else _advice(training, heaviest, static, activations, peak - available)
     found = {
         "fits": fits,
@@ -156,6 +167,7 @@ def _try_one_text(training: Training, indices: Sequence[int]) -> tuple[int, floa
     text = next((b for b in of_one if bool(b.mask.any())), training.collate([training.data[0]]))
     training.learn([text])
     static = _static(training)
+    _return_freed()
     before = _now(device)
     _begin_peak(device)
     training.learn([text])
@@ -244,6 +256,14 @@ def _cgroup_limit() -> int:
             except (OSError, ValueError):  # not there, or "max"
                 continue
     return min(limits)
+
+
+def _return_freed() -> None:
+    """Let the resident set be what is in use: else a second step hides in what the first freed."""
+    with suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _begin_peak(device: torch.device) -> None:
