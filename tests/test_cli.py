@@ -138,6 +138,17 @@ def test_print_config_and_overrides(call):
     assert "ILQL" not in out
 
 
+def test_a_dry_run_writes_nothing_and_dashes_are_as_good(call, tmp_path):
+    for option in ("--dry-run", "--dry_run", "--dry-run=true"):
+        code, out, err = call("train", "--config", "YAML", "--output", "OUT", option)
+        assert code == 0
+        assert "memory_mib.weights" in out
+        assert err.startswith("fits: ")
+        assert not (tmp_path / "out").exists()
+    code, out, _ = call("train", "--config", "YAML", "--on-too-long", "cut", "--print-config")
+    assert (code, "on_too_long: cut" in out) == (0, True)
+
+
 # what is typed → what is said
 MISTYPED = [
     ("trian", "unknown command 'trian' (did you mean 'train'?)"),

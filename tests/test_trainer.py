@@ -18,7 +18,7 @@ from qvgpt.data.batches import batches
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.loop import FitOptions, fit, step_seed
 from qvgpt.objectives import parse_objectives
-from qvgpt.run import RunProgress, open_run, read_log
+from qvgpt.run import RunProgress, alone_in, open_run, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 from qvgpt.trajectory import centred, collate, mean_return
 
@@ -536,6 +536,20 @@ def rewards_changed(config, tmp_path):
     rows = [{**row, "reward": row["reward"] + 1} for row in ROWS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_a_dry_run_leaves_a_run_alone(half_done):
+    def content():
+        files = [p for p in sorted(Path(half_done.output).rglob("*")) if p.is_file()]
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
+    with alone_in(Path(half_done.output)):  # nor does it need to be alone
+        before[Path(half_done.output) / ".lock"] = (Path(half_done.output) / ".lock").read_bytes()
+        found = train(replace(half_done, dry_run=True), QUIET)
+        assert content() == before
+    assert found["steps"] == 4
+    assert train(half_done, QUIET)["steps"] == 4  # and the record does not count it as a change
 
 
 @pytest.mark.parametrize("which", ["data", "eval_data"])

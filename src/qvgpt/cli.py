@@ -222,8 +222,9 @@ def _arguments(argv: list[str], known: dict[str, Any], positional: str, texts: _
                 raise QvgptError(f"unexpected argument {token!r}: options begin with --")
             token, rest = f"--{positional}", [token, *rest]
         name, equals, value = token.lstrip("-").partition("=")
+        name = name.replace("-", "_")  # --dry-run is as good as --dry_run
         if name in ("h", "help", "print_config") or name.endswith(".help"):
-            last.append(token)
+            last.append("--help" if name == "h" else f"--{name}")
             continue
         kind = str if name == "config" else known.get(name.removesuffix("+"))
         if kind is None:

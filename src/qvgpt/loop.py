@@ -239,17 +239,19 @@ class Training:
 
         Where there are too few texts, a batch in which nothing counts makes up for them.
         """
+        return [
+            self.collate([texts[i] for i in part])
+            if part
+            else nothing_counts(self.collate([texts[indices[0]]]))
+            for part in self.my_parts(indices, size)
+        ]
+
+    def my_parts(self, indices: Sequence[int], size: int | None) -> list[Sequence[int]]:
+        """The indices of each of this process's micro-batches; the last ones may be empty."""
         processes, mine = self.accelerator.num_processes, self.accelerator.process_index
         most = math.ceil(len(indices) / processes)
-        size = size or most
-        share, batches = indices[mine::processes], []
-        for start in range(0, most, size):
-            part = [texts[i] for i in share[start : start + size]]
-            if part:
-                batches.append(self.collate(part))
-            else:
-                batches.append(nothing_counts(self.collate([texts[indices[0]]])))
-        return batches
+        share, size = indices[mine::processes], size or most
+        return [share[start : start + size] for start in range(0, most, size)]
 
     def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
         """The loss and its parts, over all micro-batches as if they were one; with gradients.
@@ -376,9 +378,10 @@ class Training:
         return self.plain if self.accelerator.is_main_process else None
 
     def restore_best(self) -> None:
-        """Put the model of the best evaluation back."""
+        """Put the model of the best evaluation back, after the last step."""
         if self.state.best is None:
             return
+        self.optimizer.state.clear()  # makes room, so that this needs no more memory than a step
         if self.best_weights is not None:
             self.bare.load_state_dict(self.best_weights)
         elif self.best_models is not None and (best := newest_checkpoint(self.best_models)):

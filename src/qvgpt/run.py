@@ -92,7 +92,7 @@ def changed_settings(path: Path, command: str, config: Mapping[str, Any]) -> dic
     return {
         name: f"{name} {old.get(key)!r} → {new.get(key)!r}"
         for key, name in names.items()
-        if name not in ("resume", "accept_changes") and old.get(key) != new.get(key)
+        if name not in ("resume", "accept_changes", "dry_run") and old.get(key) != new.get(key)
     }
 
 

@@ -23,6 +23,7 @@ from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
+from qvgpt.plan import plan
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred
 
@@ -104,20 +105,23 @@ class TrainConfig:
     """Go on from the newest checkpoint in output."""
     accept_changes: bool = False
     """Go on although settings, data or tokenizer are not those the run began with."""
+    dry_run: bool = False
+    """Write nothing: try the heaviest batch and say what memory and time the training needs."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
     """From files to files; returns what it writes to summary.json.
 
-    Bad input raises `QvgptError` before anything is written. Started by `accelerate launch` or
-    `torchrun`, all processes do this together; the main one writes, to a directory they all see.
+    Bad input raises `QvgptError` before anything is written. A dry run returns what `plan` found.
+    Started by `accelerate launch` or `torchrun`, all processes do this together; the main one
+    writes, to a directory they all see.
     """
     state, output = processes(), Path(config.output)
     console = console or Console(stderr=True, quiet=not state.is_main_process)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
         state.wait_for_everyone()  # or one might see what another has just written
-        if goes_on and state.is_main_process:
+        if goes_on and state.is_main_process and not config.dry_run:
             # before anything is read that another run might write
             lock.enter_context(alone_in(output))
         return _train(config, console, goes_on, lock, state)
@@ -138,7 +142,7 @@ def _train(
         _say_what_changed(config, record, finished, console)
         if finished:
             console.print(f"{output}: this run is finished")
-            if state.is_main_process:
+            if state.is_main_process and not config.dry_run:
                 _clear(output)
             return json.loads((output / "summary.json").read_text())
     model = _start(config, objectives, newest_checkpoint(output / "checkpoints"), console)
@@ -147,6 +151,8 @@ def _train(
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
     refuse(model, data, objectives, config.fit, eval_data)
+    if config.dry_run:
+        return plan(model, data, objectives, config.fit, eval_data, console)
     state.wait_for_everyone()  # all have read what there was
     if state.is_main_process:
         # not config.resume: a run that another process began meanwhile is not ours
