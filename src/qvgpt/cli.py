@@ -115,7 +115,8 @@ def _run(name: str, argv: list[str]) -> int:
     if config is None:
         return 0
     summary = function(config)
-    if command.prints_summary:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes: what one says all know
+    if command.prints_summary and first:
         run: Any = import_module("qvgpt.run")
         run.print_summary(summary, run.output_console())
     return 2 if summary.get("faults") else 0
