@@ -1,0 +1,146 @@
+"""The same steps on a CUDA GPU: tokens a second, share of its peak, memory. **Not yet run.**
+
+    python benchmarks/gpu.py              writes gpu.json beside itself
+    python benchmarks/gpu.py --quick      tiny models, on a CPU too; nothing written
+
+Random weights and tokens at three shapes: GPT-2 (124 M, our GPT), Qwen3-0.6B (full weights) and
+an 8 B Qwen3 (LoRA of rank 16 on bfloat16 weights, layers recomputed). Each as plain language
+modelling and with ILQL's low-rank and linear twin heads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measure import in_process, interleaved, matmul_peak, synchronize
+
+from qvgpt.errors import QvgptError
+from qvgpt.loop import FitOptions, Training
+from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.lora import LoraConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import parse_objectives
+from qvgpt.trajectory import Trajectory
+
+HERE = Path(__file__).parent
+HEADS = {"lm": None, "lowrank": HeadsConfig("low_rank", rank=64), "linear": HeadsConfig("linear")}
+QWEN = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 4096}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"batch": 32, "time": 1024},
+    "qwen3-0.6b": {
+        "batch": 8, "time": 1024,
+        "config": QWEN | {"hidden_size": 1024, "intermediate_size": 3072,
+                          "num_hidden_layers": 28, "num_attention_heads": 16,
+                          "tie_word_embeddings": True},
+    },
+    "qwen3-8b-lora": {
+        "batch": 2, "time": 1024, "lora": True,
+        "config": QWEN | {"hidden_size": 4096, "intermediate_size": 12_288,
+                          "num_hidden_layers": 36, "num_attention_heads": 32,
+                          "tie_word_embeddings": False},
+    },
+    "tiny": {
+        "batch": 2, "time": 16, "lora": True,
+        "config": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8,
+                   "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        print(json.dumps(measure(**options.worker)))
+        return
+    if not (options.quick or torch.cuda.is_available()):
+        raise SystemExit("a CUDA GPU is needed; --quick runs tiny models on a CPU")
+    shapes = ["tiny"] if options.quick else [name for name in SHAPES if name != "tiny"]
+    peak = matmul_peak(torch.bfloat16, 256 if options.quick else 8192)
+    steps = 2 if options.quick else options.steps
+    rows = [
+        in_process(__file__, shape=shape, heads=heads, steps=steps, peak=peak)
+        for shape in shapes
+        for heads in HEADS
+    ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    results = {"device": device, "matmul_flops_per_s": peak, "rows": rows}
+    print(json.dumps(results, indent=1))
+    if not options.quick:
+        (HERE / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(shape: str, heads: str, steps: int, peak: float) -> dict[str, Any]:
+    """One candidate in a process of its own."""
+    size = SHAPES[shape]
+    model = _model(size, HEADS[heads])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = torch.randint(0, model.trunk.vocab_size, (size["batch"], size["time"])).tolist()
+    texts = [
+        Trajectory(t, [False] + [True] * (len(t) - 1), [0.0] * (len(t) - 1) + [1.0], True)
+        for t in tokens
+    ]
+    fit = FitOptions(
+        batch_size=len(texts), bf16=True, gradient_checkpointing="lora" in size, max_steps=10**6
+    )
+    said = ["LM"] if model.heads is None else ["LM", "ILQL"]
+    training = Training(model, texts, parse_objectives(said), fit)
+    batch = [training.collate(texts)]
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = sorted(interleaved({"step": lambda: training.learn(batch)}, steps)["step"])
+    synchronize()
+    speed = size["batch"] * size["time"] / seconds[len(seconds) // 2]
+    flops = _flops_per_token(model, size["time"], lora="lora" in size)
+    return {
+        "shape": shape,
+        "heads": heads,
+        "tokens_per_s": speed,
+        "share_of_peak": speed * flops / peak,
+        "memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "trained_parameters": trained,
+    }
+
+
+def _model(size: dict[str, Any], heads: HeadsConfig | None) -> ValueModel:
+    torch.manual_seed(0)
+    if "config" not in size:
+        return ValueModel(GPT(), heads)
+    config = transformers.Qwen3Config(**size["config"])
+    dtype = torch.bfloat16 if "lora" in size else torch.float32
+    trunk = CausalLM(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+    if "lora" in size:
+        try:
+            trunk.add_lora(LoraConfig())
+        except QvgptError as error:
+            raise SystemExit(str(error)) from None
+    return ValueModel(trunk, heads)
+
+
+def _flops_per_token(model: ValueModel, time: int, lora: bool) -> float:
+    """Of the matrix products, forward and backward; frozen weights need no gradient."""
+    embeddings = model.trunk.vocab_size * model.trunk.embed_dim
+    weights = sum(p.numel() for p in model.trunk.parameters() if p.dim() == 2)
+    tied = sum(p.numel() == embeddings for p in model.trunk.parameters()) == 1
+    weights -= 0 if tied else embeddings  # looking a token up is no product
+    layers = len(list(model.trunk.blocks))
+    attention = 2 * layers * time * model.trunk.embed_dim  # causal: half of all pairs
+    trunk = (4 if lora else 6) * weights + 3 * attention
+    if model.heads is None:
+        return trunk
+    width = {"low_rank": model.heads.config.rank, "linear": model.trunk.embed_dim}
+    return trunk + 2 * 6 * model.trunk.vocab_size * width[model.heads.config.kind]
+
+
+if __name__ == "__main__":
+    main()
