@@ -8,6 +8,8 @@ from qvgpt.checkpoint import (
     TrainState,
     load_checkpoint,
     newest_checkpoint,
+    optimizer_state,
+    parameter_names,
     replace_directory,
     save_checkpoint,
 )
@@ -34,10 +36,20 @@ def step(model, optimizer):
 def test_what_is_saved_comes_back_bit_identical(tmp_path):
     model, optimizer = make()
     step(model, optimizer)
-    save_checkpoint(tmp_path, model, optimizer, STATE)
+    save_checkpoint(
+        tmp_path, model, optimizer_state(parameter_names(model, optimizer), optimizer), STATE
+    )
     step(model, optimizer)
     other, other_optimizer = make()
-    assert load_checkpoint(newest_checkpoint(tmp_path), other, other_optimizer) == STATE
+    assert (
+        load_checkpoint(
+            newest_checkpoint(tmp_path),
+            other,
+            parameter_names(other, other_optimizer),
+            other_optimizer,
+        )
+        == STATE
+    )
     step(other, other_optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -46,7 +58,9 @@ def test_what_is_saved_comes_back_bit_identical(tmp_path):
 def test_the_optimizer_is_read_by_name_and_its_rates_are_those_of_now(tmp_path):
     model, optimizer = make()
     step(model, optimizer)
-    path = save_checkpoint(tmp_path, model, optimizer, STATE)
+    path = save_checkpoint(
+        tmp_path, model, optimizer_state(parameter_names(model, optimizer), optimizer), STATE
+    )
     found = load_tensors(path / "optimizer.safetensors")
     assert "trunk.token_embedding.weight.exp_avg" in found
     assert not [name for name in found if name.startswith("heads.q")]  # no gradient, no state
@@ -54,7 +68,7 @@ def test_the_optimizer_is_read_by_name_and_its_rates_are_those_of_now(tmp_path):
     backwards = [p for p in other.parameters() if p.requires_grad][::-1]
     groups = [{"params": [p], "peak_lr": 0.3} for p in backwards]
     other_optimizer = torch.optim.AdamW(groups, lr=0.2)
-    load_checkpoint(path, other, other_optimizer)
+    load_checkpoint(path, other, parameter_names(other, other_optimizer), other_optimizer)
     saved = {p: f"{name}." for name, p in other.named_parameters()}
     for group in other_optimizer.param_groups:
         assert (group["lr"], group["peak_lr"]) == (0.2, 0.3)
@@ -67,14 +81,19 @@ def test_the_optimizer_is_read_by_name_and_its_rates_are_those_of_now(tmp_path):
             assert torch.equal(value, found[saved[parameter] + key])
     frozen = torch.optim.AdamW(other.heads.v.parameters())
     with pytest.raises(QvgptError, match=r"there trunk\.\S+ was trained, which now it is not"):
-        load_checkpoint(path, other, frozen)
+        load_checkpoint(path, other, parameter_names(other, frozen), frozen)
 
 
 def test_only_the_newest_is_kept_and_it_is_no_pickle(tmp_path):
     model, optimizer = make()
     (tmp_path / ".staged-step-00000001").mkdir()  # of a killed run
     for number in (1, 2, 10):
-        save_checkpoint(tmp_path, model, optimizer, TrainState(step=number))
+        save_checkpoint(
+            tmp_path,
+            model,
+            optimizer_state(parameter_names(model, optimizer), optimizer),
+            TrainState(step=number),
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
     kinds = {p.suffix for p in newest_checkpoint(tmp_path).iterdir()}
     assert kinds == {".json", ".safetensors"}
@@ -82,19 +101,35 @@ def test_only_the_newest_is_kept_and_it_is_no_pickle(tmp_path):
 
 def test_a_failure_while_saving_leaves_the_one_before(tmp_path, monkeypatch):
     model, optimizer = make()
-    save_checkpoint(tmp_path, model, optimizer, TrainState(step=1))
+    save_checkpoint(
+        tmp_path,
+        model,
+        optimizer_state(parameter_names(model, optimizer), optimizer),
+        TrainState(step=1),
+    )
     monkeypatch.setattr("qvgpt.checkpoint.replace_directory", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_checkpoint(tmp_path, model, optimizer, TrainState(step=2))
+        save_checkpoint(
+            tmp_path,
+            model,
+            optimizer_state(parameter_names(model, optimizer), optimizer),
+            TrainState(step=2),
+        )
     assert newest_checkpoint(tmp_path).name == "step-00000001"
 
 
 def test_none_and_another_models(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
     model, optimizer = make()
-    path = save_checkpoint(tmp_path, model, optimizer, TrainState(step=1))
+    path = save_checkpoint(
+        tmp_path,
+        model,
+        optimizer_state(parameter_names(model, optimizer), optimizer),
+        TrainState(step=1),
+    )
+    other, other_optimizer = make(embed_dim=16)
     with pytest.raises(QvgptError, match="model of another shape"):
-        load_checkpoint(path, *make(embed_dim=16))
+        load_checkpoint(path, other, parameter_names(other, other_optimizer), other_optimizer)
 
 
 def test_replace_directory(tmp_path):
@@ -110,8 +145,15 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".staged-step-00000001").mkdir()  # what a killed run leaves
-    save_checkpoint(tmp_path, model, optimizer, STATE)
-    save_checkpoint(tmp_path, model, optimizer, TrainState(step=4))
+    save_checkpoint(
+        tmp_path, model, optimizer_state(parameter_names(model, optimizer), optimizer), STATE
+    )
+    save_checkpoint(
+        tmp_path,
+        model,
+        optimizer_state(parameter_names(model, optimizer), optimizer),
+        TrainState(step=4),
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "notes.txt", "step-00000004"]
 
 
@@ -139,7 +181,13 @@ def three_saved(tmp_path_factory):
     model, optimizer = make()
     step(model, optimizer)
     for number in (1, 2, 3):
-        save_checkpoint(folder, model, optimizer, TrainState(step=number), keep=2)
+        save_checkpoint(
+            folder,
+            model,
+            optimizer_state(parameter_names(model, optimizer), optimizer),
+            TrainState(step=number),
+            keep=2,
+        )
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
     assert sorted(p.name for p in (folder / "step-00000003").iterdir()) == FILES
     return folder
@@ -163,7 +211,12 @@ def test_a_damaged_checkpoint_is_skipped_and_named(three_saved, damage, name):
 
 def test_where_no_checkpoint_is_whole_nothing_begins_anew(tmp_path):
     model, optimizer = make()
-    path = save_checkpoint(tmp_path, model, optimizer, TrainState(step=1))
+    path = save_checkpoint(
+        tmp_path,
+        model,
+        optimizer_state(parameter_names(model, optimizer), optimizer),
+        TrainState(step=1),
+    )
     truncate(path / "model.safetensors")
     with pytest.raises(QvgptError, match=r"model.safetensors has \d+ bytes, not \d+"):
         newest_checkpoint(tmp_path)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
 from qvgpt.models.disk import load_tensors, read_json, writing
 from qvgpt.models.lora import ADAPTER
+from qvgpt.models.sharded import sharded_like, whole
 from qvgpt.models.value_model import ValueModel, load_trunk
 
 MANIFEST = "manifest.json"
@@ -51,23 +52,43 @@ class TrainState:
 def save_checkpoint(
     directory: Path,
     model: ValueModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Tensor],
     state: TrainState,
     keep: int = 1,
 ) -> Path:
-    """Write `directory/step-N` in one piece (N = state.step), then drop all but the last `keep`."""
-    names = _names(model, optimizer)
-    tensors = {
-        f"{names[index]}.{key}": torch.as_tensor(value).contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for key, value in entries.items()
-    }
+    """Write `directory/step-N` in one piece (N = state.step), then drop all but the last `keep`.
+
+    `optimizer` is what `optimizer_state` gives.
+    """
 
     def add(staged: Path) -> None:
-        save_file(tensors, staged / "optimizer.safetensors")
+        save_file(dict(optimizer), staged / "optimizer.safetensors")
         (staged / "trainer.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     return save_model(directory, model, state.step, add, keep)
+
+
+def parameter_names(model: ValueModel, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters, in the order in which its state counts them.
+
+    To be asked before the weights are sharded. By hand: torch.distributed.checkpoint.state_dict
+    invents a state for parameters that have none (heads under LM alone), by a hidden optimizer
+    step, and takes 0.4 s to import.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[p] for p in _parameters(optimizer)]
+
+
+def optimizer_state(names: Sequence[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, whole, by the names of the parameters.
+
+    Where weights are sharded every process must ask.
+    """
+    return {
+        f"{names[index]}.{key}": whole(torch.as_tensor(value)).contiguous()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
 
 
 def save_model(
@@ -147,19 +168,23 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer) -> TrainState:
+def load_checkpoint(
+    path: Path, model: ValueModel, names: Sequence[str], optimizer: torch.optim.Optimizer
+) -> TrainState:
     """Put model and optimizer back as they were; returns the saved state.
 
     Rates and decays of the optimizer's groups stay as they are: they follow from the settings.
     """
     load_model(path, model)
-    indices = {name: index for index, name in enumerate(_names(model, optimizer))}
+    indices = {name: index for index, name in enumerate(names)}
+    parameters = _parameters(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for full, value in load_tensors(path / "optimizer.safetensors").items():
         name, _, key = full.rpartition(".")
         if name not in indices:
             raise QvgptError(f"{path}: there {name} was trained, which now it is not")
-        state.setdefault(indices[name], {})[key] = value
+        own = parameters[indices[name]]
+        state.setdefault(indices[name], {})[key] = sharded_like(value, own)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return TrainState(**read_json(path / "trainer.json"))
@@ -176,8 +201,9 @@ def load_model(path: Path, model: ValueModel) -> None:
     heads = path / "value_heads.safetensors"
     if heads.exists():
         saved |= {f"heads.{k}": v for k, v in load_tensors(heads).items()}
+    own = model.state_dict()
     try:
-        model.load_state_dict(saved)
+        model.load_state_dict({k: sharded_like(v, own.get(k, v)) for k, v in saved.items()})
     except RuntimeError:
         raise QvgptError(f"{path}: is the checkpoint of a model of another shape") from None
 
@@ -197,11 +223,5 @@ def replace_directory(staged: Path, final: Path) -> None:
         os.close(descriptor)
 
 
-def _names(model: ValueModel, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the optimizer's parameters, in the order in which its state counts them.
-
-    By hand: torch.distributed.checkpoint.state_dict invents a state for parameters that have none
-    (heads under LM alone), by a hidden optimizer step, and takes 0.4 s to import.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

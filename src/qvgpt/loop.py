@@ -1,17 +1,18 @@
 """The training loop, from data in memory to a trained model. Device and backward: Accelerate's."""
 
+import copy
 import hashlib
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 
@@ -20,12 +21,15 @@ from qvgpt.checkpoint import (
     load_checkpoint,
     load_model,
     newest_checkpoint,
+    optimizer_state,
+    parameter_names,
     save_checkpoint,
     save_model,
 )
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.disk import writing
+from qvgpt.models.sharded import whole
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
@@ -143,7 +147,12 @@ class Training:
             for block in model.trunk.blocks:
                 block.compile()
         self.accelerator = accelerator(model, objectives)
+        self.names = parameter_names(model, optimizer)
         self.bare = model
+        self.plain: ValueModel | None = model  # what is saved, on the main process: never sharded
+        self.is_sharded = self.accelerator.is_fsdp2
+        if self.is_sharded:
+            self.plain = copy.deepcopy(model) if self.accelerator.is_main_process else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         size = 2 * (options.micro_batch_size or options.batch_size)
         order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
@@ -159,7 +168,7 @@ class Training:
         newest = newest_checkpoint(self.checkpoints, lambda s: console.print(s, soft_wrap=True))
         if newest is None:
             return
-        state = load_checkpoint(newest, self.bare, self.optimizer)
+        state = load_checkpoint(newest, self.bare, self.names, self.optimizer)
         now = {"data_sha256": self.state.data_sha256, "eval_sha256": self.state.eval_sha256}
         if any(getattr(state, name) != value for name, value in now.items()):
             if not accept_changes:
@@ -342,18 +351,31 @@ class Training:
         self.state.best, self.state.best_step = found[name], self.state.step
         self.state.bad_evals = 0
         if self.best_models is not None:
-            if self.accelerator.is_main_process:
-                save_model(self.best_models, self.bare, self.state.step)
+            plain = self.gathered()
+            if plain is not None:
+                save_model(self.best_models, plain, self.state.step)
         else:
             self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
 
     def save_checkpoint(self) -> None:
-        """All processes gather what is sharded; one writes."""
+        """All processes gather what is sharded; the main one writes."""
         assert self.checkpoints is not None
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.checkpoints, self.bare, self.optimizer, self.state, self.options.keep
-            )
+        plain, optimizer = self.gathered(), optimizer_state(self.names, self.optimizer)
+        if plain is not None:
+            save_checkpoint(self.checkpoints, plain, optimizer, self.state, self.options.keep)
+
+    @torch.no_grad()
+    def gathered(self) -> ValueModel | None:
+        """The model as it would be in one process, on the main one; elsewhere None."""
+        if self.is_sharded:
+            own = {} if self.plain is None else self.plain.state_dict()
+            for name, value in self.bare.state_dict().items():
+                full = whole(value)
+                if own:
+                    own[name].copy_(full)
+        if self.plain is not None:
+            self.plain.info = self.bare.info
+        return self.plain if self.accelerator.is_main_process else None
 
     def restore_best(self) -> None:
         """Put the model of the best evaluation back, after the last step."""
@@ -372,7 +394,16 @@ def accelerator(model: ValueModel, objectives: Objectives) -> Accelerator:
     heads_learn = model.heads is None or {"q", "v"} <= needs
     trunk_learns = model.trunk_is_frozen or needs & {"logprob", "token_logprob"}
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not (heads_learn and trunk_learns))
-    return Accelerator(kwargs_handlers=[ddp])
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
+
+
+def processes() -> PartialState:
+    """Which process this is, of how many; joins the others where a launcher started several.
+
+    Accelerate has to be told of a machine without a GPU, or each of several would think itself
+    alone there.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def fit(
@@ -401,36 +432,41 @@ def fit(
     KeyboardInterrupt, or its kind `Terminated`.
     """
     refuse(model, data, objectives, options, eval_data)
+    stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
+    if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
+        model.heads.start_at(mean_return(data))
+    if objectives.teaches_values:
+        model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
+        model.info.gamma, model.info.per_turn_discount = objectives.discount
     training = Training(model, data, objectives, options, eval_data, output)
     is_main = training.accelerator.is_main_process
     console = console or Console(stderr=True, quiet=not is_main)
-    stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if stale:
         console.print(
             "the objectives change the language model and teach no values: the model is saved "
             "without its value heads and recommended guidance, which would no longer fit it",
             soft_wrap=True,
         )
-    if objectives.teaches_values:
-        model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
-        model.info.gamma, model.info.per_turn_discount = objectives.discount
     if output is not None and resume:
         training.resume(console, accept_changes)
     elif output is not None and is_main:
         for spent in ("checkpoints", "best"):
             shutil.rmtree(output / spent, ignore_errors=True)
-    if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
-        model.heads.start_at(mean_return(data))
     state, log = training.state, output if is_main else None
-    with RunProgress(training.total_steps, state.step, log, options.tensorboard, console) as shown:
+    with (
+        RunProgress(training.total_steps, state.step, log, options.tensorboard, console) as shown,
+        others_there(training.accelerator),
+    ):
         training.run(shown)
-    training.restore_best()
-    if stale:
-        model.heads, model.info = None, ValueInfo()
-    model.eval()
-    if output is not None and is_main:
+        training.restore_best()
+        plain = training.gathered()
+    for one in {model, plain or model}:
+        one.eval()
+        if stale:
+            one.heads, one.info = None, ValueInfo()
+    if output is not None and plain is not None:
         with writing(output, "go on with --resume"):
-            model.save(output)
+            plain.save(output)
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 2),
@@ -439,6 +475,22 @@ def fit(
         "best": state.best,
         "best_step": state.best_step if state.best is not None else None,
     }
+
+
+@contextmanager
+def others_there(accelerator: Accelerator) -> Iterator[None]:
+    """Say plainly that another process of a training has died, for this one cannot go on either."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "Connection" in str(error)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise QvgptError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} has lost another "
+            f"one, whose own message says why; then go on with --resume true ({reason})"
+        ) from None
 
 
 def refuse(

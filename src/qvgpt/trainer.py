@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from qvgpt.checkpoint import newest_checkpoint
@@ -15,7 +16,7 @@ from qvgpt.data.files import read_rows, row_texts
 from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, fit, refuse
+from qvgpt.loop import FitOptions, fit, processes, refuse
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
@@ -112,18 +113,27 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     """From files to files; returns what it writes to summary.json.
 
     Bad input raises `QvgptError` before anything is written. A dry run returns what `plan` found.
+    Started by `accelerate launch` or `torchrun`, all processes do this together; the main one
+    writes, to a directory they all see.
     """
-    console = console or Console(stderr=True)
-    output = Path(config.output)
+    state, output = processes(), Path(config.output)
+    console = console or Console(stderr=True, quiet=not state.is_main_process)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
-        # before anything is read that another process might write
-        if goes_on and not config.dry_run:
+        state.wait_for_everyone()  # or one might see what another has just written
+        if goes_on and state.is_main_process and not config.dry_run:
+            # before anything is read that another run might write
             lock.enter_context(alone_in(output))
-        return _train(config, console, goes_on, lock)
+        return _train(config, console, goes_on, lock, state)
 
 
-def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack) -> dict[str, Any]:
+def _train(
+    config: TrainConfig,
+    console: Console,
+    goes_on: bool,
+    lock: ExitStack,
+    state: PartialState,
+) -> dict[str, Any]:
     record, output = asdict(config), Path(config.output)
     objectives = parse_objectives(config.objectives)
     check_run(output, "train", record, config.resume, config.accept_changes)
@@ -132,7 +142,7 @@ def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack
         _say_what_changed(config, record, finished, console)
         if finished:
             console.print(f"{output}: this run is finished")
-            if not config.dry_run:
+            if state.is_main_process and not config.dry_run:
                 _clear(output)
             return json.loads((output / "summary.json").read_text())
     model = _start(config, objectives, newest_checkpoint(output / "checkpoints"), console)
@@ -143,10 +153,12 @@ def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack
     refuse(model, data, objectives, config.fit, eval_data)
     if config.dry_run:
         return plan(model, data, objectives, config.fit, eval_data, console)
-    # not config.resume: a run that another process began meanwhile is not ours
-    open_run(output, "train", record, goes_on, config.accept_changes)
-    if not goes_on:
-        lock.enter_context(alone_in(output))
+    state.wait_for_everyone()  # all have read what there was
+    if state.is_main_process:
+        # not config.resume: a run that another process began meanwhile is not ours
+        open_run(output, "train", record, goes_on, config.accept_changes)
+        if not goes_on:
+            lock.enter_context(alone_in(output))
     if objectives.teaches_values:
         model.info.centred = config.centred
     fitted = fit(
@@ -165,8 +177,9 @@ def _train(config: TrainConfig, console: Console, goes_on: bool, lock: ExitStack
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
         "output": str(output),
     }
-    write_json(output / "summary.json", summary)  # from here on the run counts as finished
-    _clear(output)
+    if state.is_main_process:
+        write_json(output / "summary.json", summary)  # from here on the run counts as finished
+        _clear(output)
     return summary
 
 

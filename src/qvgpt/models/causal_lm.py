@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
-from qvgpt.models.disk import read_json
+from qvgpt.models.disk import one_line, read_config, read_json
 from qvgpt.models.lora import (
     ADAPTER,
     LoraConfig,
@@ -268,12 +268,7 @@ class CausalLM(nn.Module):
         fit.
         """
         path = Path(path)
-        said = read_json(path / "config.json")
-        if "auto_map" in said:
-            raise QvgptError(
-                f"{path}/config.json: auto_map names code of the model's own, which is never run; "
-                "only architectures that transformers knows are read"
-            )
+        read_config(path)
         if not list(path.glob("*.safetensors")):
             raise QvgptError(f"{path}: no safetensors file (weights are read from those only)")
         logging.disable_progress_bar()
@@ -290,8 +285,9 @@ class CausalLM(nn.Module):
                 output_loading_info=True,
             )
         except Exception as error:  # whatever transformers raises for a damaged directory
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise QvgptError(f"{path}: no causal language model can be read: {reason}") from None
+            raise QvgptError(
+                f"{path}: no causal language model can be read: {one_line(error)}"
+            ) from None
         model, found = loaded
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:

@@ -1,6 +1,7 @@
 """JSON and safetensors on disk, where a fault is one clear error. Pickles are never read."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from qvgpt.errors import QvgptError
 
+# what `attn_implementation` and its like may say without a kernel being loaded for it
+_AT_HAND = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `QvgptError` that names it."""
@@ -19,11 +23,39 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise QvgptError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and nesting too long for Python too
         raise QvgptError(f"{path}: broken JSON: {error}") from None
     if not isinstance(content, dict):
         raise QvgptError(f"{path}: a JSON object was expected")
     return content
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a model, refused where code from elsewhere would be run to read the model.
+
+    `transformers` would otherwise follow `adapter_config.json` to another base model, and an
+    attention by name to the Hub.
+    """
+    if (directory / "adapter_config.json").exists():
+        raise QvgptError(f"{directory}: holds an adapter of peft; merge it into its base model")
+    config = read_json(directory / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "auto_map" in part:
+            raise QvgptError(
+                f"{directory}/config.json: auto_map names code of the model's own, which is never "
+                "run; only architectures that transformers knows are read"
+            )
+        for key, value in part.items():
+            if key.endswith("_implementation") and value not in _AT_HAND:
+                raise QvgptError(
+                    f"{directory}/config.json: {key} {value!r} may be code to fetch; leave it out"
+                )
+    return config
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of other packages says, in one line of bearable length."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -33,7 +65,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise QvgptError(f"{path}: no readable safetensors file: {error}") from None
+        raise QvgptError(f"{path}: no readable safetensors file: {one_line(error)}") from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
-from qvgpt.models.disk import load_tensors, read_json
+from qvgpt.models.disk import load_tensors, one_line, read_config
 
 _BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
 
@@ -315,7 +315,7 @@ class GPT(nn.Module):
     def load(cls, path: str | Path, dtype: Dtype = "float32") -> "GPT":
         """Read a Hugging Face GPT-2 directory; raises `QvgptError` where it is none."""
         path = Path(path)
-        hf = read_json(path / "config.json")
+        hf = read_config(path)
         if hf.get("model_type") != "gpt2":
             found = hf.get("model_type")
             raise QvgptError(f"{path}: a GPT-2 directory was expected, not {found!r}")
@@ -324,21 +324,27 @@ class GPT(nn.Module):
                 raise QvgptError(f"{path}: {name} {hf[name]!r} is not known here, only {value!r}")
         if missing := {"vocab_size", "n_embd", "n_head", "n_layer", "n_positions"} - hf.keys():
             raise QvgptError(f"{path}/config.json: {', '.join(sorted(missing))} missing")
-        tied = hf.get("tie_word_embeddings", True)
-        model = cls(
-            vocab_size=hf["vocab_size"],
-            embed_dim=hf["n_embd"],
-            num_heads=hf["n_head"],
-            num_layers=hf["n_layer"],
-            seq_len=hf["n_positions"],
-            dropout=hf.get("resid_pdrop", 0.0),
-            tied=tied,
+        tensors, tied = (
+            load_tensors(path / "model.safetensors"),
+            hf.get("tie_word_embeddings", True),
         )
-        state = _from_hugging_face(load_tensors(path / "model.safetensors"), tied)
         try:
+            state = _from_hugging_face(tensors, tied)
+            _refuse_other_sizes(state, hf)
+            model = cls(
+                vocab_size=hf["vocab_size"],
+                embed_dim=hf["n_embd"],
+                num_heads=hf["n_head"],
+                num_layers=hf["n_layer"],
+                seq_len=hf["n_positions"],
+                dropout=hf.get("resid_pdrop", 0.0),
+                tied=tied,
+            )
             model.load_state_dict(state)
-        except RuntimeError as error:
-            raise QvgptError(f"{path}: the weights do not fit config.json: {error}") from None
+        except Exception as error:  # whatever sizes that make no sense lead to
+            raise QvgptError(
+                f"{path}: the weights do not fit config.json: {one_line(error)}"
+            ) from None
         return model.to(state["head.weight"].dtype if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -407,6 +413,17 @@ def _is_conv1d(theirs: str) -> bool:
 def _to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_rename(k, backwards=False): v for k, v in state.items()}
     return {k: v.t() if _is_conv1d(k) else v for k, v in renamed.items()}
+
+
+def _refuse_other_sizes(state: dict[str, Tensor], hf: dict[str, Any]) -> None:
+    """Before anything is made: nobody's sizes shall fill the memory."""
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    tokens, positions = (state[f"{kind}_embedding.weight"].shape for kind in ("token", "position"))
+    found = {"vocab_size": tokens[0], "n_embd": tokens[1], "n_positions": positions[0],
+             "n_layer": len(layers)}  # fmt: skip
+    for key, size in found.items():
+        if hf[key] != size:
+            raise QvgptError(f"{key} is {hf[key]!r} there, {size} here")
 
 
 def _from_hugging_face(state: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:

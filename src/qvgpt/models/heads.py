@@ -43,8 +43,8 @@ class HeadsConfig:
         """Refuse what does not exist."""
         if self.kind not in ("linear", "low_rank", "mlp") or self.v not in ("linear", "mlp"):
             raise QvgptError(f"heads: unknown kind in {self}")
-        if self.num_q < 1 or self.rank < 1:
-            raise QvgptError("heads: num_q and rank must be at least 1")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank)):
+            raise QvgptError("heads: num_q and rank must be whole numbers of at least 1")
 
 
 class StateHead(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models.disk import load_tensors
+from qvgpt.models.sharded import sharded_like
 
 ADAPTER = "adapter"
 """The directory of the adapter, within an artefact or a checkpoint."""
@@ -151,7 +152,7 @@ def load_adapter(model: nn.Module, path: Path, sha256: str) -> None:
         raise QvgptError(f"{path}: is the adapter of a model of another shape")
     with torch.no_grad():
         for name, value in ours.items():
-            value.copy_(saved[f"{_PREFIX}{name}"])
+            value.copy_(sharded_like(saved[f"{_PREFIX}{name}"], value))
 
 
 def _adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
-from qvgpt.models.disk import load_tensors, read_json
+from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.lora import ADAPTER
@@ -237,20 +237,19 @@ class ValueModel(nn.Module):
         try:
             heads = HeadsConfig(**config["heads"])
         except (KeyError, TypeError, QvgptError) as error:
-            raise QvgptError(f"{path}/value_config.json: bad heads: {error}") from None
+            raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
+        tensors = _head_tensors(path, heads)
         model = cls(trunk, heads, tokenizer, freeze_trunk)
         known = ValueInfo.__dataclass_fields__
         model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
-        model._load_heads(path / "value_heads.safetensors")
+        try:
+            as_module(model.heads).load_state_dict(tensors)
+        except RuntimeError as error:
+            raise QvgptError(
+                f"{path}/value_heads.safetensors: does not fit value_config.json: {one_line(error)}"
+            ) from None
         as_module(model.heads).to(model.device)
         return model
-
-    def _load_heads(self, path: Path) -> None:
-        assert self.heads is not None
-        try:
-            self.heads.load_state_dict(load_tensors(path))
-        except RuntimeError as error:
-            raise QvgptError(f"{path}: does not fit value_config.json: {error}") from None
 
 
 def load_trunk(
@@ -264,12 +263,23 @@ def load_trunk(
     `as_causal_lm`: transformers' own GPT-2 too, which can be adapted; a `device_map`
     (accelerate's; for reading alone) asks for it as well.
     """
-    ours = read_json(path / "config.json").get("model_type") == "gpt2"
+    ours = read_config(path).get("model_type") == "gpt2"
     if ours and not as_causal_lm and device_map is None:
         return GPT.load(path, dtype)
     from qvgpt.models.causal_lm import CausalLM  # transformers takes seconds to import
 
     return CausalLM.load(path, dtype, device_map)
+
+
+def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
+    """The heads' weights; refused before any head is made, lest sizes fill the memory."""
+    tensors = load_tensors(path / "value_heads.safetensors")
+    last = tensors.get(f"q.{heads.num_q - 1}.weight")
+    if last is None or (heads.kind == "low_rank" and last.shape[-1:] != (heads.rank,)):
+        raise QvgptError(
+            f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
+        )
+    return tensors
 
 
 def _scatter(

@@ -1,0 +1,134 @@
+"""One of two processes that train together on a CPU, for test_processes.py.
+
+`torchrun --nproc_per_node 2 two_processes.py FOLDER` or, without torchrun, alone.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from crash_runs import config
+from rich.console import Console
+from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from qvgpt import GPT, HeadsConfig, Trajectory, ValueModel, loop
+from qvgpt.loop import FitOptions, fit
+from qvgpt.models.sharded import whole
+from qvgpt.objectives import parse_objectives
+from qvgpt.run import RunProgress
+from qvgpt.trainer import train
+
+QUIET = Console(quiet=True)
+PLAIN = loop.accelerator
+
+
+def sharded(model, objectives):
+    """Accelerate's FSDP2. It takes it to be for GPUs only, so that it has to be told on a CPU."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    found = Accelerator(cpu=True, fsdp_plugin=plugin)
+    found.state.distributed_type = DistributedType.FSDP
+    found.state.fsdp_plugin = plugin
+    return found
+
+
+def use(way):
+    AcceleratorState._reset_state()
+    loop.accelerator = sharded if way == "fsdp2" else PLAIN
+
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(23):  # a last batch of three, one of them for nobody
+        length = int(torch.randint(4, 30, (1,), generator=generator))
+        tokens = torch.randint(0, 40, (length,), generator=generator).tolist()
+        reward = [0.0] * (length - 1) + [float(i % 3)]
+        found.append(Trajectory(tokens, [False] * 2 + [True] * (length - 2), reward, True))
+    return found
+
+
+def learned(dtype, steps, packed=False, tied=True):
+    """The weights after some steps, the first step's gradients, and the last losses."""
+    torch.manual_seed(3)
+    gpt = GPT(40, 16, 2, 2, seq_len=32, tied=tied)
+    model = ValueModel(gpt, HeadsConfig("low_rank", rank=4)).to(dtype)
+    gradients = {}
+
+    def keep(optimizer, *_):
+        if not gradients:
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    gradients[f"gradient.{name}"] = whole(p.grad).clone()
+
+    hook = register_optimizer_step_pre_hook(keep)
+    options = FitOptions(
+        batch_size=5, micro_batch_size=2, max_steps=steps, epochs=9, dropout=0.0, packed=packed
+    )
+    objectives = parse_objectives(["LM", "ILQL"])
+    found = fit(model, texts(), objectives, options, eval_data=texts()[:5], console=QUIET)
+    hook.remove()
+    weights = {f"weight.{k}": whole(v).clone() for k, v in model.state_dict().items()}
+    losses = {f"loss.{k}": torch.tensor(v) for k, v in found["eval"].items()}
+    return weights | gradients | losses
+
+
+def resumed(folder, way):
+    """A run that a signal to one process stops on the way, and that another way ends."""
+    settings = config(folder, folder / way)
+    settings = replace(settings, fit=replace(settings.fit, dropout=0.0))
+    step, processes = RunProgress.step, int(os.environ.get("WORLD_SIZE", 1))
+
+    def stop(self, at, *args):
+        step(self, at, *args)
+        if at == 3 and int(os.environ.get("RANK", 0)) == processes - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    use(way)
+    RunProgress.step = stop
+    with pytest.raises(KeyboardInterrupt, match="step 3 is in"):  # Terminated is of its kind
+        train(settings, QUIET)
+    RunProgress.step = step
+    use("plain")
+    train(settings, QUIET)
+
+
+def endless(folder):
+    """A training that only a signal ends; which process is which is left in files."""
+    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    settings = config(folder, folder / "endless", steps=10**6)
+    train(replace(settings, fit=replace(settings.fit, save_every=1000)), QUIET)
+
+
+def main(folder):
+    cases = {
+        "float64": {"dtype": torch.float64, "steps": 20},
+        "fp32": {"dtype": torch.float32, "steps": 1},
+        "packed": {"dtype": torch.float64, "steps": 6, "packed": True, "tied": False},
+    }
+    ways = ["plain", "fsdp2"] if "RANK" in os.environ else ["plain"]
+    for way in ways:
+        for name, case in cases.items():
+            use(way)
+            found = learned(**case)
+            if int(os.environ.get("RANK", 0)) == 0:
+                save_file(found, folder / f"{way}-{name}.safetensors")
+        resumed(folder, way)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps({"done": ways}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    (endless if "endless" in sys.argv else main)(Path(sys.argv[1]))
