@@ -18,7 +18,8 @@ import transformers
 from measure import in_process, interleaved, matmul_peak, synchronize
 
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, Training
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import Training
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig

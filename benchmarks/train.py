@@ -20,7 +20,8 @@ import torch
 from baselines import hugging_face_lm, nanogpt_lm, trlx_ilql
 from measure import extra_peak, in_process, interleaved, matmul_peak, ratio
 
-from qvgpt.loop import FitOptions, Training
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import Training
 from qvgpt.losses import expectile_loss
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads

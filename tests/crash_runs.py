@@ -21,7 +21,7 @@ from rich.console import Console
 
 from qvgpt import RandomWalks
 from qvgpt.cli import main
-from qvgpt.loop import FitOptions
+from qvgpt.fit_options import FitOptions
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
 KILLS = 50

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from qvgpt import GPT, HeadsConfig, QvgptError, Tokenizer, Trajectory, ValueModel
 from qvgpt import plan as planning
-from qvgpt.loop import FitOptions, Training
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import Training
 from qvgpt.objectives import parse_objectives
 from qvgpt.plan import MIB, available_memory, plan
 

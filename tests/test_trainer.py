@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
 from qvgpt.data.batches import batches
 from qvgpt.decode.policy import Guidance, next_token
-from qvgpt.loop import FitOptions, fit, step_seed
+from qvgpt.fit_options import FitOptions, step_seed
+from qvgpt.loop import fit
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, alone_in, open_run, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train

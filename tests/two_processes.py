@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qvgpt import GPT, HeadsConfig, Trajectory, ValueModel, loop
-from qvgpt.loop import FitOptions, fit
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import fit
 from qvgpt.models.sharded import whole
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress

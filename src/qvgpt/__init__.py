@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qvgpt.envs.random_walk import RandomWalks
     from qvgpt.errors import QvgptError
     from qvgpt.evaluate import evaluate
-    from qvgpt.loop import FitOptions, fit
+    from qvgpt.fit_options import FitOptions
+    from qvgpt.loop import fit
     from qvgpt.models.gpt import GPT
     from qvgpt.models.heads import HeadsConfig
     from qvgpt.models.value_model import ValueModel
@@ -31,7 +32,7 @@ _HOMES = {
     "AWAC": "objectives",
     "AWR": "objectives",
     "Engine": "decode.engine",
-    "FitOptions": "loop",
+    "FitOptions": "fit_options",
     "GPT": "models.gpt",
     "Guidance": "decode.policy",
     "HeadsConfig": "models.heads",

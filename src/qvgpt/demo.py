@@ -25,7 +25,8 @@ from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.policy import Guidance, joined_q
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, fit
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import fit
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, Training
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import Training
 from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives

@@ -16,7 +16,8 @@ from qvgpt.data.files import read_rows, row_texts
 from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, fit, processes, refuse
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import fit, refuse
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
@@ -24,6 +25,7 @@ from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
+from qvgpt.processes import processes
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred
 

@@ -17,7 +17,8 @@ from qvgpt.decode.guided_head import load_guided
 from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
-from qvgpt.loop import FitOptions, fit
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import fit
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel

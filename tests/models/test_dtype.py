@@ -14,7 +14,7 @@ from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
-from qvgpt.loop import FitOptions
+from qvgpt.fit_options import FitOptions
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig

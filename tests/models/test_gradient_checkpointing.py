@@ -8,7 +8,8 @@ from rich.console import Console
 from tiny_hf import FAMILIES, TOKENIZER, make_hf
 
 from qvgpt.errors import QvgptError
-from qvgpt.loop import FitOptions, fit
+from qvgpt.fit_options import FitOptions
+from qvgpt.loop import fit
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
