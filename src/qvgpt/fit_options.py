@@ -100,7 +100,7 @@ def learning_rate_factor(step: int, total: int, options: FitOptions) -> float:
 
 
 def parameter_groups(model: ValueModel, options: FitOptions) -> list[dict[str, Any]]:
-    """The optimizer's groups, each with its peak rate: the trunk's matrices, its rest, the heads."""
+    """The optimizer's groups with their peak rates: the trunk's matrices, its rest, heads."""
     value_lr = options.lr if options.value_lr is None else options.value_lr
     trunk = [p for p in model.trunk.parameters() if p.requires_grad]
     groups = [
