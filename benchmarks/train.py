@@ -201,7 +201,8 @@ def vocab128k(quick: bool = False) -> float:
             heads.v(hidden)[None], torch.stack([h.of(hidden, token).detach() for h in slow]), 0.7
         ).mean()
         for head in fast:
-            q, lse = head.of_and_logsumexp(hidden, token, torch.bfloat16)
+            with torch.autocast(device(), torch.bfloat16):
+                q, lse = head.of_and_logsumexp(hidden, token)
             total = total + (q.square() + 0.01 * (lse - q)).mean()
         total.backward()
         heads.zero_grad(set_to_none=True)

@@ -16,8 +16,8 @@ def inputs(dtype=torch.float32):
     return hidden, weight, token
 
 
-def naive(hidden, weight, token, softcap):
-    z = hidden @ weight.T
+def naive(hidden, weight, token, softcap, centred=False):
+    z = hidden @ (weight - weight.mean(0) if centred else weight).T
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_pi = z.log_softmax(-1)
     taken = z.gather(1, token[:, None])[:, 0]
@@ -58,6 +58,35 @@ def test_chunked_is_naive_with_its_gradients(monkeypatch, chunk, softcap, even, 
             results.append((value, hidden.grad, weight.grad))
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [40, 2**24])
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_centred_is_of_the_weights_without_their_mean(monkeypatch, chunk, even, dtype):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    results = []
+    for ours in (False, True):
+        hidden, weight, token = inputs(dtype)
+        if ours:
+            taken, total = vocab.taken_and_logsumexp(hidden, weight, token, even=even, centred=True)
+        else:
+            found = naive(hidden, weight, token, None, centred=True)
+            taken, total = found["taken"], found["logsumexp"]
+        (taken.square() + 0.1 * total).mean().backward()
+        results.append((taken, total, hidden.grad, weight.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_backward_pass_is_as_good_as_the_first():
+    hidden, weight, token = inputs()
+    value = vocab.log_prob(hidden, weight, token).mean()
+    value.backward(retain_graph=True)
+    first = weight.grad.clone()
+    weight.grad = None
+    value.backward()
+    torch.testing.assert_close(weight.grad, first)
 
 
 @pytest.mark.parametrize("learns", ["hidden", "weight"])

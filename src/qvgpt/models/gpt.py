@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.attention import attention
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
 
@@ -127,13 +128,12 @@ class Attention(nn.Module):
             key = cache.keys[layer][:, : visible.size(-1)].to(x.dtype)
             value = cache.values[layer][:, : visible.size(-1)].to(x.dtype)
             query = query.to(x.dtype)
-        attended = F.scaled_dot_product_attention(
+        attended = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=visible,
-            is_causal=visible is None,
-            dropout_p=self.dropout if self.training else 0.0,
+            visible,
+            self.dropout if self.training else 0.0,
         )  # [batch, heads, time, head_dim]
         return self.out(attended.transpose(1, 2).reshape(batch, time, embed))
 

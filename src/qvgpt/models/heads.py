@@ -6,7 +6,8 @@ Every Q head has the same form, whatever its kind:
 
 with features f(s) = h (linear), P·h (low rank) or relu(U·h) (mlp). It is a dueling head with a
 centred advantage: linear in h wherever f is, so that it folds into the LM head. The last layers
-are zero at the start, so guidance begins as a no-op. Heads and slow copies stay in fp32.
+are zero at the start, so guidance begins as a no-op. Weights, last layers and values are fp32;
+autocast shortens the products of hidden layers, and the sums over the vocabulary, alone.
 
 A trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards are
 negative that makes them the best ones. Centring puts them at the mean of all tokens instead, and
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import gather_dot, taken_and_logsumexp
+from qvgpt.models.vocab import gather_dot, taken_and_logsumexp, wide
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class HeadsConfig:
             raise QvgptError("heads: num_q and rank must be whole numbers of at least 1")
 
 
+def exact(hidden: Tensor) -> torch.autocast:
+    """A region without autocast: hidden layers may be short of digits, values are not."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
 class StateHead(nn.Module):
     """A number per state: V(s), or the baseline b(s)."""
 
@@ -60,7 +66,9 @@ class StateHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
         """[.., embed] → [..]."""
-        return self.layers(hidden).squeeze(-1)
+        features = self.layers[:-1](hidden)
+        with exact(hidden):
+            return self.layers[-1](wide(features)).squeeze(-1)
 
 
 class QHead(nn.Module):
@@ -108,8 +116,10 @@ class QHead(nn.Module):
         self, hidden: Float[Tensor, "rows embed"], token: Int[Tensor, "rows"]
     ) -> Float[Tensor, "rows"]:
         """Q of one token per row, reading only that token's weights (and their mean)."""
-        f = self.features(hidden)
-        return self.baseline(hidden) + gather_dot(f, self.weight, token) - f @ self.mean_weight()
+        f, baseline = self.features(hidden), self.baseline(hidden)
+        with exact(hidden):
+            f = wide(f)
+            return baseline + gather_dot(f, self.weight, token) - f @ self.mean_weight()
 
     def of_many(
         self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
@@ -125,16 +135,12 @@ class QHead(nn.Module):
         return f @ self.weight.T + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
 
     def of_and_logsumexp(
-        self,
-        hidden: Float[Tensor, "rows embed"],
-        token: Int[Tensor, "rows"],
-        dtype: torch.dtype | None = None,
+        self, hidden: Float[Tensor, "rows embed"], token: Int[Tensor, "rows"]
     ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
-        """Q of one token per row and log Σₐ exp Q(s, a), its products in `dtype`, in chunks."""
-        f = self.features(hidden)
-        rest = self.baseline(hidden) - f @ self.mean_weight()
-        taken, total = taken_and_logsumexp(f, self.weight, token, dtype=dtype)
-        return taken + rest, total + rest
+        """Q of one token per row and log Σₐ exp Q(s, a), in chunks of rows."""
+        f, baseline = self.features(hidden), self.baseline(hidden)
+        taken, total = taken_and_logsumexp(f, self.weight, token, centred=True)
+        return taken + baseline, total + baseline
 
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The matrix F with A(s, a) = Fₐ · h up to a number per state, where there is one."""

@@ -23,7 +23,7 @@ from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.lora import ADAPTER
-from qvgpt.models.vocab import entropy, log_prob, product_dtype, wide
+from qvgpt.models.vocab import entropy, log_prob, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -117,9 +117,7 @@ class ValueModel(nn.Module):
             rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
             found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
         if needs & {"q", "target_q", "v", "q_logsumexp"}:
-            dtype = product_dtype(hidden.device)  # of the vocabulary's products alone
-            with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
-                found |= self._values(wide(states), wide(taken), action, batch.mask, needs, dtype)
+            found |= self._values(wide(states), wide(taken), action, batch.mask, needs)
         return Values(**found)
 
     def _values(
@@ -129,7 +127,6 @@ class ValueModel(nn.Module):
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],
         needs: Set[str],
-        dtype: torch.dtype | None,
     ) -> dict[str, Tensor]:
         if self.heads is None:
             raise QvgptError("this model has no value heads; give it some to learn Q and V")
@@ -137,7 +134,7 @@ class ValueModel(nn.Module):
         fast: Any = heads.q
         slow: Any = heads.target_q
         if "q_logsumexp" in needs:
-            both = [head.of_and_logsumexp(taken, action, dtype) for head in fast]
+            both = [head.of_and_logsumexp(taken, action) for head in fast]
             for name, flat in zip(("q", "q_logsumexp"), zip(*both, strict=True), strict=True):
                 if name in needs:
                     found[name] = torch.stack([_scatter(x, mask) for x in flat])

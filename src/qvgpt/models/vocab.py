@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26  # 128 MiB in bf16; a chunk of fewer than 1000 rows slows the products
-_BLOCK_ELEMENTS = 2**21  # of the softmax within a chunk: it stays in the processor's cache
+_BLOCK_ELEMENTS = 2**19  # of the softmax within a chunk: it stays in the processor's cache
 
 
 def wide(x: Tensor) -> Tensor:
@@ -59,17 +59,18 @@ def taken_and_logsumexp(
     token: Int[Tensor, "rows"],
     softcap: float | None = None,
     even: bool = True,
-    dtype: torch.dtype | None = None,
+    centred: bool = False,
 ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
     """z[i, token[i]] and log Σₐ exp z[i, a] of z = features @ weight.T, both fp32.
 
-    The products are taken in `dtype` (None: autocast's where it is on, else that of `weight`);
-    z of the token is exact whatever it is. `even` says that the loss will weigh the log-sums of
-    all rows alike, as a mean does: then the gradient of `weight` is summed up at once. Where that
-    turns out wrong the gradient is right all the same, but takes longer.
+    The products over the vocabulary are taken as autocast takes them; z of the token is exact
+    whatever it says. `centred`: of weight − its mean over the vocabulary. `even` says that the loss
+    will weigh the log-sums of all rows alike, as a mean does: then the gradient of `weight` is
+    summed up at once. Where that turns out wrong the gradient is right all the same, but takes
+    longer.
     """
-    dtype = dtype or product_dtype(features.device) or weight.dtype
-    return _TakenAndLogSumExp.apply(features, weight, token, softcap, even, dtype)  # type: ignore[return-value]
+    dtype = product_dtype(features.device) or weight.dtype
+    return _TakenAndLogSumExp.apply(features, weight, token, softcap, even, centred, dtype)  # type: ignore[return-value]
 
 
 def product_dtype(device: torch.device) -> torch.dtype | None:
@@ -109,9 +110,11 @@ class _TakenAndLogSumExp(torch.autograd.Function):
         token: Tensor,
         softcap: float | None,
         even: bool,
+        centred: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         f, w = features.to(dtype), weight.to(dtype)
+        mean = wide(weight.mean(0)) if centred else None
         taken = (wide(features) * wide(weight[token])).sum(-1)
         slope = torch.ones_like(taken)
         if softcap is not None:
@@ -120,53 +123,63 @@ class _TakenAndLogSumExp(torch.autograd.Function):
         lse = torch.empty_like(taken)
         of_features, of_weight = ctx.needs_input_grad[:2]
         expected = torch.empty_like(f) if of_features else None
-        summed = torch.zeros_like(wide(weight)) if of_weight and even else None
-        for rows in _slices(len(f), chunk_rows(weight.size(0))):
+        summed = None
+        chunks = _slices(len(f), chunk_rows(len(weight)))
+        for rows in chunks:
             p = f[rows] @ w.T
             _to_softmax(p, lse[rows], softcap)
             if expected is not None:
                 torch.mm(p, w, out=expected[rows])
-            if summed is not None:
-                summed += p.T @ f[rows]
-        ctx.softcap, ctx.dtype = softcap, dtype
-        ctx.save_for_backward(features, weight, token, slope, lse, expected, summed)
-        return taken, lse
+            if of_weight and even:
+                found = p.T @ f[rows]
+                found = found if len(chunks) == 1 else wide(found)
+                summed = found if summed is None else summed.add_(found)
+        ctx.softcap, ctx.dtype, ctx.summed = softcap, dtype, summed
+        ctx.save_for_backward(features, weight, token, slope, expected, mean)
+        if mean is None:
+            return taken, lse
+        shift = wide(features) @ mean
+        return taken - shift, lse - shift
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_taken: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        features, weight, token, slope, lse, expected, summed = ctx.saved_tensors
+        features, weight, token, slope, expected, mean = ctx.saved_tensors
         of_taken = of_taken * slope
+        of_both = of_taken + of_lse
         to_features = to_weight = None
         if expected is not None:
             to_features = wide(expected) * of_lse[:, None]
             to_features.addcmul_(of_taken[:, None], wide(weight[token]))
+            if mean is not None:
+                to_features -= of_both[:, None] * mean
             to_features = to_features.to(features.dtype)
         if ctx.needs_input_grad[1]:
-            if summed is not None and len(of_lse) and bool(of_lse.min() == of_lse.max()):
-                to_weight = summed * of_lse[0]
+            shift = torch.zeros_like(wide(weight[0]))
+            if mean is not None:
+                shift = (of_both @ wide(features)) / -len(weight)
+            even = len(of_lse) > 0 and bool(of_lse.min() == of_lse.max())
+            if even and ctx.summed is not None:
+                scale = float(of_lse[0])
             else:
-                to_weight = _weighted_sum(features, weight, lse, of_lse, ctx.softcap, ctx.dtype)
+                ctx.summed, scale = _weighted_sum(ctx, features, weight, of_lse), 1.0
+            summed = ctx.summed  # one pass to scale and centre, in place where the digits allow it
+            out = summed if summed.dtype == shift.dtype else None
+            to_weight = torch.add(shift, summed, alpha=scale, out=out)
+            ctx.summed = None  # a second backward pass, if any, computes it anew
             to_weight.index_add_(0, token, wide(features) * of_taken[:, None])
             to_weight = to_weight.to(weight.dtype)
-        return to_features, to_weight, None, None, None, None
+        return to_features, to_weight, None, None, None, None, None
 
 
-def _weighted_sum(
-    features: Tensor,
-    weight: Tensor,
-    lse: Tensor,
-    of_lse: Tensor,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _weighted_sum(ctx: Any, features: Tensor, weight: Tensor, of_lse: Tensor) -> Tensor:
     """Σᵢ of_lseᵢ · ∂lseᵢ/∂W, computing the softmax anew."""
-    f, w = features.to(dtype), weight.to(dtype)
-    scaled = (wide(features) * of_lse[:, None]).to(dtype)
+    f, w = features.to(ctx.dtype), weight.to(ctx.dtype)
+    scaled = (wide(features) * of_lse[:, None]).to(ctx.dtype)
     total = torch.zeros_like(wide(weight))
-    for rows in _slices(len(f), chunk_rows(weight.size(0))):
+    for rows in _slices(len(f), chunk_rows(len(weight))):
         p = f[rows] @ w.T
-        _to_softmax(p, torch.empty_like(lse[rows]), softcap)
+        _to_softmax(p, torch.empty_like(of_lse[rows]), ctx.softcap)
         total += p.T @ scaled[rows]
     return total
 
@@ -179,8 +192,8 @@ def _to_softmax(
         block = wide(z[rows])
         if softcap is not None:
             block = softcap * torch.tanh(block / softcap)
-        lse[rows] = block.logsumexp(-1)
-        p = (block - lse[rows, None]).exp_()
+        p = block.softmax(-1)
+        lse[rows] = block.amax(-1) - p.amax(-1).log()  # the likeliest token never underflows
         if softcap is not None:
             p *= 1 - (block / softcap).square()
         z[rows] = p
