@@ -163,10 +163,9 @@ class _TakenAndLogSumExp(torch.autograd.Function):
                 scale = float(of_lse[0])
             else:
                 ctx.summed, scale = _weighted_sum(ctx, features, weight, of_lse), 1.0
-            summed = ctx.summed  # one pass to scale and centre, in place where the digits allow it
-            out = summed if summed.dtype == shift.dtype else None
-            to_weight = torch.add(shift, summed, alpha=scale, out=out)
-            ctx.summed = None  # a second backward pass, if any, computes it anew
+            to_weight = wide(ctx.summed)
+            torch.add(shift, to_weight, alpha=scale, out=to_weight)
+            ctx.summed = None  # may be overwritten: a second backward pass, if any, makes its own
             to_weight.index_add_(0, token, wide(features) * of_taken[:, None])
             to_weight = to_weight.to(weight.dtype)
         return to_features, to_weight, None, None, None, None, None
