@@ -71,10 +71,15 @@ def _resident(name: str) -> int:
     raise RuntimeError(f"no {name} in /proc/self/status")
 
 
-def in_process(script: str, **job: Any) -> Any:
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""What docs/scaling.md advises on a CPU: glibc keeps what is freed for the next step."""
+
+
+def in_process(script: str, advised: bool = True, **job: Any) -> Any:
     """What `script --worker JOB` prints, as JSON: memory and threads start afresh there."""
     command = [sys.executable, script, "--worker", json.dumps(job)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    env = {**os.environ, **(MALLOC if advised else {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
