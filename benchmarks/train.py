@@ -7,7 +7,7 @@ Random weights and tokens, every token an action; a step is forward, losses, bac
 AdamW and slow targets: what `qvgpt train` does, by its own loop, all with the settings of malloc
 that docs/scaling.md advises (`…_default_malloc`: without). Candidates take turns within a block; a
 ratio is the median over blocks, its interval a bootstrap. Peers are of their code's shape
-(baselines.py). Close everything else first, or give it a core: `taskset -c 0` and OMP_NUM_THREADS=1.
+(baselines.py). Close everything else first, or give it a core of its own and OMP_NUM_THREADS=1.
 """
 
 import argparse
