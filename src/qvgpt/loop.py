@@ -341,6 +341,9 @@ def fit(
     The first Ctrl-C or SIGTERM saves a checkpoint after the current step and raises
     KeyboardInterrupt, or its kind `Terminated`.
     """
+    objectives = objectives.fitted_to(data)
+    if "ref_logprob" in objectives.needs and not model.has_reference:
+        model.keep_reference()
     refuse(model, data, objectives, options, eval_data)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
@@ -378,6 +381,7 @@ def fit(
         with writing(output, "go on with --resume"):
             plain.save(output)
     return {
+        "objectives": objectives.as_list(),
         "steps": state.step,
         "seconds": round(state.seconds, 2),
         "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
@@ -399,6 +403,24 @@ def refuse(
         raise QvgptError("the data set is empty: there is nothing to train on")
     if objectives.learns_values and model.heads is None:
         raise QvgptError("the objectives learn values, but the model has no value heads")
+    changing = model.heads is not None and not model.trunk_is_frozen
+    if changing and objectives.teaches_v_alone and model.heads and model.heads.know_q:
+        raise QvgptError(
+            "the objectives change the language model and teach it V alone, so that the Q it knows "
+            "would no longer fit it: freeze_trunk, or start from a model without values"
+        )
+    if "ref_logprob" in objectives.needs and model.trunk_is_frozen:
+        raise QvgptError("freeze_trunk: the objectives learn in the trunk's own logits")
+    if missing := sorted(objectives.needs - model.offers - {"ref_logprob"}):
+        if missing == ["expected_q"]:
+            raise QvgptError(
+                "FQE judges a policy: use `fqe.evaluate_offline`, which says which one"
+            )
+        kind = "categorical" if "v_return_logits" in missing else "linear, low_rank or mlp"
+        raise QvgptError(
+            f"the objectives read {', '.join(missing)}, which these value heads do not have: they "
+            f"need heads of kind {kind}"
+        )
     if objectives.weighs_by_values_alone and model.heads is not None and model.heads.are_fresh:
         raise QvgptError(
             "the objectives weigh texts by values that nothing here learns: add ILQL or "

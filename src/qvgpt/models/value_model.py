@@ -5,13 +5,17 @@ The directory is the trunk in its own Hugging Face format, so that
 `value_config.json` and `value_heads.safetensors`.
 """
 
+import copy
 import json
-from collections.abc import Set
+import math
+from collections.abc import Callable, Set
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.lora import ADAPTER
-from qvgpt.models.vocab import entropy, log_prob, product_dtype, wide
+from qvgpt.models.vocab import best, chunk_rows, entropy, log_prob, product_dtype, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -67,6 +71,10 @@ class ValueModel(nn.Module):
         self.heads = ValueHeads(trunk.embed_dim, trunk.vocab_size, heads) if heads else None
         self.tokenizer = tokenizer
         self.info = ValueInfo()
+        self._reference: tuple[Any] | None = None  # no part of the model: not saved, not trained
+        self.judged: Callable[[Tensor], Tensor] | None = None
+        """Hidden states [rows, embed] → probabilities [rows, vocab] of the policy that `expected_q`
+        is of."""
         self.trunk_is_frozen = freeze_trunk
         if freeze_trunk or trunk.lora is None:  # else the adapters alone are trained
             self.trunk.requires_grad_(not freeze_trunk)
@@ -96,11 +104,50 @@ class ValueModel(nn.Module):
         at = batch.row[:, None] * hidden.size(1) + batch.state_index
         return hidden.flatten(0, 1)[at]
 
-    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True) -> Values:
-        """Only what `needs` names is computed, and only at decisions that count.
+    @property
+    def offers(self) -> frozenset[str]:
+        """The `Values` that a model of its kind can give."""
+        without = set() if self.has_reference else {"ref_logprob"}
+        without |= set() if self.judged is not None else {"expected_q"}
+        if self.heads is None or self.heads.config.support is None:
+            return NEEDS - without - {"return_logits", "v_return_logits"}
+        return NEEDS - without - {"q_logsumexp"}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a π_ref; of a trunk with adapters it is the trunk without them."""
+        return self._reference is not None or self.trunk.lora is not None
+
+    def keep_reference(self, trunk: Backbone | None = None) -> None:
+        """Let π_ref be a trunk, by default a copy of this one as it is; it will never change."""
+        kept = as_module(copy.deepcopy(self.trunk) if trunk is None else trunk)
+        self._reference = (kept.requires_grad_(False).eval(),)
+
+    @torch.no_grad()
+    def _reference_logprob(self, batch: TrajectoryBatch) -> Float[Tensor, "batch steps"]:
+        if not self.has_reference:
+            raise QvgptError("this model keeps no reference: call `keep_reference` before training")
+        if self._reference is not None:
+            trunk, alone = self._reference[0].to(self.device), nullcontext()
+        else:
+            trunk, alone = self.trunk, self.trunk.without_adapters()
+        was_training = trunk.training
+        trunk.eval()
+        with alone:
+            hidden = trunk.hidden(batch.tokens, positions=batch.positions)
+        trunk.train(was_training)
+        taken = self.states(hidden, batch)[:, :-1][batch.mask]
+        action = batch.action[batch.mask]
+        return _scatter(log_prob(taken, trunk.output_weight, action, trunk.softcap), batch.mask)
+
+    def forward(
+        self, batch: TrajectoryBatch, needs: Set[str] | None = None, even: bool = True
+    ) -> Values:
+        """Only what `needs` names is computed, and only at decisions that count; None: all.
 
         `even`: no log-prob will weigh more than another in the loss; it spares time, no more.
         """
+        needs = self.offers if needs is None else needs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
             hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
         states = self.states(hidden, batch)
@@ -116,11 +163,15 @@ class ValueModel(nn.Module):
             at = batch.predicted
             rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
             found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
-        if needs & {"q", "target_q", "v", "q_logsumexp"}:
+        if "ref_logprob" in needs:
+            found["ref_logprob"] = self._reference_logprob(batch)
+        if needs - {"logprob", "entropy", "token_logprob", "ref_logprob"}:
             dtype = product_dtype(hidden.device)  # of the vocabulary's products alone
             with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
                 found |= self._values(wide(states), wide(taken), action, batch.mask, needs, dtype)
-        return Values(**found)
+                if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
+                    found |= self._over_actions(wide(states), batch.mask, needs)
+        return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
 
     def _values(
         self,
@@ -149,7 +200,44 @@ class ValueModel(nn.Module):
             found["target_q"] = torch.stack(q)
         if "v" in needs:
             found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
+        if "return_logits" in needs:
+            logits = [head.logits(taken, action[:, None])[:, 0] for head in fast]
+            found["return_logits"] = torch.stack([_scatter(x, mask) for x in logits])
+        if "v_return_logits" in needs:
+            found["v_return_logits"] = heads.v.logits(states)
         return found
+
+    @torch.no_grad()
+    def _over_actions(
+        self,
+        states: Float[Tensor, "batch states embed"],
+        mask: Bool[Tensor, "batch steps"],
+        needs: Set[str],
+    ) -> dict[str, Tensor]:
+        """Best and expected Q of each state that a decision begins or ends in."""
+        assert self.heads is not None
+        used = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))
+        rows, vocab_size, found = states[used], self.heads.shape[0], {}
+        fast: Any = self.heads.q
+        slow: Any = self.heads.target_q
+        if needs & {"q_max", "target_q_at_argmax"}:
+
+            def mean(h: Tensor) -> Tensor:
+                return torch.stack([head(h) for head in fast]).mean(0)
+
+            value, token = best(mean, rows, vocab_size, tensors=2 * len(fast) + 1)
+            at = torch.stack([_scatter(head.of(rows, token), used) for head in slow])
+            found = {"q_max": _scatter(value, used), "target_q_at_argmax": at}
+        if "expected_q" in needs:
+            if self.judged is None:
+                raise QvgptError("expected_q: this model was told no policy to judge")
+            means = [
+                torch.stack([(policy * head(h)).sum(-1) for head in slow])
+                for h in rows.split(chunk_rows(vocab_size, tensors=4))
+                for policy in [self.judged(h)]
+            ]
+            found["expected_q"] = torch.stack([_scatter(x, used) for x in torch.cat(means, 1)])
+        return {name: x for name, x in found.items() if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.
@@ -190,7 +278,7 @@ class ValueModel(nn.Module):
             "heads": asdict(self.heads.config),
             "trunk": "shared",
             **asdict(self.info),
-            "reward_scale": 1.0,
+            "reward_scale": self.heads.reward_scale,
         }
         if self.tokenizer is not None:
             config["template"] = asdict(self.tokenizer.template)
@@ -249,6 +337,8 @@ class ValueModel(nn.Module):
                 f"{path}/value_heads.safetensors: does not fit value_config.json: {one_line(error)}"
             ) from None
         as_module(model.heads).to(model.device)
+        assert model.heads is not None
+        model.heads.reward_scale = _reward_scale(path, config)
         return model
 
 
@@ -271,11 +361,25 @@ def load_trunk(
     return CausalLM.load(path, dtype, device_map)
 
 
+def _reward_scale(path: Path, config: dict[str, Any]) -> float:
+    found = config.get("reward_scale", 1.0)
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+        raise QvgptError(
+            f"{path}/value_config.json: reward_scale: a number above 0 was expected, not {found!r}"
+        )
+    return float(found)
+
+
 def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
     """The heads' weights; refused before any head is made, lest sizes fill the memory."""
     tensors = load_tensors(path / "value_heads.safetensors")
     last = tensors.get(f"q.{heads.num_q - 1}.weight")
-    if last is None or (heads.kind == "low_rank" and last.shape[-1:] != (heads.rank,)):
+    ranked = heads.kind in ("low_rank", "categorical")
+    fits = last is not None and (not ranked or last.shape[-1:] == (heads.rank,))
+    if heads.support is not None:
+        project = tensors.get(f"q.{heads.num_q - 1}.project.weight")
+        fits = fits and project is not None and len(project) == heads.rank * heads.bins
+    if not fits:
         raise QvgptError(
             f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
         )
@@ -283,7 +387,9 @@ def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
 
 
 def _scatter(
-    flat: Float[Tensor, "rows"], mask: Bool[Tensor, "batch steps"]
-) -> Float[Tensor, "batch steps"]:
+    flat: Float[Tensor, "rows *more"], mask: Bool[Tensor, "batch steps"]
+) -> Float[Tensor, "batch steps *more"]:
     """Rows back to their places; 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    shape = (*mask.shape, *flat.shape[1:])
+    places = mask.view(*mask.shape, *[1] * (flat.dim() - 1)).expand(shape)
+    return torch.zeros(shape, dtype=flat.dtype, device=flat.device).masked_scatter(places, flat)

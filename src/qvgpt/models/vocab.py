@@ -6,6 +6,7 @@ its gradients are products of softmax(features @ weight.T), so they are taken wh
 One product more forward, two fewer backward: 6 N operations where recomputing costs 8 N.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,6 +92,22 @@ def entropy(
 
     chunks = hidden.split(chunk_rows(weight.size(0)))
     return torch.cat([checkpoint(of_chunk, chunk, use_reentrant=False) for chunk in chunks])
+
+
+@torch.no_grad()
+def best(
+    score: Callable[[Tensor], Tensor],
+    rows: Float[Tensor, "rows features"],
+    vocab_size: int,
+    tensors: int = 1,
+) -> tuple[Float[Tensor, "rows"], Int[Tensor, "rows"]]:
+    """The greatest of score(rows) [rows, vocab] and its token, without gradient.
+
+    `tensors`: how many of that size `score` holds at once.
+    """
+    chunks = rows.split(chunk_rows(vocab_size, tensors))
+    value, token = zip(*(score(chunk).max(-1) for chunk in chunks), strict=True)
+    return torch.cat(value), torch.cat(token)
 
 
 def chunk_rows(vocab_size: int, tensors: int = 1) -> int:

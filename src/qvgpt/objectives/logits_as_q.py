@@ -1,0 +1,64 @@
+"""The language model's own logits as Q: no head over the vocabulary is learned."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
+from qvgpt.returns import lambda_returns
+from qvgpt.trajectory import TrajectoryBatch
+
+
+@dataclass(frozen=True)
+class PathConsistency:
+    """Soft Q-learning in the logits: A(s, a) = η·log π(a|s)/π_ref(a|s)  (Nachum et al., 2017).
+
+    Along every path of the policy that makes the most of reward − η·KL(π ‖ π_ref), whoever
+    walked it,  V(s) = r − η·log π/π_ref + γ V(s′).  With G the λ-return of r − η·log π/π_ref,
+
+        L_V = (V − G)²,   L_π = (η·log π/π_ref − [G + η·log π/π_ref − V])²,
+
+    brackets and G without gradient: the current token alone learns, as in OREO (Wang et al., 2024).
+    λ = 1 is OREO's and multi-step consistency, λ = 0 single-step (Guo et al., 2022).
+
+    What is learned is the trunk, guided already: plain decoding is its optimum. π_ref is the
+    model as it was when training began. Data from anybody will do, and replies drawn by chance too.
+    """
+
+    eta: float = 0.03
+    """What a nat away from π_ref costs, in units of reward: 1 / β of guidance."""
+    gamma: float = 1.0
+    """Discount per decision."""
+    lambda_: float = 1.0
+    """1: whole paths. 0: single steps."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logprob", "ref_logprob", "v"})
+    weighs: ClassVar[bool] = True
+    teaches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "eta must be above 0": self.eta > 0,
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
+        }
+        check_options(self, checks)
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """The squared residual twice: V learns from the one, log π from the other."""
+        assert values.logprob is not None
+        assert values.ref_logprob is not None
+        assert values.v is not None
+        v, next_v = values.v[:, :-1], values.v[:, 1:].detach()
+        bonus = self.eta * (values.logprob - values.ref_logprob)
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
+        paid = batch.reward - bonus.detach()
+        target = lambda_returns(paid, gamma, next_v, batch.mask, self.lambda_)
+        advantage = target + bonus.detach() - v.detach()
+        return weighted_loss(
+            batch.mask,
+            v=(1.0, (v - target).square()),
+            pi=(1.0, (bonus - advantage).square()),
+        )
