@@ -36,7 +36,7 @@ def base(config, tmp_path):  # noqa: F811
     return str(tmp_path / "lm")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"LM", "AWAC", "AWR", "FQE"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"LM", "AWAC", "AWR", "FQE", "QSFT"}))
 def test_every_method_trains_and_what_it_learned_guides(config, base, method):  # noqa: F811
     heads = HeadsConfig()
     if method in ("ReturnDistribution", "FUDGE"):
@@ -98,8 +98,9 @@ def test_rewards_are_scaled_where_said_and_guidance_never_knows(config, base, tm
         train(replace(small, objectives=["LM"], output=str(tmp_path / "x")), QUIET)
 
 
-def test_the_reference_is_the_model_that_the_run_began_with(config, base, tmp_path):  # noqa: F811
-    config = replace(config, model=base, objectives=["PathConsistency"])
+@pytest.mark.parametrize("method", ["PathConsistency", "QSFT"])
+def test_the_reference_is_the_model_that_the_run_began_with(config, base, tmp_path, method):  # noqa: F811
+    config = replace(config, model=base, objectives=[method])
     train(config, QUIET)
     other = replace(config, output=str(tmp_path / "other"))
     with stopped_at(3), pytest.raises(Killed):

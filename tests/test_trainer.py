@@ -111,7 +111,7 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
         [{"LM": {"on": "all", "min_return": 0.1}}, "MonteCarlo"],
         ["LM", "AWR", "MonteCarlo"],
         ["LM", {"DoubleQ": {"cql_weight": 0.0}}, "SARSA"],
-        [{"LM": {"top_share": 0.4}}, "PathConsistency"],
+        [{"LM": {"top_share": 0.4}}, "PathConsistency", "QSFT"],
         ["LM", "ReturnDistribution", "FUDGE"],
     ],
 )

@@ -28,7 +28,7 @@ from qvgpt.errors import QvgptError, nearest
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
 from qvgpt.models.disk import writing
 from qvgpt.models.sharded import whole
-from qvgpt.models.value_model import ValueInfo, ValueModel
+from qvgpt.models.value_model import OF_THE_TRUNK, ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.processes import accelerator, others_there
 from qvgpt.run import Interruption, RunProgress, require_tensorboard
@@ -342,7 +342,7 @@ def fit(
     KeyboardInterrupt, or its kind `Terminated`.
     """
     objectives = objectives.fitted_to(data)
-    if "ref_logprob" in objectives.needs and not model.has_reference:
+    if objectives.needs_reference and model.reference is None:
         model.keep_reference()
     refuse(model, data, objectives, options, eval_data)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
@@ -409,9 +409,9 @@ def refuse(
             "the objectives change the language model and teach it V alone, so that the Q it knows "
             "would no longer fit it: freeze_trunk, or start from a model without values"
         )
-    if "ref_logprob" in objectives.needs and model.trunk_is_frozen:
+    if objectives.needs_reference and model.trunk_is_frozen:
         raise QvgptError("freeze_trunk: the objectives learn in the trunk's own logits")
-    if missing := sorted(objectives.needs - model.offers - {"ref_logprob"}):
+    if missing := sorted(objectives.needs - model.offers - OF_THE_TRUNK):
         if missing == ["expected_q"]:
             raise QvgptError(
                 "FQE judges a policy: use `fqe.evaluate_offline`, which says which one"

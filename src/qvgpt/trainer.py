@@ -85,7 +85,7 @@ class TrainConfig:
     """Tokenizer of a GPT from scratch; a model to start from brings its own."""
     objectives: list[str | dict[str, Any]] = field(default_factory=lambda: ["LM"])
     """What to learn: LM, AWAC, AWR, MonteCarlo, SARSA, ILQL, DoubleQ, ReturnDistribution, FUDGE,
-    ControlledDecoding, PathConsistency, or several, with options and weights."""
+    ControlledDecoding, PathConsistency, QSFT, or several, with options and weights."""
     heads: HeadsConfig | None = None
     """Value heads, where the objectives learn values and the model has none yet."""
     centred: bool = False
@@ -163,7 +163,7 @@ def _train(
     if scale != 1:
         data, eval_data = scaled(data, scale), scaled(eval_data, scale)
     objectives = objectives.fitted_to(data)
-    if "ref_logprob" in objectives.needs:
+    if objectives.needs_reference:
         _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
     if config.dry_run:
@@ -274,8 +274,8 @@ def _keep_reference(config: TrainConfig, model: ValueModel) -> None:
     """π_ref is the model that the run began with, which a checkpoint is no more."""
     if config.model is None:
         raise QvgptError("objectives: these learn away from a reference: say which --model")
-    if model.trunk.lora is None:
-        model.keep_reference(load_trunk(Path(config.model), dtype=config.dtype))
+    adapted = model.trunk.lora is not None
+    model.keep_reference(None if adapted else load_trunk(Path(config.model), dtype=config.dtype))
 
 
 def _take_tokenizer(config: TrainConfig, model: ValueModel, newest: Path, console: Console) -> None:

@@ -166,6 +166,7 @@ def test_the_reference_of_adapters_is_the_model_without_them():
     model = adapted()
     batch = collate([Trajectory([1, 9, 2, 3], [False, False, True, True], [0.0] * 4, True)])
     needs = frozenset({"logprob", "ref_logprob"})
+    model.keep_reference()
     values = model.train()(batch, needs)
     assert not torch.allclose(values.logprob, values.ref_logprob, atol=1e-3)
     torch.manual_seed(0)

@@ -25,7 +25,8 @@ BATCH = collate(
 )
 
 
-PLAIN = NEEDS - {"return_logits", "v_return_logits", "ref_logprob", "expected_q"}
+PLAIN = NEEDS - {"return_logits", "v_return_logits", "expected_q"}
+PLAIN -= {"ref_logprob", "max_ratio", "dummy_logprob"}
 """What a model without distributions and without a reference offers."""
 
 
@@ -196,6 +197,16 @@ def test_the_reference_is_the_model_as_it_was(tmp_path):
     torch.testing.assert_close(values.ref_logprob, before)
     assert not values.ref_logprob.requires_grad
     assert not torch.allclose(values.logprob, before, atol=1e-3)
+    policy = (model.trunk.hidden(BATCH.tokens) @ model.trunk.output_weight.T).log_softmax(-1)
+    was = model.reference.trunk.hidden(BATCH.tokens) @ model.reference.trunk.output_weight.T
+    was = was.log_softmax(-1)
+    ratio = (policy - was).exp().where(was.exp() >= 1e-3, 0.0)
+    ratio[..., 0] = 0.0  # padding, the dummy
+    ratio = model.states(ratio, BATCH).amax(-1)
+    for row, steps in ((0, 4), (1, 3), (2, 2)):
+        torch.testing.assert_close(values.max_ratio[row, :steps], ratio[row, :steps])
+    expected = model.states(policy, BATCH)[:, :-1, 0].where(BATCH.mask, 0.0)
+    torch.testing.assert_close(values.dummy_logprob, expected)
     assert names == set(make().state_dict())  # neither saved nor trained
     assert model.trunk.training
 

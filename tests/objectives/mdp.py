@@ -212,7 +212,7 @@ def expectile(tau: float):
 class Table(nn.Module):
     """What `ValueModel` is to objectives, with a free number for everything."""
 
-    def __init__(self, game: Game, heads: int = 2, support: Support | None = None):
+    def __init__(self, game: Game, heads: int = 2, support: Support | None = None, dummy=()):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         rows = game.nodes + 1
@@ -221,6 +221,7 @@ class Table(nn.Module):
         self.v = nn.Parameter(torch.zeros(rows))
         self.logits = nn.Parameter(torch.zeros(rows, VOCAB))
         self.support = support
+        self.said = [*ACTIONS, *dummy]  # what the policy may say; a dummy is never an action
         bins = 2 if support is None else support.bins
         self.returns = nn.Parameter(torch.zeros(heads, rows, VOCAB, bins))
         self.v_returns = nn.Parameter(torch.zeros(rows, bins))
@@ -244,6 +245,12 @@ class Table(nn.Module):
             )  # fmt: skip
         return self._at[id(batch)]
 
+    def log_pi(self) -> torch.Tensor:
+        """The policy, [nodes, tokens]; −∞ for what it never says."""
+        only = torch.full((VOCAB,), -math.inf)
+        only[self.said] = 0.0
+        return (self.logits + only).log_softmax(-1)
+
     def forward(self, batch: TrajectoryBatch, needs, even: bool = True) -> Values:
         """Only what is needed; slow copies are exact ones."""
         at, action = self.at(batch), batch.action
@@ -251,7 +258,8 @@ class Table(nn.Module):
         only[list(ACTIONS)] = 0.0
         q = self.q[:, here, action]
         known = (self.q + only).detach()
-        known_pi = (self.logits + only).log_softmax(-1)
+        log_pi = self.log_pi()
+        ratio = (log_pi - self.ref)[:, list(ACTIONS)].amax(-1).exp().detach()
         found: dict[str, Callable[[], torch.Tensor]] = {
             "q": lambda: q,
             "target_q": q.detach,
@@ -263,7 +271,9 @@ class Table(nn.Module):
             "return_logits": lambda: self.returns[:, here, action],
             "v_return_logits": lambda: self.v_returns[at],
             "ref_logprob": lambda: self.ref[here, action],
-            "logprob": lambda: known_pi[here, action].where(batch.mask, 0.0),
+            "max_ratio": lambda: ratio[at],
+            "dummy_logprob": lambda: log_pi[here, 0].where(batch.mask, 0.0),
+            "logprob": lambda: log_pi[here, action].where(batch.mask, 0.0),
         }
         return Values(**{name: found[name]() for name in needs}, support=self.support)
 

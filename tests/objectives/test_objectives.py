@@ -15,6 +15,7 @@ from qvgpt.objectives import (
     ILQL,
     LM,
     METHODS,
+    QSFT,
     SARSA,
     ControlledDecoding,
     DoubleQ,
@@ -144,6 +145,26 @@ def test_path_consistency_by_hand():
     path = (1.35 - 1) ** 2 + (1.5 - 4) ** 2 + (6.6 - 1.5) ** 2
     loss = PathConsistency(eta=0.5, gamma=0.9)(values, TWO_ROWS)
     assert parts(loss) == pytest.approx({"v": path / 3, "pi": path / 3})
+
+
+def test_q_sft_by_hand():
+    values = Values(
+        logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
+        dummy_logprob=torch.tensor([[-4.0, -4.0], [-5.0, -9.0]]),
+        max_ratio=torch.tensor([[9.0, 0.5, 9.0], [9.0, 0.75, 9.0]], requires_grad=True),
+    )
+    batch = collate(
+        [
+            Trajectory([0, 1, 2], [False, True, True], [0.0, 0.25, 0.5], True),
+            Trajectory([0, 3], [False, True], [0.0, 1.0], False),
+        ]
+    )
+    # weights: .25 + .5·.5; .5 at the end; 1 + .5·.75, which is 1
+    expected = (0.5 * 1 + 0.5 * 4) + (0.5 * 2 + 0.5 * 4) + 3
+    loss = QSFT(gamma=0.5)(values, batch)
+    assert parts(loss) == pytest.approx({"nll": expected / 3, "weight": 2 / 3})
+    assert loss.total.item() == pytest.approx(expected / 3)
+    assert not loss.total.requires_grad
 
 
 def test_the_current_token_alone_learns_from_a_path():
@@ -432,7 +453,7 @@ def test_the_discount_is_that_of_the_values_that_are_taught():
     turns = [{"MonteCarlo": {"gamma": 0.5, "per_turn_discount": True}}, "ILQL"]
     assert parse_objectives(turns).discount == (0.5, True)
     assert not parse_objectives(["LM", "AWAC", "AWR"]).teaches_values
-    for name in METHODS.keys() - {"LM", "AWAC", "AWR"}:
+    for name in METHODS.keys() - {"LM", "AWAC", "AWR", "QSFT"}:
         assert parse_objectives(name).teaches_values
         assert parse_objectives(name).learns_values
         assert len(parse_objectives(name).parts) >= 2

@@ -27,6 +27,7 @@ from qvgpt.objectives import (
     FUDGE,
     ILQL,
     LM,
+    QSFT,
     SARSA,
     ControlledDecoding,
     DoubleQ,
@@ -181,6 +182,14 @@ def test_path_consistency_finds_the_soft_optimum(game, lambda_):
     q, v = game.solve(soft(0.5), 0.9)
     same_v(model, v, game)
     same_policy(model, lambda s, a: math.exp(q[s, a] / 0.5), game)
+
+
+@pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
+def test_q_sft_finds_the_optimum_in_the_ratio_of_two_policies(game):
+    model = learn(QSFT(gamma=0.9), Table(game, dummy=[0]), game.batch(), steps=1200)
+    q, _ = game.solve(best, 0.9)
+    ratio = (model.log_pi() - model.ref).exp().detach()
+    same_q(model, q, game, q=[ratio])
 
 
 def read(model, **functional):

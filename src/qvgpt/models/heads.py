@@ -19,6 +19,7 @@ bin, f(s, z) = P_z·h, for weights of their own for every token and bin would be
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import chunk_rows, gather_dot, taken_and_logsumexp
+from qvgpt.models.vocab import best, chunk_rows, gather_dot, taken_and_logsumexp
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,31 @@ class ValueHeads(nn.Module):
         """Q̄ ← (1 − τ) Q̄ + τ Q, once per optimizer step."""
         for slow, fast in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
             slow.lerp_(fast, tau)
+
+    @torch.no_grad()
+    def best(
+        self, hidden: Float[Tensor, "rows embed"]
+    ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "heads rows"]]:
+        """maxₐ of the heads' mean Q, and what each slow copy says of that action."""
+        fast: list[Any] = [*self.q]
+        slow: list[Any] = [*self.target_q]
+
+        def mean(h: Tensor) -> Tensor:
+            return torch.stack([head(h) for head in fast]).mean(0)
+
+        value, token = best(mean, hidden, self.shape[0], tensors=2 * len(fast) + 1)
+        return value, torch.stack([head.of(hidden, token) for head in slow])
+
+    @torch.no_grad()
+    def expected(
+        self, hidden: Float[Tensor, "rows embed"], policy: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "heads rows"]:
+        """Σₐ π(a|s) Q̄(s, a) of each slow copy, with π(·|s) = policy(hidden)."""
+        slow, found = [*self.target_q], []
+        for h in hidden.split(chunk_rows(self.shape[0], tensors=4)):
+            pi = policy(h)
+            found.append(torch.stack([(pi * head(h)).sum(-1) for head in slow]))
+        return torch.cat(found, dim=1)
 
     def state_value(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
         """V in the units that rewards were given in."""

@@ -9,13 +9,11 @@ import copy
 import json
 import math
 from collections.abc import Callable, Set
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,15 +21,21 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
+from qvgpt.models.decision_time import scatter, states_of, used_states
 from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.lora import ADAPTER
-from qvgpt.models.vocab import best, chunk_rows, entropy, log_prob, product_dtype, wide
+from qvgpt.models.reference import Reference
+from qvgpt.models.vocab import entropy, log_prob, product_dtype, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
 FORMAT_VERSION = 1
+OF_THE_TRUNK = frozenset(
+    {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
+)
+"""The `Values` that no value heads are asked for."""
 
 
 @dataclass
@@ -71,7 +75,7 @@ class ValueModel(nn.Module):
         self.heads = ValueHeads(trunk.embed_dim, trunk.vocab_size, heads) if heads else None
         self.tokenizer = tokenizer
         self.info = ValueInfo()
-        self._reference: tuple[Any] | None = None  # no part of the model: not saved, not trained
+        self.reference: Reference | None = None
         self.judged: Callable[[Tensor], Tensor] | None = None
         """Hidden states [rows, embed] → probabilities [rows, vocab] of the policy that `expected_q`
         is of."""
@@ -96,49 +100,34 @@ class ValueModel(nn.Module):
         """Where the model lies."""
         return self.trunk.output_weight.device
 
-    @staticmethod
-    def states(
-        hidden: Float[Tensor, "rows time embed"], batch: TrajectoryBatch
-    ) -> Float[Tensor, "batch states embed"]:
-        """From token time to decision time: the state of each decision, then that of the end."""
-        at = batch.row[:, None] * hidden.size(1) + batch.state_index
-        return hidden.flatten(0, 1)[at]
+    states = staticmethod(states_of)
 
     @property
     def offers(self) -> frozenset[str]:
         """The `Values` that a model of its kind can give."""
-        without = set() if self.has_reference else {"ref_logprob"}
+        without = set() if self.reference else {"ref_logprob", "max_ratio", "dummy_logprob"}
         without |= set() if self.judged is not None else {"expected_q"}
         if self.heads is None or self.heads.config.support is None:
             return NEEDS - without - {"return_logits", "v_return_logits"}
         return NEEDS - without - {"q_logsumexp"}
 
     @property
-    def has_reference(self) -> bool:
-        """Whether there is a π_ref; of a trunk with adapters it is the trunk without them."""
-        return self._reference is not None or self.trunk.lora is not None
+    def dummy(self) -> int:
+        """A token that is never an action: padding. Raises `QvgptError` where there is none."""
+        template = None if self.tokenizer is None else self.tokenizer.template
+        if template is not None and template.pad in template.end_ids:
+            raise QvgptError(
+                "this tokenizer pads with an end token: no token is left for no action"
+            )
+        return 0 if template is None else template.pad
 
     def keep_reference(self, trunk: Backbone | None = None) -> None:
-        """Let π_ref be a trunk, by default a copy of this one as it is; it will never change."""
+        """Let π_ref be a trunk, by default this one as it is: a copy, or its adapters' base."""
+        if trunk is None and self.trunk.lora is not None:
+            self.reference = Reference(self.trunk)
+            return
         kept = as_module(copy.deepcopy(self.trunk) if trunk is None else trunk)
-        self._reference = (kept.requires_grad_(False).eval(),)
-
-    @torch.no_grad()
-    def _reference_logprob(self, batch: TrajectoryBatch) -> Float[Tensor, "batch steps"]:
-        if not self.has_reference:
-            raise QvgptError("this model keeps no reference: call `keep_reference` before training")
-        if self._reference is not None:
-            trunk, alone = self._reference[0].to(self.device), nullcontext()
-        else:
-            trunk, alone = self.trunk, self.trunk.without_adapters()
-        was_training = trunk.training
-        trunk.eval()
-        with alone:
-            hidden = trunk.hidden(batch.tokens, positions=batch.positions)
-        trunk.train(was_training)
-        taken = self.states(hidden, batch)[:, :-1][batch.mask]
-        action = batch.action[batch.mask]
-        return _scatter(log_prob(taken, trunk.output_weight, action, trunk.softcap), batch.mask)
+        self.reference = Reference(kept.requires_grad_(False).eval())
 
     def forward(
         self, batch: TrajectoryBatch, needs: Set[str] | None = None, even: bool = True
@@ -156,16 +145,23 @@ class ValueModel(nn.Module):
         weight, softcap = self.trunk.output_weight, self.trunk.softcap
         if "logprob" in needs:
             flat = log_prob(taken, weight, action, softcap, even)
-            found["logprob"] = _scatter(flat, batch.mask)
+            found["logprob"] = scatter(flat, batch.mask)
         if "entropy" in needs:
-            found["entropy"] = _scatter(entropy(taken, weight, softcap), batch.mask)
+            found["entropy"] = scatter(entropy(taken, weight, softcap), batch.mask)
         if "token_logprob" in needs:
             at = batch.predicted
             rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
-            found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
-        if "ref_logprob" in needs:
-            found["ref_logprob"] = self._reference_logprob(batch)
-        if needs - {"logprob", "entropy", "token_logprob", "ref_logprob"}:
+            found["token_logprob"] = scatter(log_prob(rows, weight, token, softcap, even), at)
+        if "dummy_logprob" in needs:
+            nothing = torch.full_like(action, self.dummy)
+            flat = log_prob(taken, weight, nothing, softcap, even)
+            found["dummy_logprob"] = scatter(flat, batch.mask)
+        if needs & {"ref_logprob", "max_ratio"}:
+            if self.reference is None:
+                raise QvgptError("this model keeps no reference: call `keep_reference` first")
+            dummy = self.dummy if "max_ratio" in needs else None
+            found |= self.reference.read(batch, self.trunk, states, needs, dummy)
+        if needs - OF_THE_TRUNK:
             dtype = product_dtype(hidden.device)  # of the vocabulary's products alone
             with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
                 found |= self._values(wide(states), wide(taken), action, batch.mask, needs, dtype)
@@ -191,18 +187,18 @@ class ValueModel(nn.Module):
             both = [head.of_and_logsumexp(taken, action, dtype) for head in fast]
             for name, flat in zip(("q", "q_logsumexp"), zip(*both, strict=True), strict=True):
                 if name in needs:
-                    found[name] = torch.stack([_scatter(x, mask) for x in flat])
+                    found[name] = torch.stack([scatter(x, mask) for x in flat])
         elif "q" in needs:
-            found["q"] = torch.stack([_scatter(head.of(taken, action), mask) for head in fast])
+            found["q"] = torch.stack([scatter(head.of(taken, action), mask) for head in fast])
         if "target_q" in needs:
             with torch.no_grad():
-                q = [_scatter(head.of(taken, action), mask) for head in slow]
+                q = [scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
             found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
         if "return_logits" in needs:
             logits = [head.logits(taken, action[:, None])[:, 0] for head in fast]
-            found["return_logits"] = torch.stack([_scatter(x, mask) for x in logits])
+            found["return_logits"] = torch.stack([scatter(x, mask) for x in logits])
         if "v_return_logits" in needs:
             found["v_return_logits"] = heads.v.logits(states)
         return found
@@ -216,27 +212,17 @@ class ValueModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Best and expected Q of each state that a decision begins or ends in."""
         assert self.heads is not None
-        used = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))
-        rows, vocab_size, found = states[used], self.heads.shape[0], {}
-        fast: Any = self.heads.q
-        slow: Any = self.heads.target_q
+        used = used_states(mask)
+        rows, found = states[used], {}
         if needs & {"q_max", "target_q_at_argmax"}:
-
-            def mean(h: Tensor) -> Tensor:
-                return torch.stack([head(h) for head in fast]).mean(0)
-
-            value, token = best(mean, rows, vocab_size, tensors=2 * len(fast) + 1)
-            at = torch.stack([_scatter(head.of(rows, token), used) for head in slow])
-            found = {"q_max": _scatter(value, used), "target_q_at_argmax": at}
+            value, slow = self.heads.best(rows)
+            found = {"q_max": scatter(value, used)}
+            found["target_q_at_argmax"] = torch.stack([scatter(x, used) for x in slow])
         if "expected_q" in needs:
             if self.judged is None:
                 raise QvgptError("expected_q: this model was told no policy to judge")
-            means = [
-                torch.stack([(policy * head(h)).sum(-1) for head in slow])
-                for h in rows.split(chunk_rows(vocab_size, tensors=4))
-                for policy in [self.judged(h)]
-            ]
-            found["expected_q"] = torch.stack([_scatter(x, used) for x in torch.cat(means, 1)])
+            means = self.heads.expected(rows, self.judged)
+            found["expected_q"] = torch.stack([scatter(x, used) for x in means])
         return {name: x for name, x in found.items() if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
@@ -384,12 +370,3 @@ def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
             f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
         )
     return tensors
-
-
-def _scatter(
-    flat: Float[Tensor, "rows *more"], mask: Bool[Tensor, "batch steps"]
-) -> Float[Tensor, "batch steps *more"]:
-    """Rows back to their places; 0 elsewhere."""
-    shape = (*mask.shape, *flat.shape[1:])
-    places = mask.view(*mask.shape, *[1] * (flat.dim() - 1)).expand(shape)
-    return torch.zeros(shape, dtype=flat.dtype, device=flat.device).masked_scatter(places, flat)

@@ -19,7 +19,7 @@ from qvgpt.objectives.base import (
 )
 from qvgpt.objectives.distributional import FUDGE, ControlledDecoding, ReturnDistribution
 from qvgpt.objectives.lm import AWAC, AWR, LM
-from qvgpt.objectives.logits_as_q import PathConsistency
+from qvgpt.objectives.logits_as_q import QSFT, PathConsistency
 from qvgpt.objectives.offline import FQE, ILQL, SARSA, DoubleQ, MonteCarlo
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
@@ -31,6 +31,7 @@ __all__ = [
     "ILQL",
     "LM",
     "NEEDS",
+    "QSFT",
     "SARSA",
     "ControlledDecoding",
     "DoubleQ",
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[..., Objective]] = {
     "FUDGE": FUDGE,
     "ControlledDecoding": ControlledDecoding,
     "PathConsistency": PathConsistency,
+    "QSFT": QSFT,
     "FQE": FQE,
 }
 
@@ -99,6 +101,11 @@ class Objectives:
         return self.teaches_values and not self.needs & {"q", "return_logits"}
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the model as it was is asked for."""
+        return bool(self.needs & {"ref_logprob", "max_ratio"})
+
+    @property
     def discount(self) -> tuple[float, bool]:
         """γ of the values that are taught, and whether it applies at the ends of turns only."""
         taught = [o for _, o in self.terms if teaches_values(o)]
@@ -112,7 +119,7 @@ class Objectives:
         one, q, v = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 2)
         shapes = {"q": q, "target_q": q, "q_logsumexp": q, "target_q_at_argmax": v[None]}
         shapes["expected_q"] = v[None]
-        shapes |= {"v": v, "q_max": v, "return_logits": torch.zeros(1, 1, 1, 2)}
+        shapes |= {"v": v, "q_max": v, "max_ratio": v, "return_logits": torch.zeros(1, 1, 1, 2)}
         shapes |= {"v_return_logits": torch.zeros(1, 2, 2)}
         found = {name: shapes.get(name, one) for name in NEEDS}
         nothing = Values(**found, support=Support(0.0, 1.0, 2))

@@ -40,6 +40,10 @@ class Values:
     """log π(a|s) of the action taken."""
     ref_logprob: Float[Tensor, "batch steps"] | None = None
     """log π_ref(a|s) of the action taken, π_ref the model as it was, without gradient."""
+    max_ratio: Float[Tensor, "batch states"] | None = None
+    """maxₐ π(a|s)/π_ref(a|s) over the tokens that π_ref may well say, without gradient."""
+    dummy_logprob: Float[Tensor, "batch steps"] | None = None
+    """log π of a token that is never an action."""
     entropy: Float[Tensor, "batch steps"] | None = None
     """−Σₐ π(a|s) log π(a|s), in nats."""
     token_logprob: Float[Tensor, "rows pairs"] | None = None
@@ -55,7 +59,7 @@ class Values:
         """The one shape that annotations cannot say, since each of the others may be None."""
         found = (self.q, self.target_q, self.q_logsumexp, self.logprob, self.entropy)
         steps = {x.size(-1) for x in found if x is not None}
-        for name in ("v", "q_max", "target_q_at_argmax", "expected_q"):
+        for name in ("v", "q_max", "target_q_at_argmax", "expected_q", "max_ratio"):
             states = getattr(self, name)
             if states is not None and not steps <= {states.size(-1) - 1}:
                 n = states.size(-1)

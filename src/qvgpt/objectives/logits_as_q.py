@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
 from qvgpt.returns import lambda_returns
 from qvgpt.trajectory import TrajectoryBatch
@@ -62,3 +64,39 @@ class PathConsistency:
             v=(1.0, (v - target).square()),
             pi=(1.0, (bonus - advantage).square()),
         )
+
+
+@dataclass(frozen=True)
+class QSFT:
+    """Q-learning as fine-tuning: Q(s, a) = π(a|s)/π_ref(a|s)  (Hong et al., 2025).
+
+    L = −[w log π(a|s) + (1 − w) log π(∅|s)],  w = r + γ maxₐ′ π(a′|s′)/π_ref(a′|s′) in [0, 1],
+
+    ∅ a token that is never an action: its share is what the others leave, so that where π_ref wrote
+    the data π(a|s) → π_ref(a|s)·Q*(s, a). Returns must lie in [0, 1], and π_ref, the model that
+    training begins with, must be a clone of the data. The maximum is over tokens to which π_ref
+    gives a thousandth at least; w is taken of the model itself, without gradient, and not of a slow
+    copy. What is learned prefers a token as much as it is worth more than another.
+    """
+
+    gamma: float = 0.99
+    """Discount per decision."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logprob", "dummy_logprob", "max_ratio"})
+    weighs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        check_options(self, {"gamma must lie in [0, 1]": 0 <= self.gamma <= 1})
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """The weighted cross-entropy, and the mean weight, which weighs nothing."""
+        assert values.logprob is not None
+        assert values.dummy_logprob is not None
+        assert values.max_ratio is not None
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
+        weight = (batch.reward + gamma * values.max_ratio[:, 1:]).detach().clamp(0, 1)
+        nll = -torch.lerp(values.dummy_logprob, values.logprob, weight)
+        return weighted_loss(batch.mask, nll=(1.0, nll), weight=(0.0, weight))
