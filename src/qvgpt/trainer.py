@@ -18,7 +18,7 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
-from qvgpt.loop import fit, refuse
+from qvgpt.loop import fit
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
@@ -27,6 +27,7 @@ from qvgpt.models.value_model import ValueModel, load_trunk
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
+from qvgpt.refusals import refuse
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred, scaled
 

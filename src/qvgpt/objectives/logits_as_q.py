@@ -76,7 +76,7 @@ class QSFT:
     the data π(a|s) → π_ref(a|s)·Q*(s, a). Returns must lie in [0, 1], and π_ref, the model that
     training begins with, must be a clone of the data. The maximum is over tokens to which π_ref
     gives a thousandth at least; w is taken of the model itself, without gradient, and not of a slow
-    copy. What is learned prefers a token as much as it is worth more than another.
+    copy. Sampled from without ∅, the trunk that is learned says π_ref·Q*.
     """
 
     gamma: float = 0.99
