@@ -22,7 +22,21 @@ if TYPE_CHECKING:
     from qvgpt.models.gpt import GPT
     from qvgpt.models.heads import HeadsConfig
     from qvgpt.models.value_model import ValueModel
-    from qvgpt.objectives import AWAC, AWR, ILQL, LM, MonteCarlo
+    from qvgpt.objectives import (
+        AWAC,
+        AWR,
+        FQE,
+        FUDGE,
+        ILQL,
+        LM,
+        QSFT,
+        SARSA,
+        ControlledDecoding,
+        DoubleQ,
+        MonteCarlo,
+        PathConsistency,
+        ReturnDistribution,
+    )
     from qvgpt.trainer import train
     from qvgpt.trajectory import Trajectory, collate
 
@@ -31,7 +45,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "AWAC": "objectives",
     "AWR": "objectives",
+    "ControlledDecoding": "objectives",
+    "DoubleQ": "objectives",
     "Engine": "decode.engine",
+    "FQE": "objectives",
+    "FUDGE": "objectives",
     "FitOptions": "fit_options",
     "GPT": "models.gpt",
     "Guidance": "decode.policy",
@@ -39,9 +57,13 @@ _HOMES = {
     "ILQL": "objectives",
     "LM": "objectives",
     "MonteCarlo": "objectives",
+    "PathConsistency": "objectives",
+    "QSFT": "objectives",
     "QvgptError": "errors",
     "RandomWalks": "envs.random_walk",
     "Request": "decode.engine",
+    "ReturnDistribution": "objectives",
+    "SARSA": "objectives",
     "Tokenizer": "data.tokenizer",
     "Trajectory": "trajectory",
     "ValueModel": "models.value_model",
@@ -55,17 +77,25 @@ _HOMES = {
 __all__ = [
     "AWAC",
     "AWR",
+    "FQE",
+    "FUDGE",
     "GPT",
     "ILQL",
     "LM",
+    "QSFT",
+    "SARSA",
+    "ControlledDecoding",
+    "DoubleQ",
     "Engine",
     "FitOptions",
     "Guidance",
     "HeadsConfig",
     "MonteCarlo",
+    "PathConsistency",
     "QvgptError",
     "RandomWalks",
     "Request",
+    "ReturnDistribution",
     "Tokenizer",
     "Trajectory",
     "ValueModel",

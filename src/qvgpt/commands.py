@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text as Coloured
 
+from qvgpt.categorical import Functional
 from qvgpt.data import check as linter
 from qvgpt.data.files import Row, row_texts, scan_rows
 from qvgpt.data.rows import load_trajectories
@@ -82,7 +83,7 @@ class GenerateConfig:
     data: str | None = None
     """A file of rows with prompts: JSONL is written."""
     beta: float | None = None
-    """Strength of guidance; none: what the model recommends, as for all options down to twins."""
+    """Strength of guidance; none: what the model recommends, as for all options down to alpha."""
     temperature: float | None = None
     """0 is greedy."""
     top_k: int | None = None
@@ -95,6 +96,10 @@ class GenerateConfig:
     """Which distribution top_k, top_p and min_p look at."""
     twins: Literal["mean", "min"] | None = None
     """How several Q heads are joined."""
+    functional: Functional | None = None
+    """What is read as Q from a distribution of returns: mean, soft (Q♯, η = 1 / beta) or cvar."""
+    alpha: float | None = None
+    """Of cvar: the share of returns that are the worst."""
     max_tokens: int | None = None
     """Longest text; none: what the context holds, at most 256."""
     n: int = 1

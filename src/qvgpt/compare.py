@@ -253,7 +253,9 @@ def _foretell(
         nothing = torch.zeros_like(batch.reward)
         every = torch.ones_like(batch.mask)  # the padding's reward is 0
         to_come = lambda_returns(batch.reward, gamma, nothing, every, lambda_=1.0)
-        columns = {"q": values.target_q.mean(0), "v": values.v[:, :-1], "to_come": to_come}
+        q, v = values.target_q.mean(0), values.v[:, :-1]
+        columns = {name: x / model.heads.reward_scale for name, x in (("q", q), ("v", v))}
+        columns["to_come"] = to_come
         columns["so_far"] = so_far  # the discount from the first decision to each
         for row, i in enumerate(indices):
             real = batch.mask[row]

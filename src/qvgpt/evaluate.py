@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
+from qvgpt.categorical import Functional
 from qvgpt.compare import (
     CompareOptions,
     Row,
@@ -68,6 +69,10 @@ class EvaluateConfig:
     """Which distribution top_k, top_p and min_p look at."""
     twins: Literal["mean", "min"] = "mean"
     """How several Q heads are joined."""
+    functional: Functional = "mean"
+    """What is read as Q from a distribution of returns: mean, soft (Q♯, η = 1 / beta) or cvar."""
+    alpha: float = 0.1
+    """Of cvar: the share of returns that are the worst."""
     samples: int = 1
     """Texts per prompt (greedy: always 1)."""
     max_tokens: int = 128
@@ -179,6 +184,8 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
         min_p=config.min_p,
         candidates=config.candidates,
         twins=config.twins,
+        functional=config.functional,
+        alpha=config.alpha,
     )
     found = {}
     for temperature in dict.fromkeys(config.temperatures):

@@ -24,14 +24,15 @@ from qvgpt.checkpoint import (
     save_model,
 )
 from qvgpt.data.batches import batches
-from qvgpt.errors import QvgptError, nearest
+from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
 from qvgpt.models.disk import writing
 from qvgpt.models.sharded import whole
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, counted
 from qvgpt.processes import accelerator, others_there
-from qvgpt.run import Interruption, RunProgress, require_tensorboard
+from qvgpt.refusals import refuse
+from qvgpt.run import Interruption, RunProgress
 from qvgpt.trajectory import (
     Trajectory,
     TrajectoryBatch,
@@ -341,6 +342,9 @@ def fit(
     The first Ctrl-C or SIGTERM saves a checkpoint after the current step and raises
     KeyboardInterrupt, or its kind `Terminated`.
     """
+    objectives = objectives.fitted_to(data)
+    if objectives.needs_reference and model.reference is None:
+        model.keep_reference()
     refuse(model, data, objectives, options, eval_data)
     stale = model.heads is not None and not model.heads.are_fresh and not objectives.teaches_values
     if objectives.learns_values and model.heads is not None and model.heads.are_fresh:
@@ -378,6 +382,7 @@ def fit(
         with writing(output, "go on with --resume"):
             plain.save(output)
     return {
+        "objectives": objectives.as_list(),
         "steps": state.step,
         "seconds": round(state.seconds, 2),
         "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
@@ -385,51 +390,3 @@ def fit(
         "best": state.best,
         "best_step": state.best_step if state.best is not None else None,
     }
-
-
-def refuse(
-    model: ValueModel,
-    data: Sequence[Trajectory],
-    objectives: Objectives,
-    options: FitOptions,
-    eval_data: Sequence[Trajectory],
-) -> None:
-    """Raise `QvgptError` for what could only fail later, or fail silently."""
-    if not data:
-        raise QvgptError("the data set is empty: there is nothing to train on")
-    if objectives.learns_values and model.heads is None:
-        raise QvgptError("the objectives learn values, but the model has no value heads")
-    if objectives.weighs_by_values_alone and model.heads is not None and model.heads.are_fresh:
-        raise QvgptError(
-            "the objectives weigh texts by values that nothing here learns: add ILQL or "
-            "MonteCarlo, or start from a model with values"
-        )
-    if model.trunk_is_frozen and not objectives.teaches_values:
-        raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
-    trunk: Any = model.trunk
-    short = {str(p.dtype)[6:] for p in trunk.parameters() if p.requires_grad and p.itemsize < 4}
-    if short:
-        raise QvgptError(
-            f"dtype: weights of {short.pop()} have too few digits to be trained: add lora or "
-            "freeze_trunk (fit.bf16 computes in bfloat16 and keeps weights of float32)"
-        )
-    if model.trunk_is_frozen and options.gradient_checkpointing:
-        raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
-    if options.keep_best and not eval_data:
-        raise QvgptError("fit.keep_best: needs evaluation data")
-    if options.keep_best and options.keep_best not in (parts := objectives.parts):
-        name, there = options.keep_best, ", ".join(parts)
-        raise QvgptError(
-            f"fit.keep_best: no loss part {name!r}{nearest(name, parts)}; there are {there}"
-        )
-    if options.tensorboard:
-        require_tensorboard()
-    for name, texts in (("text", data), ("evaluation text", eval_data)):
-        for i, text in enumerate(texts):
-            if not math.isfinite(sum(text.reward)):
-                raise QvgptError(f"{name} {i + 1} of {len(texts)}: its reward is NaN or infinite")
-            if len(text.tokens) > model.trunk.seq_len:
-                raise QvgptError(
-                    f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
-                    f"context of {model.trunk.seq_len}"
-                )

@@ -25,6 +25,13 @@ def expectile_loss(
     return (expectile - (u < 0).float()).abs() * u.square()
 
 
+def cross_entropy(
+    logits: Float[Tensor, "*heads batch steps bins"], target: Float[Tensor, "batch steps bins"]
+) -> Float[Tensor, "*heads batch steps"]:
+    """−Σ_z p_z log softmax(logits)_z: least where the two distributions are the same."""
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
 def awac_weight(
     advantage: Float[Tensor, "batch steps"], temperature: float, max_weight: float
 ) -> Float[Tensor, "batch steps"]:

@@ -336,7 +336,7 @@ def _advice(
     if trained and training.objectives.teaches_values:
         saved = 3 * trained + 0.7 * activations  # gradients, two moments
         found.append(("freeze_trunk: true", saved, "a new run, from a trained model; values only"))
-    if model.heads is not None and model.heads.config.kind != "low_rank":
+    if model.heads is not None and model.heads.config.kind in ("linear", "mlp"):
         matrix: Any = model.heads.q[0].weight
         rank = min(64, matrix.size(1))
         copies = 5 * model.heads.config.num_q  # weight, gradient, two moments, slow target

@@ -1,6 +1,7 @@
 """`qvgpt train`: from files of rows and a configuration to a model directory."""
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -17,22 +18,23 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
-from qvgpt.loop import fit, refuse
+from qvgpt.loop import fit
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.lora import LoraConfig
-from qvgpt.models.value_model import ValueModel
+from qvgpt.models.value_model import ValueModel, load_trunk
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
+from qvgpt.refusals import refuse
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
-from qvgpt.trajectory import Trajectory, centred
+from qvgpt.trajectory import Trajectory, centred, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
 _FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
-          "tokenizer.vocab_size.", "fit.keep_best.")  # fmt: skip
+          "tokenizer.vocab_size.", "fit.keep_best.", "reward_scale.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,18 @@ class TrainConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of a GPT from scratch; a model to start from brings its own."""
     objectives: list[str | dict[str, Any]] = field(default_factory=lambda: ["LM"])
-    """What to learn: LM, AWAC, AWR, ILQL, MonteCarlo, or several, with options and weights."""
+    """What to learn: LM, AWAC, AWR, MonteCarlo, SARSA, ILQL, DoubleQ, ReturnDistribution, FUDGE,
+    ControlledDecoding, PathConsistency, QSFT, or several, with options and weights."""
     heads: HeadsConfig | None = None
     """Value heads, where the objectives learn values and the model has none yet."""
     centred: bool = False
     """Count returns from the mean of a prompt's texts: learn which of them are better, not how
     hard the prompt is. Values then are differences to that mean, and the model says so."""
+    reward_scale: float | None = None
+    """Multiply rewards by this, to learn from numbers of about 1; none: what the values to start
+    from were learned with, else 1. It is kept with the model and undone where values are read, so
+    that beta stays in the rewards' own units. All options here that are in units of reward
+    (temperature, min_return, eta, heads.low and high) are in the multiplied ones."""
     freeze_trunk: bool = False
     """Leave the language model as it is and train the value heads only."""
     dtype: Dtype = "float32"
@@ -152,6 +160,12 @@ def _train(
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
+    scale = _reward_scale(config, objectives, model)
+    if scale != 1:
+        data, eval_data = scaled(data, scale), scaled(eval_data, scale)
+    objectives = objectives.fitted_to(data)
+    if objectives.needs_reference:
+        _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
     if config.dry_run:
         return plan(model, data, objectives, config.fit, eval_data, console)
@@ -161,8 +175,8 @@ def _train(
         open_run(output, "train", record, goes_on, config.accept_changes)
         if not goes_on:
             lock.enter_context(alone_in(output))
-    if objectives.teaches_values:
-        model.info.centred = config.centred
+    if objectives.teaches_values and model.heads is not None:
+        model.info.centred, model.heads.reward_scale = config.centred, scale
     fitted = fit(
         model, data, objectives, config.fit,
         eval_data=eval_data, output=output, resume=config.resume,
@@ -236,6 +250,33 @@ def _start(
     if config.lora is not None:
         model.trunk.add_lora(config.lora)
     return model
+
+
+def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel) -> float:
+    """What to multiply rewards with, which learned values must have been learned with too."""
+    given, learned = config.reward_scale, 1.0
+    if not objectives.learns_values:
+        if given is not None:
+            raise QvgptError("reward_scale: is kept with values, which the objectives do not learn")
+        return 1.0
+    if given is not None and not 0 < given < math.inf:
+        raise QvgptError(f"reward_scale: must be above 0, not {given}")
+    if model.heads is None or model.heads.are_fresh:
+        return learned if given is None else given
+    learned = model.heads.reward_scale
+    if given not in (None, learned):
+        raise QvgptError(
+            f"reward_scale: the values to start from were learned with {learned:g}; leave it out"
+        )
+    return learned
+
+
+def _keep_reference(config: TrainConfig, model: ValueModel) -> None:
+    """π_ref is the model that the run began with, which a checkpoint is no more."""
+    if config.model is None:
+        raise QvgptError("objectives: these learn away from a reference: say which --model")
+    adapted = model.trunk.lora is not None
+    model.keep_reference(None if adapted else load_trunk(Path(config.model), dtype=config.dtype))
 
 
 def _take_tokenizer(config: TrainConfig, model: ValueModel, newest: Path, console: Console) -> None:

@@ -68,6 +68,11 @@ def centred(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     ]
 
 
+def scaled(trajectories: Sequence[Trajectory], factor: float) -> list[Trajectory]:
+    """The same texts, all rewards multiplied."""
+    return [replace(t, reward=[factor * r for r in t.reward]) for t in trajectories]
+
+
 def fingerprint(trajectories: Iterable[Trajectory]) -> str:
     """SHA-256 of the texts in their order: tokens, actions, rewards, ends."""
     digest = hashlib.sha256()

@@ -12,10 +12,10 @@ def make_model():
     """Tiny models with weights far from their start, so that no zero hides a mistake."""
     tokenizer = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz :?"], "char")
 
-    def make(kind="linear", num_q=2, tied=True, heads=True, noise=0.3):
+    def make(kind="linear", num_q=2, tied=True, heads=True, noise=0.3, **more):
         torch.manual_seed(0)
         trunk = GPT(tokenizer.vocab_size, 16, 2, 2, seq_len=48, tied=tied)
-        config = HeadsConfig(kind, rank=5, num_q=num_q) if heads else None
+        config = HeadsConfig(kind, rank=5, num_q=num_q, **more) if heads else None
         model = ValueModel(trunk, config, tokenizer).eval()
         with torch.no_grad():
             for p in model.parameters():

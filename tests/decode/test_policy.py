@@ -139,7 +139,7 @@ def test_what_folds(make_model, plain):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp", "categorical"])
 @pytest.mark.parametrize("twins", ["mean", "min"])
 @pytest.mark.parametrize("top_k", [1, 6, 34, 35, 500])
 def test_gathered_path_is_the_full_path(make_model, kind, twins, top_k):
@@ -177,6 +177,60 @@ def test_guidance_reads_the_slow_heads(make_model):
         for p in model.heads.q.parameters():
             p.add_(1.0)
     torch.testing.assert_close(next_token(model, states(model), guidance).logprob, before)
+
+
+FUNCTIONALS = pytest.mark.parametrize(
+    "functional", [{}, {"functional": "soft"}, {"functional": "cvar", "alpha": 0.3}]
+)
+
+
+@torch.no_grad()
+@FUNCTIONALS
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_guidance_by_a_functional_of_the_returns(make_model, functional, scale):
+    """Q♯ among them: π₀·E exp(β·return), by hand; rewards were learned `scale` times their size."""
+    model = make_model("categorical", num_q=1, bins=5, low=-1.0, high=1.0, noise=0.6)
+    model.heads.reward_scale = scale
+    h, beta = states(model), 1.3
+    returns = torch.linspace(-1, 1, 5) / scale
+    everything = torch.arange(35).expand(len(h), 35)
+    p = model.heads.target_q[0].logits(h, everything).softmax(-1)
+    if not functional:
+        q = p @ returns
+    elif functional["functional"] == "soft":
+        q = (p @ (beta * returns).exp()).log() / beta
+    else:
+        worst = p.cumsum(-1).clamp(max=0.3)
+        q = torch.cat([worst[..., :1], worst.diff(dim=-1)], -1) @ returns / 0.3
+    base = (h @ model.trunk.output_weight.T).log_softmax(-1)
+    expected = (base + beta * q).log_softmax(-1)
+    whole = next_token(model, h, Guidance(beta, **functional))
+    torch.testing.assert_close(whole.logprob, expected, atol=1e-4, rtol=0)
+    some = next_token(model, h, Guidance(beta, top_k=6, **functional))
+    cut = expected.gather(1, some.tokens).log_softmax(-1)
+    torch.testing.assert_close(some.logprob, cut, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+def test_reward_scale_is_undone_by_every_path(make_model, kind):
+    model, h = make_model(kind), states(make_model(kind))
+    expected = next_token(model, h, Guidance(beta=1.0)).logprob
+    model.heads.reward_scale = 4.0
+    guidance = Guidance(beta=4.0)
+    torch.testing.assert_close(next_token(model, h, guidance).logprob, expected)
+    folded = fold(model.trunk.output_weight, model.heads, 4.0)
+    found = next_token(model, h, guidance, folded).logprob
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_knows_only_means_has_no_other_functional(make_model):
+    soft = Guidance(beta=1.0, functional="soft")
+    for model in (make_model(), make_model("categorical", bins=9, sigma=0.75)):
+        with pytest.raises(QvgptError, match="'soft' reads a distribution of returns"):
+            next_token(model, states(model), soft)
+        assert not folds(model.heads, soft)
+        next_token(model, states(model), Guidance(beta=0.0, functional="soft"))
+    assert not folds(make_model("categorical").heads, Guidance(beta=1.0))
 
 
 def test_no_heads_no_guidance(plain):

@@ -20,7 +20,6 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import NEEDS
 from qvgpt.trainer import TrainConfig, train
 from qvgpt.trajectory import Trajectory, collate
 
@@ -62,7 +61,8 @@ def test_the_trunk_is_in_bfloat16_and_the_values_are_not(saved, tmp_path):
     short = ValueModel.from_pretrained(saved, dtype="bfloat16").eval()
     assert (dtypes(short.trunk), dtypes(short.heads)) == ({torch.bfloat16}, {torch.float32})
     expected, found = vars(whole(BATCH)), vars(short(BATCH))
-    for name in NEEDS:
+    # rounding may choose another best token
+    for name in whole.offers - {"target_q_at_argmax"}:
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], expected[name], atol=0.15, rtol=0.05)
         assert not torch.equal(found[name], expected[name])

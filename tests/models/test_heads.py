@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qvgpt.errors import QvgptError
+from qvgpt.models import vocab
 from qvgpt.models.heads import HeadsConfig, StateHead, ValueHeads
 
 KINDS = ["linear", "low_rank", "mlp"]
@@ -31,6 +32,47 @@ def test_every_way_of_asking_agrees(kind):
     taken, total = head.of_and_logsumexp(h, token)
     torch.testing.assert_close(taken, head.of(h, token), **exact)
     torch.testing.assert_close(total, q.logsumexp(-1), **exact)
+
+
+@torch.no_grad()
+def test_a_distribution_is_the_same_by_every_way_of_asking(monkeypatch):
+    head, h = make("categorical", bins=4, low=-1.0, high=2.0).q[0], torch.randn(5, EMBED)
+    everything = torch.arange(VOCAB).expand(5, VOCAB)
+    logits = head.logits(h, everything)
+    # by hand: b(s, z) + (wₐ − w̄)·f(s, z)
+    f = (h @ head.project.weight.T).view(5, 4, 3)
+    by_hand = torch.einsum("rbf,vf->rvb", f, head.weight - head.weight.mean(0))
+    by_hand = by_hand + head.baseline.layers(h)[:, None]
+    exact = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(logits, by_hand, **exact)
+    mean = logits.softmax(-1) @ torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    token, some = torch.randint(0, VOCAB, (5,)), torch.randint(0, VOCAB, (5, 4))
+    for chunk in (2**26, 80, 1):
+        monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+        torch.testing.assert_close(head(h), mean, **exact)
+        soft = 0.5 * (logits.log_softmax(-1) + torch.arange(-1.0, 3.0) / 0.5).logsumexp(-1)
+        torch.testing.assert_close(head(h, functional="soft", eta=0.5), soft, **exact)
+    torch.testing.assert_close(head.of(h, token), mean.gather(1, token[:, None])[:, 0], **exact)
+    torch.testing.assert_close(head.of_many(h, some), mean.gather(1, some), **exact)
+
+
+def test_a_distribution_begins_as_no_guidance_and_learns():
+    heads = make("categorical", noise=0.0, bins=5)
+    assert heads.are_fresh
+    heads.start_at(0.7)
+    assert heads.are_fresh
+    h = torch.randn(5, EMBED)
+    torch.testing.assert_close(heads.q[0](h), torch.full((5, VOCAB), 0.5))
+    heads.q[0].logits(h, torch.zeros(5, 1, dtype=torch.long))[..., 0].sum().backward()
+    assert heads.q[0].weight.grad.abs().sum() > 0
+    with pytest.raises(QvgptError, match="does not fold"):
+        heads.folded()
+    with pytest.raises(
+        QvgptError, match=r"below the model's 8 dimensions, not 8: .* 1,056 numbers"
+    ):
+        ValueHeads(EMBED, VOCAB, HeadsConfig("categorical", rank=8, bins=12))
+    with pytest.raises(QvgptError, match="low must be below high"):
+        HeadsConfig("categorical", low=1.0)
 
 
 def test_the_mean_kept_for_decoding_follows_every_change():

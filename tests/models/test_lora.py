@@ -24,6 +24,7 @@ from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import RunProgress
 from qvgpt.trainer import TrainConfig, train
+from qvgpt.trajectory import Trajectory, collate
 
 QUIET = Console(quiet=True)
 TOKENS = torch.tensor([[1, 12, 7, 20, 2, 9, 9, 30]])
@@ -159,6 +160,23 @@ def test_fresh_adapters_change_nothing_and_only_they_and_the_heads_learn(config,
     [text] = generate(learnt, [TOKENIZER.encode_prompt("abc")], Guidance(1.0), max_tokens=5)
     assert text.tokens
     export_hf(config.output, tmp_path / "plain", beta=1.0)
+
+
+def test_the_reference_of_adapters_is_the_model_without_them():
+    model = adapted()
+    batch = collate([Trajectory([1, 9, 2, 3], [False, False, True, True], [0.0] * 4, True)])
+    needs = frozenset({"logprob", "ref_logprob"})
+    model.keep_reference()
+    values = model.train()(batch, needs)
+    assert not torch.allclose(values.logprob, values.ref_logprob, atol=1e-3)
+    torch.manual_seed(0)
+    plain = ValueModel(CausalLM(make_hf("qwen3")), None, TOKENIZER).eval()
+    expected = plain(batch, frozenset({"logprob"})).logprob
+    torch.testing.assert_close(values.ref_logprob, expected, atol=1e-5, rtol=0)
+    again = model(batch, needs)  # the adapters are there again, and learn
+    torch.testing.assert_close(again.logprob, values.logprob)
+    again.logprob.sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.trunk.parameters())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -25,6 +25,11 @@ BATCH = collate(
 )
 
 
+PLAIN = NEEDS - {"return_logits", "v_return_logits", "expected_q"}
+PLAIN -= {"ref_logprob", "max_ratio", "dummy_logprob"}
+"""What a model without distributions and without a reference offers."""
+
+
 def make(kind="linear", noise=0.3, freeze=False, tied=True, tokenizer=TOKENIZER, **heads):
     torch.manual_seed(0)
     trunk = GPT(TOKENIZER.vocab_size, 16, 2, 2, seq_len=32, tied=tied)
@@ -53,10 +58,17 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
                 assert values.q_logsumexp[i, row, k] == pytest.approx(expected, abs=1e-5)
                 slow = model.heads.target_q[i](h)[0, action].item()
                 assert values.target_q[i, row, k] == pytest.approx(slow, abs=1e-5)
+            mean = torch.stack([head(h)[0] for head in model.heads.q]).mean(0)
+            assert values.q_max[row, k] == pytest.approx(mean.max().item(), abs=1e-5)
+            for i, head in enumerate(model.heads.target_q):
+                slow = head(h)[0, mean.argmax()].item()
+                assert values.target_q_at_argmax[i, row, k] == pytest.approx(slow, abs=1e-5)
             assert values.logprob[row, k] == pytest.approx(logprob[state, action].item(), abs=1e-5)
             assert values.v[row, k] == pytest.approx(model.heads.v(h).item(), abs=1e-5)
         end = model.heads.v(hidden[-1]).item()
         assert values.v[row, len(steps)] == pytest.approx(end, abs=1e-5)
+        mean = torch.stack([head(hidden[-1:])[0] for head in model.heads.q]).mean(0)
+        assert values.q_max[row, len(steps)] == pytest.approx(mean.max().item(), abs=1e-5)
         seen = logprob[:-1].gather(1, tokens[1:, None])[:, 0]
         torch.testing.assert_close(values.token_logprob[row, : length - 1], seen, atol=1e-5, rtol=0)
     assert values.q[:, ~BATCH.mask].eq(0).all()
@@ -64,7 +76,7 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("needs", [set(), {"v"}, {"logprob"}, {"q", "target_q"}, set(NEEDS)])
+@pytest.mark.parametrize("needs", [set(), {"v"}, {"logprob"}, {"q", "target_q"}, PLAIN])
 def test_only_what_is_needed_is_computed(needs):
     values = make()(BATCH, frozenset(needs))
     assert {name for name, value in vars(values).items() if value is not None} == needs
@@ -80,7 +92,7 @@ def test_packed_texts_have_the_values_they_have_alone():
     packed, alone = collate(texts, packed=True), collate(texts)
     assert len(packed.tokens) == 4
     found, expected = vars(model(packed)), vars(model(alone))
-    for name in NEEDS - {"token_logprob"}:
+    for name in PLAIN - {"token_logprob"}:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
     seen = [values["token_logprob"].sum() for values in (found, expected)]
     torch.testing.assert_close(*seen)
@@ -107,7 +119,7 @@ def test_heads_stay_in_fp32_under_autocast():
     model = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values = model(BATCH)
-    assert {t.dtype for t in vars(values).values()} == {torch.float32}
+    assert {vars(values)[name].dtype for name in PLAIN} == {torch.float32}
     torch.testing.assert_close(values.q, model(BATCH).q, atol=0.2, rtol=0.1)
     assert {p.dtype for p in model.heads.parameters()} == {torch.float32}
 
@@ -135,12 +147,101 @@ def test_saved_and_read_it_is_the_same(tmp_path, kind, tied):
     assert again.tokenizer.sha256 == TOKENIZER.sha256
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    for name, value in vars(model(BATCH)).items():
-        torch.testing.assert_close(vars(again(BATCH))[name], value, atol=0, rtol=0)
+    for name in model.offers:
+        found, expected = (getattr(m(BATCH), name) for m in (again, model))
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     logits = hf(BATCH.tokens[:1]).logits
     torch.testing.assert_close(logits, model.trunk(BATCH.tokens[:1]), atol=1e-5, rtol=0)
     assert hf.generation_config.eos_token_id == [3, 4]
+
+
+@torch.no_grad()
+def test_distributions_are_read_at_the_states_of_the_decisions(tmp_path):
+    model = make("categorical", bins=6, low=-2.0, high=3.0)
+    values = model(BATCH)
+    assert values.q_logsumexp is None
+    assert values.return_logits.shape == (2, 3, 3, 6)
+    assert values.v_return_logits.shape == (3, 4, 6)
+    centres = values.support.centres(values.v)
+    for head in range(2):
+        mean = (values.return_logits[head].softmax(-1) @ centres).where(BATCH.mask, 0.0)
+        torch.testing.assert_close(values.q[head], mean, atol=1e-5, rtol=0)
+    mean = values.v_return_logits.softmax(-1) @ centres
+    torch.testing.assert_close(values.v, mean, atol=1e-5, rtol=0)
+    assert values.return_logits[:, ~BATCH.mask].eq(0).all()
+    model.save(tmp_path)
+    again = ValueModel.from_pretrained(tmp_path).eval()
+    assert again.heads.config == model.heads.config
+    assert torch.equal(again(BATCH).return_logits, values.return_logits)
+    config = json.loads((tmp_path / "value_config.json").read_text())
+    for wrong in ({"bins": 10**12}, {"rank": 5}):
+        heads = {"heads": config["heads"] | wrong}
+        (tmp_path / "value_config.json").write_text(json.dumps(config | heads))
+        with pytest.raises(QvgptError, match="does not fit value_config"):
+            ValueModel.from_pretrained(tmp_path)
+
+
+def test_the_reference_is_the_model_as_it_was(tmp_path):
+    model = make()
+    with pytest.raises(QvgptError, match="keeps no reference"):
+        model(BATCH, frozenset({"ref_logprob"}))
+    before = model(BATCH).logprob.detach()
+    model.keep_reference()
+    names = set(model.state_dict())
+    with torch.no_grad():
+        for p in model.trunk.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.train()
+    values = model(BATCH)
+    torch.testing.assert_close(values.ref_logprob, before)
+    assert not values.ref_logprob.requires_grad
+    assert not torch.allclose(values.logprob, before, atol=1e-3)
+    policy = (model.trunk.hidden(BATCH.tokens) @ model.trunk.output_weight.T).log_softmax(-1)
+    was = model.reference.trunk.hidden(BATCH.tokens) @ model.reference.trunk.output_weight.T
+    was = was.log_softmax(-1)
+    ratio = (policy - was).exp().where(was.exp() >= 1e-3, 0.0)
+    ratio[..., 0] = 0.0  # padding, the dummy
+    ratio = model.states(ratio, BATCH).amax(-1)
+    for row, steps in ((0, 4), (1, 3), (2, 2)):
+        torch.testing.assert_close(values.max_ratio[row, :steps], ratio[row, :steps])
+    expected = model.states(policy, BATCH)[:, :-1, 0].where(BATCH.mask, 0.0)
+    torch.testing.assert_close(values.dummy_logprob, expected)
+    assert names == set(make().state_dict())  # neither saved nor trained
+    assert model.trunk.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [64, 2**26])
+def test_the_expected_q_is_that_of_the_judged_policy(monkeypatch, chunk):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    model = make()
+    with pytest.raises(QvgptError, match="no policy to judge"):
+        model(BATCH, frozenset({"expected_q"}))
+    model.judged = lambda h: (h @ model.trunk.output_weight.T).softmax(-1)
+    values = model(BATCH, frozenset({"expected_q"}))
+    hidden = model.states(model.trunk.hidden(BATCH.tokens), BATCH)
+    pi = model.judged(hidden)
+    for i, head in enumerate(model.heads.target_q):
+        expected = (pi * head(hidden.flatten(0, 1)).view(pi.shape)).sum(-1)
+        for row, steps in ((0, 4), (1, 3), (2, 2)):
+            torch.testing.assert_close(values.expected_q[i, row, :steps], expected[row, :steps])
+
+
+def test_reward_scale_is_kept_and_must_be_a_number(tmp_path):
+    model = make()
+    model.heads.reward_scale = 0.1
+    model.save(tmp_path)
+    again = ValueModel.from_pretrained(tmp_path)
+    assert again.heads.reward_scale == 0.1
+    h = torch.randn(3, 16)
+    torch.testing.assert_close(again.heads.state_value(h), again.heads.v(h) * 10)
+    config = json.loads((tmp_path / "value_config.json").read_text())
+    for wrong in (0, -1.0, "1", None, True):
+        changed = json.dumps(config | {"reward_scale": wrong})
+        (tmp_path / "value_config.json").write_text(changed)
+        with pytest.raises(QvgptError, match="reward_scale: a number above 0"):
+            ValueModel.from_pretrained(tmp_path)
 
 
 def test_a_directory_without_values_is_a_plain_model(tmp_path):
@@ -199,8 +300,9 @@ def test_chunks_change_no_value_of_a_model(monkeypatch):
     model = make("mlp")
     expected = vars(model(BATCH))
     monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", 64)
-    for name, value in vars(model(BATCH)).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
+    found = vars(model(BATCH))
+    for name in model.offers:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

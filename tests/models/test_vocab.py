@@ -122,6 +122,25 @@ def test_gradients_are_those_of_finite_differences():
         )
 
 
+@pytest.mark.parametrize("chunk", [1, 80, 2**24])
+def test_the_best_token_is_found_in_chunks(monkeypatch, chunk):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, _ = inputs()
+    most = []
+
+    def score(rows):
+        most.append(len(rows))
+        return rows @ weight.T
+
+    value, token = vocab.best(score, hidden, VOCAB, tensors=3)
+    expected = (hidden @ weight.T).max(-1)
+    torch.testing.assert_close(value, expected.values)
+    assert torch.equal(token, expected.indices)
+    assert not value.requires_grad
+    assert max(most) <= max(1, chunk // (3 * VOCAB))
+    assert vocab.best(score, hidden[:0], VOCAB)[0].shape == (0,)
+
+
 def test_no_rows_are_no_trouble():
     _, weight, _ = inputs()
     nothing = torch.zeros(0, WIDTH, requires_grad=True)

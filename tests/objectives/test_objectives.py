@@ -5,8 +5,27 @@ import math
 import pytest
 import torch
 
+from qvgpt.categorical import Support
 from qvgpt.errors import QvgptError
-from qvgpt.objectives import AWAC, AWR, ILQL, LM, MonteCarlo, Objectives, Values, parse_objectives
+from qvgpt.objectives import (
+    AWAC,
+    AWR,
+    FQE,
+    FUDGE,
+    ILQL,
+    LM,
+    METHODS,
+    QSFT,
+    SARSA,
+    ControlledDecoding,
+    DoubleQ,
+    MonteCarlo,
+    Objectives,
+    PathConsistency,
+    ReturnDistribution,
+    Values,
+    parse_objectives,
+)
 from qvgpt.objectives.base import discount
 from qvgpt.trajectory import Trajectory, collate
 
@@ -24,6 +43,10 @@ VALUES = Values(
     target_q=torch.tensor([[[1.0, 0.0], [2.0, 9.0]], [[2.0, 2.0], [3.0, 9.0]]]),
     v=torch.tensor([[1.0, 4.0, 7.0], [1.5, 4.0, 9.0]]),
     q_logsumexp=torch.tensor([[[2.0, 2.0], [4.0, 9.0]], [[1.0, 3.0], [1.0, 9.0]]]),
+    q_max=torch.tensor([[2.0, 3.0, 9.0], [2.5, 5.0, 9.0]]),
+    target_q_at_argmax=torch.tensor(
+        [[[2.0, 2.0, 9.0], [3.0, 5.0, 9.0]], [[1.0, 3.0, 9.0], [4.0, 4.0, 9.0]]]
+    ),
     logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
     token_logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
 )
@@ -65,6 +88,145 @@ def test_monte_carlo_by_hand():
 def test_monte_carlo_with_lambda_zero_has_the_td_target_of_ilql():
     td = MonteCarlo(gamma=0.9, lambda_=0.0)(VALUES, TWO_ROWS)
     assert parts(td)["q"] == pytest.approx(parts(ILQL(gamma=0.9)(VALUES, TWO_ROWS))["q"])
+
+
+def test_sarsa_by_hand():
+    # slow Q, the mean of the heads: 1.5, 1; 2.5. Targets: .5 + .9·1 = 1.4;  1;  2 + .9·4 = 5.6
+    q = (0.4**2 + 1 + 2.6**2) + (1.4**2 + 0 + 4.6**2)
+    v = 0.5**2 + 3**2 + 1
+    loss = SARSA(gamma=0.9, lambda_=0.0)(VALUES, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"q": q / 3, "v": v / 3})
+    assert loss.total.item() == pytest.approx((q + v) / 3)
+
+
+def test_sarsa_with_lambda_one_has_the_targets_of_monte_carlo():
+    sarsa = SARSA(gamma=0.9, lambda_=1.0)(VALUES, TWO_ROWS)
+    assert parts(sarsa)["q"] == parts(MonteCarlo(gamma=0.9)(VALUES, TWO_ROWS))["q"]
+
+
+def test_fqe_by_hand():
+    # Σ π Q̄: targets .5 + .9·{2; 1} per head = 2.3; 1.4;  1; 1;  2 + .9·{1; 3} = 2.9; 4.7
+    expected = torch.tensor(
+        [[[5.0, 2.0, 9.0], [1.0, 1.0, 9.0]], [[3.0, 1.0, 9.0], [2.0, 3.0, 9.0]]]
+    )
+    values = Values(q=VALUES.q, v=VALUES.v, expected_q=expected)
+    q = (1.3**2 + 1 + 0.1**2) + (1.4**2 + 0 + 3.7**2)
+    v = (1 - 4) ** 2 + (4 - 1.5) ** 2 + 0
+    loss = FQE(gamma=0.9)(values, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"q": q / 3, "v": v / 3})
+
+
+def test_double_q_by_hand():
+    # min Q̄ at the best token: 1, 2; 3, 4. Targets: .5 + .9·2 = 2.3;  1;  2 + .9·4 = 5.6
+    q = (1.3**2 + 1 + 2.6**2) + (2.3**2 + 0 + 4.6**2)
+    v = 0 + 2**2 + 1.5**2
+    gap = (2 - 0.5) + (3 - 1.5) + (2.5 - 2)
+    cql = (1 + 0 + 1) + (1 + 2 + 0)
+    loss = DoubleQ(gamma=0.9, cql_weight=0.1)(VALUES, TWO_ROWS)
+    expected = {"q": q / 3, "v": v / 3, "gap": gap / 3, "cql": cql / 3}
+    assert parts(loss) == pytest.approx(expected)
+    assert loss.total.item() == pytest.approx((q + v + 0.1 * cql) / 3)
+    free = DoubleQ(gamma=0.9, cql_weight=0.0)
+    assert free.needs == {"q", "v", "q_max", "target_q_at_argmax"}
+    assert free(VALUES, TWO_ROWS).total.item() == pytest.approx((q + v) / 3)
+
+
+def test_path_consistency_by_hand():
+    values = Values(
+        logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
+        ref_logprob=torch.tensor([[-2.0, -1.0], [-1.0, -9.0]]),
+        v=VALUES.v,
+    )
+    # η·log-ratios ½, −½; −1. One step: .5 − ½ + .9·4 = 3.6;  1 + ½;  2 + 1 + .9·4 = 6.6
+    one = (3.6 - 1) ** 2 + (1.5 - 4) ** 2 + (6.6 - 1.5) ** 2
+    loss = PathConsistency(eta=0.5, gamma=0.9, lambda_=0.0)(values, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"v": one / 3, "pi": one / 3})
+    # the whole path: .5 − ½ + .9·1.5 = 1.35
+    path = (1.35 - 1) ** 2 + (1.5 - 4) ** 2 + (6.6 - 1.5) ** 2
+    loss = PathConsistency(eta=0.5, gamma=0.9)(values, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"v": path / 3, "pi": path / 3})
+
+
+def test_q_sft_by_hand():
+    values = Values(
+        logprob=torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]),
+        dummy_logprob=torch.tensor([[-4.0, -4.0], [-5.0, -9.0]]),
+        max_ratio=torch.tensor([[9.0, 0.5, 9.0], [9.0, 0.75, 9.0]], requires_grad=True),
+    )
+    batch = collate(
+        [
+            Trajectory([0, 1, 2], [False, True, True], [0.0, 0.25, 0.5], True),
+            Trajectory([0, 3], [False, True], [0.0, 1.0], False),
+        ]
+    )
+    # weights: .25 + .5·.5; .5 at the end; 1 + .5·.75, which is 1
+    expected = (0.5 * 1 + 0.5 * 4) + (0.5 * 2 + 0.5 * 4) + 3
+    loss = QSFT(gamma=0.5)(values, batch)
+    assert parts(loss) == pytest.approx({"nll": expected / 3, "weight": 2 / 3})
+    assert loss.total.item() == pytest.approx(expected / 3)
+    assert not loss.total.requires_grad
+
+
+def test_the_current_token_alone_learns_from_a_path():
+    logprob = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
+    v = VALUES.v.clone().requires_grad_()
+    values = Values(logprob=logprob, ref_logprob=torch.zeros(2, 2), v=v)
+    PathConsistency(eta=0.5)(values, TWO_ROWS).total.backward()
+    # G = .5 + .5 + 1 + 1 = 3, then 2: residuals V − G of −2, 2, times η; mean of the squares
+    assert logprob.grad[0].tolist() == pytest.approx([2 * 0.5 * -2 / 3, 2 * 0.5 * 2 / 3])
+    assert v.grad[0].tolist() == pytest.approx([2 * -2 / 3, 2 * 2 / 3, 0.0])
+    assert logprob.grad[1, 1] == 0
+    assert v.grad[1, 1] == 0  # what a cut text bootstraps from
+
+
+# two bins, 0 and 1; the first text ends with 1 after 0, the second is cut
+SHORT = collate(
+    [
+        Trajectory([0, 1, 2], [False, True, True], [0.0, 0.0, 1.0], True),
+        Trajectory([0, 3], [False, True], [0.0, 1.0], False),
+    ]
+)
+ODDS = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)], [0.0, math.log(7)]]]).expand(2, 3, 2)
+NLL = [math.log(2), math.log(4 / 3), math.log(8 / 7)]
+
+
+def test_return_distribution_by_hand():
+    values = Values(
+        return_logits=ODDS[None, :, 1:].expand(2, 2, 2, 2),
+        v_return_logits=ODDS,
+        support=Support(0.0, 1.0, 2),
+    )
+    objective = ReturnDistribution()
+    loss = objective(values, SHORT)
+    assert objective.counted(SHORT).tolist() == [[True, True], [False, False]]
+    expected = {"q": 2 * (NLL[1] + NLL[2]) / 2, "v": (NLL[0] + NLL[1]) / 2}
+    assert parts(loss) == pytest.approx(expected)
+    # γ = ½: a quarter of the way from one bin to the other, at the first decision
+    half = ReturnDistribution(gamma=0.5)(values, SHORT)
+    mixed = -0.5 * math.log(0.5) - 0.5 * math.log(0.5)
+    assert parts(half)["v"] == pytest.approx((mixed + NLL[1]) / 2)
+
+
+def test_fudge_by_hand():
+    values = Values(v_return_logits=ODDS, support=Support(0.0, 1.0, 2))
+    loss = FUDGE()(values, SHORT)
+    assert parts(loss) == pytest.approx({"v": (NLL[0] + NLL[1]) / 2, "end": NLL[2] / 2})
+    wide = Values(v_return_logits=torch.zeros(2, 3, 5), support=Support(0.0, 1.0, 5))
+    with pytest.raises(QvgptError, match="FUDGE needs categorical heads of 2 bins"):
+        FUDGE()(wide, SHORT)
+
+
+def test_controlled_decoding_by_hand():
+    v = torch.tensor([[0.5, 0.25, 0.75], [0.5, 0.25, 0.0]])
+    end = (0.75 - 1) ** 2
+    # the observed reward: 1, 1; the cut text: 1 + .25
+    loss = ControlledDecoding()(Values(v=v), SHORT)
+    seen = 0.5**2 + 0.75**2 + 0.75**2
+    assert parts(loss) == pytest.approx({"v": seen / 3, "end": end / 3})
+    # Bellman: .25, 1; 1.25
+    loss = ControlledDecoding(lambda_=0.0)(Values(v=v), SHORT)
+    bellman = 0.25**2 + 0.75**2 + 0.75**2
+    assert parts(loss) == pytest.approx({"v": bellman / 3, "end": end / 3})
 
 
 def test_awac_by_hand():
@@ -112,6 +274,21 @@ def test_filtered_lm_learns_the_good_texts_only():
     assert LM(on="all", min_return=0.7)(everything, batch).total == 2.5
     assert LM(min_return=0.9)(values, batch).total == 0.0
     assert LM(min_return=0.6)(values, batch).total == pytest.approx(104 / 3)
+
+
+def test_the_top_share_is_that_of_the_whole_data():
+    returns = [3.0, 1.0, 2.0, 0.0, 2.0]
+    assert LM(top_share=0.2).fitted_to(returns) == LM(min_return=3.0)
+    assert LM(top_share=0.4).fitted_to(returns) == LM(min_return=2.0)  # its equal comes along
+    assert LM(top_share=0.01).fitted_to(returns) == LM(min_return=3.0)
+    assert LM(top_share=1.0, on="all").fitted_to(returns) == LM(min_return=0.0, on="all")
+    assert LM(min_return=0.5).fitted_to(returns) == LM(min_return=0.5)
+    with pytest.raises(QvgptError, match="top_share is of the whole data"):
+        LM(top_share=0.5)(VALUES, TWO_ROWS)
+    data = [Trajectory([0, 1], [False, True], [0.0, r], True) for r in returns]
+    both = parse_objectives([{"LM": {"top_share": 0.4}}, "MonteCarlo"])
+    assert both.fitted_to(data) == parse_objectives([LM(min_return=2.0), "MonteCarlo"])
+    assert both.parts == ["total", "LM/nll", "MonteCarlo/q", "MonteCarlo/v"]
 
 
 def learn(objective, batch, states, steps=500):
@@ -250,6 +427,13 @@ def test_objectives_are_read_as_written():
         ([{"ILQL": {"gamma": -1}}], r"gamma must lie in \[0, 1\]"),
         ([{"ILQL": {"cql_weight": -1}}], "cql_weight must be 0 or more"),
         ([{"MonteCarlo": {"lambda_": 2.0}}], "lambda_ must lie"),
+        ([{"PathConsistency": {"eta": 0.0}}], "eta must be above 0"),
+        ([{"ReturnDistribution": {"gamma": 2.0}}], "gamma must lie"),
+        ([{"ControlledDecoding": {"lambda_": 2.0}}], "lambda_ must lie"),
+        ([{"SARSA": {"lambda_": 2.0}}], "lambda_ must lie"),
+        ([{"DoubleQ": {"cql_weight": -1.0}}], "cql_weight must be 0 or more"),
+        ([{"LM": {"top_share": 10}}], r"top_share must lie in \(0, 1\]"),
+        ([{"LM": {"top_share": 0.1, "min_return": 1}}], "min_return or top_share, not both"),
         ([{"AWAC": {"temperature": 0.0}}], "temperature must be above 0"),
         ([{"AWAC": {"max_weight": 0.0}}], "max_weight must be above 0"),
     ],
@@ -269,3 +453,7 @@ def test_the_discount_is_that_of_the_values_that_are_taught():
     turns = [{"MonteCarlo": {"gamma": 0.5, "per_turn_discount": True}}, "ILQL"]
     assert parse_objectives(turns).discount == (0.5, True)
     assert not parse_objectives(["LM", "AWAC", "AWR"]).teaches_values
+    for name in METHODS.keys() - {"LM", "AWAC", "AWR", "QSFT"}:
+        assert parse_objectives(name).teaches_values
+        assert parse_objectives(name).learns_values
+        assert len(parse_objectives(name).parts) >= 2

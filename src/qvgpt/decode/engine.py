@@ -205,7 +205,7 @@ class Engine:
             columns += [[None] * len(token)] * 2
         else:
             q = joined_q(self.model, hidden, token[:, None], guidance.twins)[:, 0]
-            columns += [q.tolist(), self.model.heads.v(hidden.float()).tolist()]
+            columns += [q.tolist(), self.model.heads.state_value(hidden.float()).tolist()]
         return [TokenReport(*values) for values in zip(*columns, strict=True)]
 
     def _finished(self, row: _Row, token: int) -> Literal["end", "length", "stop"] | None:

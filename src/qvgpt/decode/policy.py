@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qvgpt.categorical import Functional
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models import vocab
 from qvgpt.models.heads import ValueHeads
@@ -41,6 +42,11 @@ class Guidance:
     """Which distribution top_k, top_p and min_p look at."""
     twins: Literal["mean", "min"] = "mean"
     """How several Q heads are joined; mean folds into the LM head."""
+    functional: Functional = "mean"
+    """What is read as Q from a distribution of returns (categorical heads). mean: the expected
+    return. soft: η·log E exp(return / η), η = 1 / beta (Q♯). cvar: mean of the worst returns."""
+    alpha: float = 0.1
+    """Of cvar: the share of returns that are the worst."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -51,6 +57,8 @@ class Guidance:
             "min_p must lie in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
             "candidates is 'base' or 'guided'": self.candidates in ("base", "guided"),
             "twins is 'mean' or 'min'": self.twins in ("mean", "min"),
+            "functional is 'mean', 'soft' or 'cvar'": self.functional in ("mean", "soft", "cvar"),
+            "alpha must lie in (0, 1]": 0 < self.alpha <= 1,
             "beta must be finite": abs(self.beta) < float("inf"),
         }
         for message, holds in checks.items():
@@ -77,7 +85,7 @@ def recommended(info: ValueInfo, model_dir: str | Path) -> Guidance | None:
     kinds: dict[str, tuple[type, ...]] = {
         "beta": (float, int), "temperature": (float, int), "top_k": (int, type(None)),
         "top_p": (float, int, type(None)), "min_p": (float, int, type(None)),
-        "candidates": (str,), "twins": (str,),
+        "candidates": (str,), "twins": (str,), "functional": (str,), "alpha": (float, int),
     }  # fmt: skip
     for key, value in found.items():
         if key not in kinds:
@@ -194,7 +202,7 @@ def distribution(
         base, tokens = base.topk(guidance.top_k, dim=-1)
         gathered = tokens
     if guidance.beta and folded is None:
-        q = slow_q(heads, hidden, gathered, guidance.twins)
+        q = slow_q(heads, hidden, gathered, guidance.twins, guidance)
     picked = NextToken(tokens, guided_logprob(base, q, guidance), base)
     return picked.greedy() if guidance.temperature == 0 else picked
 
@@ -214,17 +222,35 @@ def slow_q(
     hidden: Float[Tensor, "rows embed"],
     tokens: Int[Tensor, "rows candidates"] | None,
     twins: Literal["mean", "min"],
+    guidance: Guidance | None = None,
 ) -> Float[Tensor, "rows candidates"]:
-    """`joined_q` of the heads alone. Raises `QvgptError` where there are none."""
+    """`joined_q` of the heads alone; with a `guidance`, what its functional reads as Q.
+
+    Raises `QvgptError` where there are no heads, or none that the functional can read.
+    """
     if heads is None:
         raise QvgptError("this model has no value heads: it can only be run with beta 0")
-    h = hidden.float()
+    h, how = hidden.float(), {} if guidance is None else _functional(heads, guidance)
     q = [
-        head(h) if tokens is None else head.of_many(h, tokens)  # type: ignore[operator]
+        head(h, **how) if tokens is None else head.of_many(h, tokens, **how)  # type: ignore[operator]
         for head in heads.target_q
     ]
-    stacked = torch.stack(q)
+    stacked = torch.stack(q) / heads.reward_scale
     return stacked.mean(0) if twins == "mean" else stacked.amin(0)
+
+
+def _functional(heads: ValueHeads, guidance: Guidance) -> dict[str, Any]:
+    """What heads are told to read; nothing where it is the mean."""
+    if guidance.functional == "mean":
+        return {}
+    if heads.config.support is None or heads.config.sigma:
+        raise QvgptError(
+            f"guidance: functional {guidance.functional!r} reads a distribution of returns, and "
+            f"{'smeared heads keep' if heads.config.sigma else 'these value heads know'} only the "
+            "mean: train categorical heads with sigma 0"
+        )
+    eta = heads.reward_scale / guidance.beta
+    return {"functional": guidance.functional, "eta": eta, "alpha": guidance.alpha}
 
 
 def folds(heads: ValueHeads | None, guidance: Guidance, softcap: float | None = None) -> bool:
@@ -234,14 +260,16 @@ def folds(heads: ValueHeads | None, guidance: Guidance, softcap: float | None = 
         return False
     free = guidance.candidates == "guided" or not guidance.truncates
     joined = guidance.twins == "mean" or heads.config.num_q == 1
-    return free and joined and heads.config.kind != "mlp"
+    linear = heads.config.kind in ("linear", "low_rank") and guidance.functional == "mean"
+    return free and joined and linear
 
 
 @torch.no_grad()
 def fold(
     weight: Float[Tensor, "vocab embed"], heads: ValueHeads, beta: float
 ) -> Float[Tensor, "vocab embed"]:
-    """W + β·F: one matrix that is LM head and guidance at once. Raises `QvgptError` for mlp."""
+    """W + β·F: one matrix that is LM head and guidance at once. Raises `QvgptError` where Q is not
+    linear."""
     return (weight.float() + beta * heads.folded()).to(weight.dtype)
 
 

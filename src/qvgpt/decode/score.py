@@ -145,7 +145,7 @@ def _score_batch(
     ends: list[float | None] = [None] * len(trajectories)
     if model.heads is not None:
         last = states[torch.arange(len(states)), batch.mask.sum(1)]
-        ends = model.heads.v(last.float()).tolist()
+        ends = model.heads.state_value(last.float()).tolist()
         ends = [0.0 if t.terminated else v for t, v in zip(trajectories, ends, strict=True)]
     counted = zip(batch.mask.sum(1).tolist(), batch.action.tolist(), ends, strict=True)
     return [TextScore(a[:n], list(islice(reports, n)), end) for n, a, end in counted]
@@ -172,5 +172,5 @@ def _reports(
         columns += [[None] * len(action)] * 2
     else:
         q = joined_q(model, hidden, action[:, None], guidance.twins)[:, 0]
-        columns += [q.tolist(), model.heads.v(hidden.float()).tolist()]
+        columns += [q.tolist(), model.heads.state_value(hidden.float()).tolist()]
     return [TokenReport(*values) for values in zip(*columns, strict=True)]

@@ -9,6 +9,7 @@ when a model is wrapped.
 
 import copy
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qvgpt.models.lora import (
     ADAPTER,
     LoraConfig,
     add_lora,
+    base_alone,
     base_sha256,
     load_adapter,
     merged_state,
@@ -230,6 +232,10 @@ class CausalLM(nn.Module):
             raise QvgptError("lora: the model has adapters already")
         add_lora(self.model, config)
         self.lora, self.base_sha256 = config, base_sha256(self.model)
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """As long as it lasts, the base model alone."""
+        return base_alone(self.model)
 
     def save_adapter(self, path: Path) -> None:
         """Write the adapters alone, in peft's format."""

@@ -13,9 +13,14 @@ A trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and whe
 negative that makes them the best ones. Centring puts them at the mean of all tokens instead, and
 `ValueHeads.start_at` sees to it that no constant in the rewards has to be learned at all: else
 the advantages of the tokens seen take up a part of it.
+
+Of kind `categorical`, each number is a distribution over returns instead, and what is said of
+numbers holds for its logits; Q and V are its means. Its features are one low-rank projection a
+bin, f(s, z) = P_z·h, for weights of their own for every token and bin would be billions.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,29 +28,49 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import gather_dot, taken_and_logsumexp, wide
+from qvgpt.models.vocab import best, chunk_rows, gather_dot, taken_and_logsumexp, wide
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
     """What the value heads look like."""
 
-    kind: Literal["linear", "low_rank", "mlp"] = "linear"
-    """linear and low_rank fold into an ordinary checkpoint; mlp is ILQL's."""
+    kind: Literal["linear", "low_rank", "mlp", "categorical"] = "linear"
+    """linear and low_rank fold into an ordinary checkpoint; mlp is ILQL's; categorical knows the
+    distribution of returns, low-rank over the vocabulary."""
     rank: int = 64
-    """Rank of a low_rank head."""
+    """Rank of a low_rank or categorical head."""
     num_q: int = 2
     """Q heads: 2 are twins, whose minimum curbs overestimation."""
     v: Literal["linear", "mlp"] = "mlp"
     """The head of V, and of the baseline b of Q."""
+    bins: int = 51
+    """Of a categorical head; 2 for rewards of 0 or 1."""
+    low: float = 0.0
+    """The least return that a categorical head knows; what is below counts as it."""
+    high: float = 1.0
+    """The greatest return that a categorical head knows; what is above counts as it."""
+    sigma: float = 0.0
+    """Of a categorical head: 0 keeps distributions (two-hot targets); more smears them over that
+    many bins (HL-Gauss, 0.75), which helps their means and spoils all else."""
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
-        if self.kind not in ("linear", "low_rank", "mlp") or self.v not in ("linear", "mlp"):
+        kinds = ("linear", "low_rank", "mlp", "categorical")
+        if self.kind not in kinds or self.v not in ("linear", "mlp"):
             raise QvgptError(f"heads: unknown kind in {self}")
-        if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank)):
-            raise QvgptError("heads: num_q and rank must be whole numbers of at least 1")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank, self.bins)):
+            raise QvgptError("heads: num_q, rank and bins must be whole numbers of at least 1")
+        _ = self.support
+
+    @property
+    def support(self) -> Support | None:
+        """The returns that a categorical head tells apart; None for the other kinds."""
+        if self.kind != "categorical":
+            return None
+        return Support(self.low, self.high, self.bins, self.sigma)
 
 
 def exact(hidden: Tensor) -> torch.autocast:
@@ -54,21 +79,32 @@ def exact(hidden: Tensor) -> torch.autocast:
 
 
 class StateHead(nn.Module):
-    """A number per state: V(s), or the baseline b(s)."""
+    """A number per state, V(s) or the baseline b(s); with a `support`, a distribution of it."""
 
-    def __init__(self, embed_dim: int, kind: Literal["linear", "mlp"]):
+    def __init__(
+        self, embed_dim: int, kind: Literal["linear", "mlp"], support: Support | None = None
+    ):
         super().__init__()
-        last = nn.Linear(embed_dim if kind == "linear" else 2 * embed_dim, 1)
+        outputs = 1 if support is None else support.bins
+        last = nn.Linear(embed_dim if kind == "linear" else 2 * embed_dim, outputs)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         first = [] if kind == "linear" else [nn.Linear(embed_dim, 2 * embed_dim), nn.ReLU()]
         self.layers = nn.Sequential(*first, last)
+        self.support = support
 
-    def forward(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
-        """[.., embed] → [..]."""
+    def logits(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape bins"]:
+        """[.., embed] → [.., bins]."""
         features = self.layers[:-1](hidden)
         with exact(hidden):
-            return self.layers[-1](wide(features)).squeeze(-1)
+            return self.layers[-1](wide(features))
+
+    def forward(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
+        """[.., embed] → [..]: the number, or the mean of its distribution."""
+        found = self.logits(hidden)
+        if self.support is None:
+            return found.squeeze(-1)
+        return read_distribution(found, self.support.centres(found))
 
 
 class QHead(nn.Module):
@@ -153,16 +189,84 @@ class QHead(nn.Module):
         return centred @ self.project.weight if self.kind == "low_rank" else centred
 
 
+class ReturnHead(nn.Module):
+    """The distribution of returns of (s, a), for every token: see the head of this file."""
+
+    def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
+        super().__init__()
+        if config.rank >= embed_dim:
+            raise QvgptError(
+                f"heads: a categorical head needs a rank below the model's {embed_dim} dimensions, "
+                f"not {config.rank}: weights for every token and bin would be "
+                f"{vocab_size * config.bins * embed_dim:,} numbers"
+            )
+        assert config.support is not None
+        self.support = config.support
+        self.baseline = StateHead(embed_dim, config.v, config.support)
+        self.project = nn.Linear(embed_dim, config.bins * config.rank, bias=False)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, config.rank))
+
+    def features(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows bins rank"]:
+        """f(s, z): the part that does not depend on the token."""
+        return self.project(hidden).unflatten(-1, (self.support.bins, -1))
+
+    def logits(
+        self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates bins"]:
+        """Of several tokens a row."""
+        taken = self.weight[tokens] - self.weight.mean(0)
+        change = torch.einsum("rbf,rcf->rcb", self.features(hidden), taken)
+        return self.baseline.logits(hidden)[:, None] + change
+
+    def of(
+        self, hidden: Float[Tensor, "rows embed"], token: Int[Tensor, "rows"]
+    ) -> Float[Tensor, "rows"]:
+        """Q of one token per row: the mean."""
+        return self.of_many(hidden, token[:, None])[:, 0]
+
+    def of_many(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        tokens: Int[Tensor, "rows candidates"],
+        **functional: Any,
+    ) -> Float[Tensor, "rows candidates"]:
+        """What `read_distribution` reads of several candidate tokens per row; Q unless told."""
+        logits = self.logits(hidden, tokens)
+        return read_distribution(logits, self.support.centres(logits), **functional)
+
+    def forward(
+        self, hidden: Float[Tensor, "rows embed"], **functional: Any
+    ) -> Float[Tensor, "rows vocab"]:
+        """The same of every token, a part of the vocabulary at a time."""
+        f, base = self.features(hidden), self.baseline.logits(hidden)[:, None]
+        centres, found = self.support.centres(base), []
+        size = chunk_rows(max(1, 2 * len(hidden) * self.support.bins))
+        for weight in (self.weight - self.weight.mean(0)).split(size):
+            logits = base + torch.einsum("rbf,cf->rcb", f, weight)
+            found.append(read_distribution(logits, centres, **functional))
+        return torch.cat(found, dim=-1)
+
+    def folded(self) -> Float[Tensor, "vocab embed"]:
+        """There is no such matrix."""
+        raise QvgptError(
+            "a categorical Q head is not linear in the hidden state and does not fold: "
+            "train with heads.kind linear or low_rank"
+        )
+
+
 class ValueHeads(nn.Module):
     """V, one or more Q heads, and slow copies of the Q heads."""
 
     def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
         super().__init__()
         self.config = config
-        self.v = StateHead(embed_dim, config.v)
-        self.q = nn.ModuleList([QHead(embed_dim, vocab_size, config) for _ in range(config.num_q)])
+        self.v = StateHead(embed_dim, config.v, config.support)
+        kind = QHead if config.support is None else ReturnHead
+        self.q = nn.ModuleList([kind(embed_dim, vocab_size, config) for _ in range(config.num_q)])
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
         self.shape = (vocab_size, embed_dim)
+        self.reward_scale = 1.0
+        """What rewards were multiplied with when these were learned; decoding divides by it."""
 
     @property
     def are_fresh(self) -> bool:
@@ -172,13 +276,21 @@ class ValueHeads(nn.Module):
         found = [head.weight for head in heads] + [p for x in last for p in (x.weight, x.bias)]
         return not any(bool(tensor.any()) for tensor in found)
 
+    @property
+    def know_q(self) -> bool:
+        """Whether Q tells any token from another."""
+        heads: list[Any] = [*self.q]
+        return any(bool(head.weight.any()) for head in heads)
+
     @torch.no_grad()
     def start_at(self, value: float) -> None:
         """Let V and every Q of fresh heads be `value`, best the mean return of the data.
 
         With γ = 1 a constant added to every terminal reward then leaves all that is learned of
-        advantages exactly as it was.
+        advantages exactly as it was. A distribution starts with all returns alike.
         """
+        if self.config.support is not None:
+            return
         heads: list[Any] = [*self.q, *self.target_q]
         for state_head in [self.v, *(head.baseline for head in heads)]:
             last: Any = state_head.layers[-1]
@@ -191,6 +303,36 @@ class ValueHeads(nn.Module):
             slow.lerp_(fast, tau)
 
     @torch.no_grad()
+    def best(
+        self, hidden: Float[Tensor, "rows embed"]
+    ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "heads rows"]]:
+        """maxₐ of the heads' mean Q, and what each slow copy says of that action."""
+        fast: list[Any] = [*self.q]
+        slow: list[Any] = [*self.target_q]
+
+        def mean(h: Tensor) -> Tensor:
+            return torch.stack([head(h) for head in fast]).mean(0)
+
+        value, token = best(mean, hidden, self.shape[0], tensors=2 * len(fast) + 1)
+        return value, torch.stack([head.of(hidden, token) for head in slow])
+
+    @torch.no_grad()
+    def expected(
+        self, hidden: Float[Tensor, "rows embed"], policy: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "heads rows"]:
+        """Σₐ π(a|s) Q̄(s, a) of each slow copy, with π(·|s) = policy(hidden)."""
+        slow, found = [*self.target_q], []
+        for h in hidden.split(chunk_rows(self.shape[0], tensors=4)):
+            pi = policy(h)
+            found.append(torch.stack([(pi * head(h)).sum(-1) for head in slow]))
+        return torch.cat(found, dim=1)
+
+    def state_value(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
+        """V in the units that rewards were given in."""
+        return self.v(hidden) / self.reward_scale
+
+    @torch.no_grad()
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The mean of the slow Q heads as one matrix: logits + β·A = (W + β·folded) h."""
-        return torch.stack([head.folded() for head in self.target_q]).mean(0)  # type: ignore[operator]
+        mean = torch.stack([head.folded() for head in self.target_q]).mean(0)  # type: ignore[operator]
+        return mean / self.reward_scale

@@ -8,6 +8,8 @@ adapter_config.json and adapter_model.safetensors, never a pickle.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,21 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             change: Any = layer.get_delta_weight(_NAME)  # type: ignore[operator]
             state[f"{name}.weight"] = (weight + change).to(weight.dtype)  # added in fp32
     return state
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """As long as this lasts, the model is without its adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # enable_adapters would unfreeze more on its way back
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def base_sha256(model: nn.Module) -> str:

@@ -5,8 +5,11 @@ The directory is the trunk in its own Hugging Face format, so that
 `value_config.json` and `value_heads.safetensors`.
 """
 
+import copy
 import json
-from collections.abc import Set
+import math
+from collections.abc import Callable, Set
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,21 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
+from qvgpt.models.decision_time import scatter, states_of, used_states
 from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
+from qvgpt.models.reference import Reference
 from qvgpt.models.vocab import entropy, log_prob, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
 FORMAT_VERSION = 1
+OF_THE_TRUNK = frozenset(
+    {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
+)
+"""The `Values` that no value heads are asked for."""
 
 
 @dataclass
@@ -67,6 +76,10 @@ class ValueModel(nn.Module):
         self.heads = ValueHeads(trunk.embed_dim, trunk.vocab_size, heads) if heads else None
         self.tokenizer = tokenizer
         self.info = ValueInfo()
+        self.reference: Reference | None = None
+        self.judged: Callable[[Tensor], Tensor] | None = None
+        """Hidden states [rows, embed] → probabilities [rows, vocab] of the policy that `expected_q`
+        is of."""
         self.trunk_is_frozen = freeze_trunk
         if freeze_trunk or trunk.lora is None:  # else the adapters alone are trained
             self.trunk.requires_grad_(not freeze_trunk)
@@ -88,19 +101,43 @@ class ValueModel(nn.Module):
         """Where the model lies."""
         return self.trunk.output_weight.device
 
-    @staticmethod
-    def states(
-        hidden: Float[Tensor, "rows time embed"], batch: TrajectoryBatch
-    ) -> Float[Tensor, "batch states embed"]:
-        """From token time to decision time: the state of each decision, then that of the end."""
-        at = batch.row[:, None] * hidden.size(1) + batch.state_index
-        return hidden.flatten(0, 1)[at]
+    states = staticmethod(states_of)
 
-    def forward(self, batch: TrajectoryBatch, needs: Set[str] = NEEDS, even: bool = True) -> Values:
-        """Only what `needs` names is computed, and only at decisions that count.
+    @property
+    def offers(self) -> frozenset[str]:
+        """The `Values` that a model of its kind can give."""
+        without = set() if self.reference else {"ref_logprob", "max_ratio", "dummy_logprob"}
+        without |= set() if self.judged is not None else {"expected_q"}
+        if self.heads is None or self.heads.config.support is None:
+            return NEEDS - without - {"return_logits", "v_return_logits"}
+        return NEEDS - without - {"q_logsumexp"}
+
+    @property
+    def dummy(self) -> int:
+        """A token that is never an action: padding. Raises `QvgptError` where there is none."""
+        template = None if self.tokenizer is None else self.tokenizer.template
+        if template is not None and template.pad in template.end_ids:
+            raise QvgptError(
+                "this tokenizer pads with an end token: no token is left for no action"
+            )
+        return 0 if template is None else template.pad
+
+    def keep_reference(self, trunk: Backbone | None = None) -> None:
+        """Let π_ref be a trunk, by default this one as it is: a copy, or its adapters' base."""
+        if trunk is None and self.trunk.lora is not None:
+            self.reference = Reference(self.trunk)
+            return
+        kept = as_module(copy.deepcopy(self.trunk) if trunk is None else trunk)
+        self.reference = Reference(kept.requires_grad_(False).eval())
+
+    def forward(
+        self, batch: TrajectoryBatch, needs: Set[str] | None = None, even: bool = True
+    ) -> Values:
+        """Only what `needs` names is computed, and only at decisions that count; None: all.
 
         `even`: no log-prob will weigh more than another in the loss; it spares time, no more.
         """
+        needs = self.offers if needs is None else needs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
             hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
         states = self.states(hidden, batch)
@@ -109,16 +146,30 @@ class ValueModel(nn.Module):
         weight, softcap = self.trunk.output_weight, self.trunk.softcap
         if "logprob" in needs:
             flat = log_prob(taken, weight, action, softcap, even)
-            found["logprob"] = _scatter(flat, batch.mask)
+            found["logprob"] = scatter(flat, batch.mask)
         if "entropy" in needs:
-            found["entropy"] = _scatter(entropy(taken, weight, softcap), batch.mask)
+            found["entropy"] = scatter(entropy(taken, weight, softcap), batch.mask)
         if "token_logprob" in needs:
             at = batch.predicted
             rows, token = hidden[:, :-1][at], batch.tokens[:, 1:][at]
-            found["token_logprob"] = _scatter(log_prob(rows, weight, token, softcap, even), at)
-        if needs & {"q", "target_q", "v", "q_logsumexp"}:
-            found |= self._values(wide(states), wide(taken), action, batch.mask, needs)
-        return Values(**found)
+            found["token_logprob"] = scatter(log_prob(rows, weight, token, softcap, even), at)
+        if "dummy_logprob" in needs:
+            nothing = torch.full_like(action, self.dummy)
+            flat = log_prob(taken, weight, nothing, softcap, even)
+            found["dummy_logprob"] = scatter(flat, batch.mask)
+        if needs & {"ref_logprob", "max_ratio"}:
+            if self.reference is None:
+                raise QvgptError("this model keeps no reference: call `keep_reference` first")
+            dummy = self.dummy if "max_ratio" in needs else None
+            found |= self.reference.read(batch, self.trunk, states, needs, dummy)
+        if needs - OF_THE_TRUNK:
+            distributions = self.heads is not None and self.heads.config.support is not None
+            with exact(hidden) if distributions else nullcontext():
+                found |= self._values(wide(states), wide(taken), action, batch.mask, needs)
+            if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
+                with exact(hidden):
+                    found |= self._over_actions(wide(states), batch.mask, needs)
+        return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
 
     def _values(
         self,
@@ -137,16 +188,43 @@ class ValueModel(nn.Module):
             both = [head.of_and_logsumexp(taken, action) for head in fast]
             for name, flat in zip(("q", "q_logsumexp"), zip(*both, strict=True), strict=True):
                 if name in needs:
-                    found[name] = torch.stack([_scatter(x, mask) for x in flat])
+                    found[name] = torch.stack([scatter(x, mask) for x in flat])
         elif "q" in needs:
-            found["q"] = torch.stack([_scatter(head.of(taken, action), mask) for head in fast])
+            found["q"] = torch.stack([scatter(head.of(taken, action), mask) for head in fast])
         if "target_q" in needs:
             with torch.no_grad():
-                q = [_scatter(head.of(taken, action), mask) for head in slow]
+                q = [scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
             found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
+        if "return_logits" in needs:
+            logits = [head.logits(taken, action[:, None])[:, 0] for head in fast]
+            found["return_logits"] = torch.stack([scatter(x, mask) for x in logits])
+        if "v_return_logits" in needs:
+            found["v_return_logits"] = heads.v.logits(states)
         return found
+
+    @torch.no_grad()
+    def _over_actions(
+        self,
+        states: Float[Tensor, "batch states embed"],
+        mask: Bool[Tensor, "batch steps"],
+        needs: Set[str],
+    ) -> dict[str, Tensor]:
+        """Best and expected Q of each state that a decision begins or ends in."""
+        assert self.heads is not None
+        used = used_states(mask)
+        rows, found = states[used], {}
+        if needs & {"q_max", "target_q_at_argmax"}:
+            value, slow = self.heads.best(rows)
+            found = {"q_max": scatter(value, used)}
+            found["target_q_at_argmax"] = torch.stack([scatter(x, used) for x in slow])
+        if "expected_q" in needs:
+            if self.judged is None:
+                raise QvgptError("expected_q: this model was told no policy to judge")
+            means = self.heads.expected(rows, self.judged)
+            found["expected_q"] = torch.stack([scatter(x, used) for x in means])
+        return {name: x for name, x in found.items() if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.
@@ -187,7 +265,7 @@ class ValueModel(nn.Module):
             "heads": asdict(self.heads.config),
             "trunk": "shared",
             **asdict(self.info),
-            "reward_scale": 1.0,
+            "reward_scale": self.heads.reward_scale,
         }
         if self.tokenizer is not None:
             config["template"] = asdict(self.tokenizer.template)
@@ -246,6 +324,8 @@ class ValueModel(nn.Module):
                 f"{path}/value_heads.safetensors: does not fit value_config.json: {one_line(error)}"
             ) from None
         as_module(model.heads).to(model.device)
+        assert model.heads is not None
+        model.heads.reward_scale = _reward_scale(path, config)
         return model
 
 
@@ -268,19 +348,26 @@ def load_trunk(
     return CausalLM.load(path, dtype, device_map)
 
 
+def _reward_scale(path: Path, config: dict[str, Any]) -> float:
+    found = config.get("reward_scale", 1.0)
+    if type(found) not in (int, float) or not 0 < found < math.inf:
+        raise QvgptError(
+            f"{path}/value_config.json: reward_scale: a number above 0 was expected, not {found!r}"
+        )
+    return float(found)
+
+
 def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
     """The heads' weights; refused before any head is made, lest sizes fill the memory."""
     tensors = load_tensors(path / "value_heads.safetensors")
     last = tensors.get(f"q.{heads.num_q - 1}.weight")
-    if last is None or (heads.kind == "low_rank" and last.shape[-1:] != (heads.rank,)):
+    ranked = heads.kind in ("low_rank", "categorical")
+    fits = last is not None and (not ranked or last.shape[-1:] == (heads.rank,))
+    if heads.support is not None:
+        project = tensors.get(f"q.{heads.num_q - 1}.project.weight")
+        fits = fits and project is not None and len(project) == heads.rank * heads.bins
+    if not fits:
         raise QvgptError(
             f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
         )
     return tensors
-
-
-def _scatter(
-    flat: Float[Tensor, "rows"], mask: Bool[Tensor, "batch steps"]
-) -> Float[Tensor, "batch steps"]:
-    """Rows back to their places; 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

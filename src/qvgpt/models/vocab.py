@@ -6,6 +6,8 @@ its gradients are products of softmax(features @ weight.T), so they are taken wh
 One product more forward, two fewer backward: 6 N operations where recomputing costs 8 N.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,6 +94,45 @@ def entropy(
 
     chunks = hidden.split(chunk_rows(weight.size(0)))
     return torch.cat([checkpoint(of_chunk, chunk, use_reentrant=False) for chunk in chunks])
+
+
+@torch.no_grad()
+def best(
+    score: Callable[[Tensor], Tensor],
+    rows: Float[Tensor, "rows features"],
+    vocab_size: int,
+    tensors: int = 1,
+) -> tuple[Float[Tensor, "rows"], Int[Tensor, "rows"]]:
+    """The greatest of score(rows) [rows, vocab] and its token, without gradient.
+
+    `tensors`: how many of that size `score` holds at once.
+    """
+    chunks = rows.split(chunk_rows(vocab_size, tensors))
+    value, token = zip(*(score(chunk).max(-1) for chunk in chunks), strict=True)
+    return torch.cat(value), torch.cat(token)
+
+
+@torch.no_grad()
+def max_ratio(
+    trunk: Any,
+    hidden: Float[Tensor, "rows embed"],
+    ref: Any,
+    ref_hidden: Float[Tensor, "rows embed"],
+    dummy: int,
+    least: float = 1e-3,
+) -> Float[Tensor, "rows"]:
+    """maxₐ π(a)/π_ref(a) of two trunks' hidden states, without gradient.
+
+    `dummy`, and tokens that π_ref gives less than `least`, do not count: they tell nothing.
+    """
+    found, size = [], chunk_rows(ref.output_weight.size(0), tensors=4)
+    for h, g in zip(hidden.split(size), ref_hidden.split(size), strict=True):
+        there = logits(g, ref.output_weight, ref.softcap).log_softmax(-1)
+        ratio = logits(h, trunk.output_weight, trunk.softcap).log_softmax(-1) - there
+        ratio = ratio.masked_fill(there < math.log(least), -math.inf)
+        ratio[:, dummy] = -math.inf
+        found.append(ratio.amax(-1).exp())
+    return torch.cat(found)
 
 
 def chunk_rows(vocab_size: int, tensors: int = 1) -> int:

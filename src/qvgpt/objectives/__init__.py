@@ -6,22 +6,41 @@ from typing import Any
 
 import torch
 
+from qvgpt.categorical import Support
 from qvgpt.errors import QvgptError, nearest
-from qvgpt.objectives.base import NEEDS, Loss, Objective, Values, counted, sum_losses
+from qvgpt.objectives.base import (
+    NEEDS,
+    Loss,
+    Objective,
+    Values,
+    counted,
+    sum_losses,
+    teaches_values,
+)
+from qvgpt.objectives.distributional import FUDGE, ControlledDecoding, ReturnDistribution
 from qvgpt.objectives.lm import AWAC, AWR, LM
-from qvgpt.objectives.offline import ILQL, MonteCarlo
+from qvgpt.objectives.logits_as_q import QSFT, PathConsistency
+from qvgpt.objectives.offline import FQE, ILQL, SARSA, DoubleQ, MonteCarlo
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 __all__ = [
     "AWAC",
     "AWR",
+    "FQE",
+    "FUDGE",
     "ILQL",
     "LM",
     "NEEDS",
+    "QSFT",
+    "SARSA",
+    "ControlledDecoding",
+    "DoubleQ",
     "Loss",
     "MonteCarlo",
     "Objective",
     "Objectives",
+    "PathConsistency",
+    "ReturnDistribution",
     "Values",
     "counted",
     "parse_objectives",
@@ -33,6 +52,14 @@ METHODS: dict[str, Callable[..., Objective]] = {
     "AWR": AWR,
     "ILQL": ILQL,
     "MonteCarlo": MonteCarlo,
+    "SARSA": SARSA,
+    "DoubleQ": DoubleQ,
+    "ReturnDistribution": ReturnDistribution,
+    "FUDGE": FUDGE,
+    "ControlledDecoding": ControlledDecoding,
+    "PathConsistency": PathConsistency,
+    "QSFT": QSFT,
+    "FQE": FQE,
 }
 
 
@@ -50,7 +77,7 @@ class Objectives:
     @property
     def learns_values(self) -> bool:
         """Whether Q or V is read at all; language modelling alone needs no heads."""
-        return bool(self.needs & {"q", "v"})
+        return self.teaches_values or bool(self.needs & {"q", "v"})
 
     @property
     def weighs_by_values_alone(self) -> bool:
@@ -65,28 +92,48 @@ class Objectives:
 
     @property
     def teaches_values(self) -> bool:
-        """Whether Q is trained, and not just read as a weight."""
-        return "q" in self.needs
+        """Whether Q or V is trained, and not just read as a weight."""
+        return any(map(teaches_values, (o for _, o in self.terms)))
+
+    @property
+    def teaches_v_alone(self) -> bool:
+        """Whether V is trained and Q is not."""
+        return self.teaches_values and not self.needs & {"q", "return_logits"}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model as it was is asked for."""
+        return bool(self.needs & {"ref_logprob", "max_ratio"})
 
     @property
     def discount(self) -> tuple[float, bool]:
         """γ of the values that are taught, and whether it applies at the ends of turns only."""
-        taught = [o for _, o in self.terms if "q" in o.needs]
+        taught = [o for _, o in self.terms if teaches_values(o)]
         found = [(getattr(o, "gamma", 1.0), getattr(o, "per_turn_discount", False)) for o in taught]
         return min(found)
 
     @property
     def parts(self) -> list[str]:
         """The names a log will have: those that one decision gives, all its values being 0."""
-        batch = collate([Trajectory([0, 0], [False, True], [0.0, 0.0], True)])
+        text = Trajectory([0, 0], [False, True], [0.0, 0.0], True)
         one, q, v = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 2)
-        shapes = {"q": q, "target_q": q, "v": v, "q_logsumexp": q}
-        nothing = Values(**{name: shapes.get(name, one) for name in NEEDS})
-        return ["total", *self(nothing, batch).parts]
+        shapes = {"q": q, "target_q": q, "q_logsumexp": q, "target_q_at_argmax": v[None]}
+        shapes["expected_q"] = v[None]
+        shapes |= {"v": v, "q_max": v, "max_ratio": v, "return_logits": torch.zeros(1, 1, 1, 2)}
+        shapes |= {"v_return_logits": torch.zeros(1, 2, 2)}
+        found = {name: shapes.get(name, one) for name in NEEDS}
+        nothing = Values(**found, support=Support(0.0, 1.0, 2))
+        return ["total", *self.fitted_to([text])(nothing, collate([text])).parts]
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Σ weight · loss."""
         return sum_losses((type(o).__name__, w, o(values, batch)) for w, o in self.terms)
+
+    def fitted_to(self, data: Sequence[Trajectory]) -> "Objectives":
+        """The same with all that is said relative to the data (`LM.top_share`) put in numbers."""
+        returns = [t.total_reward for t in data]
+        fitted = [(w, o.fitted_to(returns) if isinstance(o, LM) else o) for w, o in self.terms]
+        return Objectives(tuple(fitted))
 
     def as_list(self) -> list[dict[str, Any]]:
         """The same in the form that `parse_objectives` reads."""

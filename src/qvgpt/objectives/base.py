@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qvgpt.categorical import Support
 from qvgpt.errors import QvgptError
 from qvgpt.losses import masked_mean
 from qvgpt.trajectory import TrajectoryBatch
@@ -29,23 +30,45 @@ class Values:
     """V of each state, one more than steps; the last one is the state the text ended in."""
     q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
     """log Σₐ exp Q(s, a)."""
+    q_max: Float[Tensor, "batch states"] | None = None
+    """maxₐ of the heads' mean Q(s, a), over the whole vocabulary, without gradient."""
+    target_q_at_argmax: Float[Tensor, "heads batch states"] | None = None
+    """Q by the slow copy of the action that `q_max` is of, without gradient."""
+    expected_q: Float[Tensor, "heads batch states"] | None = None
+    """Σₐ π(a|s) Q(s, a) by the slow copy, π the policy that is judged, without gradient."""
     logprob: Float[Tensor, "batch steps"] | None = None
     """log π(a|s) of the action taken."""
+    ref_logprob: Float[Tensor, "batch steps"] | None = None
+    """log π_ref(a|s) of the action taken, π_ref the model as it was, without gradient."""
+    max_ratio: Float[Tensor, "batch states"] | None = None
+    """maxₐ π(a|s)/π_ref(a|s) over the tokens that π_ref may well say, without gradient."""
+    dummy_logprob: Float[Tensor, "batch steps"] | None = None
+    """log π of a token that is never an action."""
     entropy: Float[Tensor, "batch steps"] | None = None
     """−Σₐ π(a|s) log π(a|s), in nats."""
     token_logprob: Float[Tensor, "rows pairs"] | None = None
     """log π of every token but a text's first, prompts included: time − 1 of them."""
+    return_logits: Float[Tensor, "heads batch steps bins"] | None = None
+    """Of the distribution of returns of the action taken (categorical heads)."""
+    v_return_logits: Float[Tensor, "batch states bins"] | None = None
+    """Of the distribution of returns of each state (categorical heads)."""
+    support: Support | None = None
+    """The returns that the bins of both stand for."""
 
     def __post_init__(self) -> None:
         """The one shape that annotations cannot say, since each of the others may be None."""
         found = (self.q, self.target_q, self.q_logsumexp, self.logprob, self.entropy)
         steps = {x.size(-1) for x in found if x is not None}
-        if self.v is not None and not steps <= {self.v.size(-1) - 1}:
-            states = self.v.size(-1)
-            raise ValueError(f"v needs one state more than steps: {states} states, {steps} steps")
+        for name in ("v", "q_max", "target_q_at_argmax", "expected_q", "max_ratio"):
+            states = getattr(self, name)
+            if states is not None and not steps <= {states.size(-1) - 1}:
+                n = states.size(-1)
+                raise ValueError(
+                    f"{name} needs one state more than steps: {n} states, {steps} steps"
+                )
 
 
-NEEDS = frozenset(Values.__dataclass_fields__)
+NEEDS = frozenset(Values.__dataclass_fields__) - {"support"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,11 @@ def counted(objective: Objective, batch: TrajectoryBatch) -> Bool[Tensor, "_ _"]
     """What the objective takes its mean over: the decisions, unless it says otherwise."""
     own = getattr(objective, "counted", None)
     return batch.mask if own is None else own(batch)
+
+
+def teaches_values(objective: Objective) -> bool:
+    """Whether it trains Q or V: it reads Q, unless a class variable `teaches` says more."""
+    return getattr(objective, "teaches", "q" in objective.needs)
 
 
 def check_options(method: object, checks: Mapping[str, bool]) -> None:

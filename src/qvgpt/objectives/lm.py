@@ -1,6 +1,7 @@
 """Objectives of the language model itself."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from jaxtyping import Bool
@@ -22,11 +23,20 @@ class LM:
     min_return: float | None = None
     """Learn only texts whose rewards sum to at least this: filtered cloning, of the best samples
     or, where they are among the samples with their full reward, of the references."""
+    top_share: float | None = None
+    """Learn only this share of the texts, those of the highest return (%BC; Chen et al., 2021).
+    Training turns it into the `min_return` that its data have there, so equal texts count alike."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "token_logprob"})
 
     def __post_init__(self) -> None:
         """Ask the model for the one tensor that is read."""
+        share = self.top_share
+        checks = {
+            "top_share must lie in (0, 1]": share is None or 0 < share <= 1,
+            "min_return or top_share, not both": None in (share, self.min_return),
+        }
+        check_options(self, checks)
         if self.on not in ("completions", "all"):
             raise QvgptError(f"LM: `on` is 'completions' or 'all', not {self.on!r}")
         need = "logprob" if self.on == "completions" else "token_logprob"
@@ -38,8 +48,18 @@ class LM:
         assert logprob is not None
         return weighted_loss(self.counted(batch), nll=(1.0, -logprob))
 
+    def fitted_to(self, returns: Sequence[float]) -> "LM":
+        """With `min_return` in the place of `top_share`: the least of the best so many texts."""
+        if self.top_share is None or not returns:
+            return self
+        kept = max(1, round(self.top_share * len(returns)))
+        least = sorted(returns, reverse=True)[kept - 1]
+        return replace(self, min_return=least, top_share=None)
+
     def counted(self, batch: TrajectoryBatch) -> Bool[Tensor, "_ _"]:
         """The decisions, or the tokens but the first, that the mean is taken over."""
+        if self.top_share is not None:
+            raise QvgptError("LM: top_share is of the whole data: call `fitted_to` with it first")
         completions = self.on == "completions"
         mask = batch.mask if completions else batch.predicted
         if self.min_return is None:

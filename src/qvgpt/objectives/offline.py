@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
+
 from qvgpt.losses import expectile_loss
 from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
 from qvgpt.returns import lambda_returns
@@ -92,4 +94,137 @@ class MonteCarlo:
             batch.mask,
             q=(1.0, (values.q - target).square().sum(dim=0)),
             v=(1.0, (v - target).square()),
+        )
+
+
+@dataclass(frozen=True)
+class SARSA:
+    """Values of the policy that wrote the data, from the action it took next  (TD(λ) on Q).
+
+    Q regresses on r + γ·[(1 − λ) Q̄(s′, a′) + λ G′], Q̄ the mean of the slow heads; v on Q̄(s, a)
+    (Rummery & Niranjan, 1994; Sutton & Barto, ch. 12). λ = 1 is the observed return. Where a text
+    was cut the next action is not known: v of its last state stands for it.
+    """
+
+    gamma: float = 1.0
+    """Discount per decision."""
+    lambda_: float = 0.9
+    """1: the return as it was observed. 0: one step, then the value."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"q", "target_q", "v"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        checks = {
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
+        }
+        check_options(self, checks)
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Squared errors of Q (summed over the heads) and of v."""
+        assert values.q is not None
+        assert values.target_q is not None
+        assert values.v is not None
+        v, slow = values.v[:, :-1], values.target_q.mean(dim=0)
+        has_next = F.pad(batch.mask[:, 1:], (0, 1))
+        next_value = F.pad(slow[:, 1:], (0, 1)).where(has_next, values.v[:, 1:].detach())
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
+        target = lambda_returns(batch.reward, gamma, next_value, batch.mask, self.lambda_)
+        return weighted_loss(
+            batch.mask,
+            q=(1.0, (values.q - target).square().sum(dim=0)),
+            v=(1.0, (v - slow).square()),
+        )
+
+
+@dataclass(frozen=True)
+class DoubleQ:
+    """Q-learning: the value of the best next token  (double DQN, van Hasselt et al., 2016; CQL).
+
+    L_Q = Σᵢ (r + γ minⱼ Q̄ⱼ(s′, a*) − Qᵢ)²,  a* = argmaxₐ meanᵢ Qᵢ(s′, a),
+    L_CQL = Σᵢ (log Σₐ exp Qᵢ(s, a) − Qᵢ(s, a_taken))  (Kumar et al., 2020); v regresses on
+    minⱼ Q̄ⱼ(s, a*). The best is sought among all tokens, seen or not: only the conservative term
+    keeps those never seen from being it, so leave it on unless the data hold every action.
+    """
+
+    gamma: float = 0.99
+    """Discount per decision."""
+    cql_weight: float = 0.1
+    """Weight of the conservative term; 0 trusts Q of tokens that the data never took."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"q", "v", "q_max", "target_q_at_argmax", "q_logsumexp"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning; drop a need that nobody has."""
+        checks = {
+            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
+            "cql_weight must be 0 or more": self.cql_weight >= 0,
+        }
+        check_options(self, checks)
+        if self.cql_weight == 0:
+            object.__setattr__(self, "needs", self.needs - {"q_logsumexp"})
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Q regresses on r + γ Q̄(s′, a*), v on Q̄(s, a*).
+
+        The part `gap` weighs nothing: how far the best Q is above that of the token taken.
+        """
+        assert values.q is not None
+        assert values.v is not None
+        assert values.q_max is not None
+        assert values.target_q_at_argmax is not None
+        best = values.target_q_at_argmax.amin(dim=0)
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
+        target = lambda_returns(batch.reward, gamma, best[:, 1:], batch.mask, lambda_=0.0)
+        gap = values.q_max[:, :-1] - values.q.detach().mean(dim=0)
+        terms = {
+            "q": (1.0, (values.q - target).square().sum(dim=0)),
+            "v": (1.0, (values.v[:, :-1] - best[:, :-1]).square()),
+            "gap": (0.0, gap),
+        }
+        if values.q_logsumexp is not None and self.cql_weight:
+            terms["cql"] = (self.cql_weight, (values.q_logsumexp - values.q).sum(dim=0))
+        return weighted_loss(batch.mask, **terms)
+
+
+@dataclass(frozen=True)
+class FQE:
+    """Fitted Q evaluation: what another policy would earn, from logs  (Le et al., 2019).
+
+    Q regresses on r + γ Σₐ π(a|s′) Q̄(s′, a), each head on its own slow copy, and v on the mean of
+    Σₐ π(a|s) Q̄(s, a), for the policy π that the model was told to judge (`ValueModel.judged`;
+    `fqe.evaluate_offline` does all of it). Tokens that π likes and the data never took are
+    judged by what the head makes of them: trust it near the data alone.
+    """
+
+    gamma: float = 1.0
+    """Discount per decision."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"q", "v", "expected_q"})
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        check_options(self, {"gamma must lie in [0, 1]": 0 <= self.gamma <= 1})
+
+    def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
+        """Squared errors of Q (summed over the heads) and of v."""
+        assert values.q is not None
+        assert values.v is not None
+        assert values.expected_q is not None
+        expected = values.expected_q
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
+        target = batch.reward + gamma * expected[..., 1:]
+        return weighted_loss(
+            batch.mask,
+            q=(1.0, (values.q - target).square().sum(dim=0)),
+            v=(1.0, (values.v[:, :-1] - expected.mean(dim=0)[:, :-1]).square()),
         )

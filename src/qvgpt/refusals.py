@@ -1,0 +1,99 @@
+"""What a training refuses before it begins: all that could only fail later, or fail silently."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qvgpt.errors import QvgptError, nearest
+from qvgpt.fit_options import FitOptions
+from qvgpt.models.value_model import OF_THE_TRUNK, ValueModel
+from qvgpt.objectives import Objectives
+from qvgpt.run import require_tensorboard
+from qvgpt.trajectory import Trajectory
+
+
+def refuse(
+    model: ValueModel,
+    data: Sequence[Trajectory],
+    objectives: Objectives,
+    options: FitOptions,
+    eval_data: Sequence[Trajectory],
+) -> None:
+    """Raise `QvgptError` for what does not go together."""
+    if not data:
+        raise QvgptError("the data set is empty: there is nothing to train on")
+    _refuse_objectives(model, objectives)
+    _refuse_heads(model, objectives)
+    _refuse_options(model, objectives, options, eval_data)
+    for name, texts in (("text", data), ("evaluation text", eval_data)):
+        for i, text in enumerate(texts):
+            if not math.isfinite(sum(text.reward)):
+                raise QvgptError(f"{name} {i + 1} of {len(texts)}: its reward is NaN or infinite")
+            if len(text.tokens) > model.trunk.seq_len:
+                raise QvgptError(
+                    f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
+                    f"context of {model.trunk.seq_len}"
+                )
+
+
+def _refuse_objectives(model: ValueModel, objectives: Objectives) -> None:
+    """What cannot be learned of a trunk like this."""
+    if objectives.needs_reference and model.trunk_is_frozen:
+        raise QvgptError("freeze_trunk: the objectives learn in the trunk's own logits")
+    if model.trunk_is_frozen and not objectives.teaches_values:
+        raise QvgptError("freeze_trunk: nothing is left to train, the objectives learn no values")
+    if "expected_q" in objectives.needs and model.judged is None:
+        raise QvgptError("FQE judges a policy: use `fqe.evaluate_offline`, which says which one")
+    if "dummy_logprob" in objectives.needs:
+        _ = model.dummy  # raises where there is none
+
+
+def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
+    """Heads that are missing, of another kind, or left behind."""
+    if not objectives.learns_values:
+        return
+    if model.heads is None:
+        raise QvgptError("the objectives learn values, but the model has no value heads")
+    if missing := sorted(objectives.needs - model.offers - OF_THE_TRUNK):
+        kind = "categorical" if "v_return_logits" in missing else "linear, low_rank or mlp"
+        raise QvgptError(
+            f"the objectives read {', '.join(missing)}, which these value heads do not have: they "
+            f"need heads of kind {kind}"
+        )
+    if objectives.weighs_by_values_alone and model.heads.are_fresh:
+        raise QvgptError(
+            "the objectives weigh texts by values that nothing here learns: add ILQL or "
+            "MonteCarlo, or start from a model with values"
+        )
+    if objectives.teaches_v_alone and not model.trunk_is_frozen and model.heads.know_q:
+        raise QvgptError(
+            "the objectives change the language model and teach it V alone, so that the Q it knows "
+            "would no longer fit it: freeze_trunk, or start from a model without values"
+        )
+
+
+def _refuse_options(
+    model: ValueModel,
+    objectives: Objectives,
+    options: FitOptions,
+    eval_data: Sequence[Trajectory],
+) -> None:
+    """Options that mean nothing here."""
+    trunk: Any = model.trunk
+    short = {str(p.dtype)[6:] for p in trunk.parameters() if p.requires_grad and p.itemsize < 4}
+    if short:
+        raise QvgptError(
+            f"dtype: weights of {short.pop()} have too few digits to be trained: add lora or "
+            "freeze_trunk (fit.bf16 computes in bfloat16 and keeps weights of float32)"
+        )
+    if model.trunk_is_frozen and options.gradient_checkpointing:
+        raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
+    if options.keep_best and not eval_data:
+        raise QvgptError("fit.keep_best: needs evaluation data")
+    if options.keep_best and options.keep_best not in (parts := objectives.parts):
+        name, there = options.keep_best, ", ".join(parts)
+        raise QvgptError(
+            f"fit.keep_best: no loss part {name!r}{nearest(name, parts)}; there are {there}"
+        )
+    if options.tensorboard:
+        require_tensorboard()

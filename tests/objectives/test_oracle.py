@@ -1,0 +1,258 @@
+"""Every objective, with a free table for values, learns what dynamic programming says it should."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from mdp import (
+    Game,
+    Table,
+    best,
+    expectile,
+    learn,
+    mean,
+    same_policy,
+    same_q,
+    same_v,
+    soft,
+    weighted_returns,
+)
+
+from qvgpt.categorical import Support, read_distribution
+from qvgpt.objectives import (
+    AWAC,
+    AWR,
+    FQE,
+    FUDGE,
+    ILQL,
+    LM,
+    QSFT,
+    SARSA,
+    ControlledDecoding,
+    DoubleQ,
+    MonteCarlo,
+    PathConsistency,
+    ReturnDistribution,
+    parse_objectives,
+)
+
+FIXED, RANDOM = Game.draw(3), Game.draw(3, horizon=3, stochastic=True)
+# a reward of 0 or 1 at the end and nothing before it
+WON, LUCKY = Game.draw(3, sparse=True), Game.draw(4, 3, stochastic=True, sparse=True)
+BERNOULLI = Support(0.0, 1.0, 2)
+GAMES = pytest.mark.parametrize("game", [FIXED, RANDOM], ids=["fixed", "random"])
+
+
+@GAMES
+def test_the_oracle_agrees_with_its_own_texts(game):
+    q, v = game.solve(mean)
+    found = weighted_returns(game)
+    assert sorted(found) == game.pairs
+    assert found == pytest.approx({pair: q[pair] for pair in game.pairs})
+    for node, action in game.pairs:
+        for expected, known in ((q[node, action], (node, action)), (v[node], (node,))):
+            returns = game.returns(*known)
+            assert sum(returns.values()) == pytest.approx(1)
+            assert sum(x * p for x, p in returns.items()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_texts_are_of_every_kind():
+    batch = RANDOM.batch()
+    texts = RANDOM.texts()
+    assert len({t.tokens[-1] for t in texts if not t.terminated}) > 3
+    assert not batch.mask[torch.arange(len(texts)), -1].all()
+    for game in (FIXED, RANDOM):
+        assert any(t.terminated and sum(t.is_action) <= 2 for t in game.texts())
+    masked = [t for t, m in zip(texts, batch.mask.sum(1), strict=True) if m < sum(t.is_action)]
+    assert masked
+    assert all(t.tokens[-1] == 2 and not t.terminated for t in masked)
+
+
+@GAMES
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("gamma", "per_turn"), [(0.8, False), (0.5, True)])
+def test_monte_carlo_evaluates_the_data_policy(game, lambda_, gamma, per_turn):
+    model = learn(MonteCarlo(gamma, lambda_, per_turn), Table(game), game.batch())
+    q, v = game.solve(mean, gamma, per_turn)
+    same_q(model, q, game)
+    same_v(model, v, game)
+
+
+@GAMES
+@pytest.mark.parametrize("tau", [0.5, 0.7, 0.95])
+def test_ilql_learns_the_expectile_of_its_data(game, tau):
+    objective = ILQL(gamma=0.9, expectile=tau, cql_weight=0.0)
+    model = learn(objective, Table(game), game.batch())
+    q, v = game.solve(expectile(tau), 0.9)
+    same_q(model, q, game)
+    same_v(model, v, game)
+    if tau == 0.5:
+        same_q(model, game.solve(mean, 0.9)[0], game)
+
+
+@GAMES
+def test_ilql_nears_the_optimum_as_its_expectile_nears_one(game):
+    objective = ILQL(gamma=0.9, expectile=0.9995, cql_weight=0.0)
+    model = learn(objective, Table(game), game.batch(), steps=1500)
+    q, v = game.solve(best, 0.9)
+    same_q(model, q, game)
+    same_v(model, v, game)
+    # and each step there is one up
+    at = [game.solve(expectile(tau), 0.9)[1][0] for tau in (0.5, 0.7, 0.9, 0.99)]
+    assert at == sorted(at)
+    assert at[-1] <= v[0]
+
+
+@GAMES
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+def test_sarsa_evaluates_the_data_policy(game, lambda_):
+    model = learn(SARSA(0.5, lambda_, per_turn_discount=True), Table(game), game.batch())
+    q, v = game.solve(mean, 0.5, per_turn=True)
+    same_q(model, q, game)
+    same_v(model, v, game)
+
+
+@GAMES
+def test_double_q_finds_the_optimum(game):
+    model = learn(DoubleQ(gamma=0.9, cql_weight=0.0), Table(game), game.batch())
+    q, v = game.solve(best, 0.9)
+    same_q(model, q, game)
+    same_v(model, v, game)
+
+
+@GAMES
+def test_fqe_evaluates_another_policy_than_that_of_the_data(game):
+    other = replace(game, policy={(s, a): (a == 3) * 0.7 + (a == 4) * 0.3 for s, a in game.policy})
+    model = Table(game)
+    for (node, action), share in other.policy.items():
+        model.judged[node, action] = share
+    learn(FQE(gamma=0.9), model, game.batch())
+    q, v = other.solve(mean, 0.9)
+    same_q(model, q, game)
+    same_v(model, v, game)
+    model.judged = model.ref.exp() * (model.ref < 0)  # the data policy itself
+    q, v = game.solve(mean, 0.9)
+    learn(FQE(gamma=0.9), model, game.batch())
+    same_q(model, q, game)
+
+
+@GAMES
+def test_a_language_model_clones_the_data(game):
+    same_policy(learn(LM(), Table(game), game.batch()), lambda *_: 1.0, game)
+
+
+@GAMES
+def test_awac_weighs_the_data_by_its_advantage(game):
+    q, v = game.solve(mean)
+    for t, most in ((0.7, 1e6), (0.3, 2.0)):
+        both = parse_objectives([MonteCarlo(), AWAC(t, most)])
+        model = learn(both, Table(game), game.batch())
+        weight = {(s, a): min(math.exp((q[s, a] - v[s]) / t), most) for s, a in game.pairs}
+        same_policy(model, lambda *pair, weight=weight: weight[pair], game)
+
+
+@GAMES
+def test_awr_weighs_the_data_by_what_was_observed(game):
+    """E exp((G − V)/T) of the returns, chance included: more than exp((Q − V)/T)."""
+    model = learn(
+        parse_objectives([MonteCarlo(), AWR(0.7, 1e6)]), Table(game), game.batch(cut=False)
+    )
+    _, v = game.solve(mean)
+
+    def weight(s, a):
+        return sum(p * math.exp((g - v[s]) / 0.7) for g, p in game.returns(s, a).items())
+
+    same_policy(model, weight, game)
+
+
+def test_soft_values_lie_between_the_mean_and_the_best():
+    q = [1.0, 0.0, 0.5]
+    p = [0.25, 0.5, 0.25]
+    assert soft(1e3)(q, p) == pytest.approx(mean(q, p), abs=1e-3)
+    assert soft(1e-3)(q, p) == pytest.approx(best(q, p), abs=1e-2)
+
+
+@GAMES
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+def test_path_consistency_finds_the_soft_optimum(game, lambda_):
+    """Whoever wrote the data, and with replies drawn by chance as well."""
+    objective = PathConsistency(eta=0.5, gamma=0.9, lambda_=lambda_)
+    model = learn(objective, Table(game), game.batch(), steps=1200)
+    q, v = game.solve(soft(0.5), 0.9)
+    same_v(model, v, game)
+    same_policy(model, lambda s, a: math.exp(q[s, a] / 0.5), game)
+
+
+@pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
+def test_q_sft_finds_the_optimum_in_the_ratio_of_two_policies(game):
+    model = learn(QSFT(gamma=0.9), Table(game, dummy=[0]), game.batch(), steps=1200)
+    q, _ = game.solve(best, 0.9)
+    ratio = (model.log_pi() - model.ref).exp().detach()
+    same_q(model, q, game, q=[ratio])
+
+
+def read(model, **functional):
+    """What is read of the learned distributions of (s, a), and of s."""
+    centres = model.support.centres(model.v)
+    tables = model.returns.detach(), model.v_returns.detach()
+    return [read_distribution(table, centres, **functional) for table in tables]
+
+
+def true(game, functional):
+    """The same of the true ones."""
+    nodes = {node for node, _ in game.pairs}
+    return (
+        {pair: functional(game.returns(*pair)) for pair in game.pairs},
+        {node: functional(game.returns(node)) for node in nodes},
+    )
+
+
+@GAMES
+@pytest.mark.parametrize("support", [Support(-6.0, 6.0, 33), Support(-6.0, 6.0, 33, sigma=0.75)])
+def test_the_mean_of_a_learned_distribution_is_what_regression_learns(game, support):
+    model = learn(ReturnDistribution(gamma=0.9), Table(game, 1, support), game.batch(cut=False))
+    expected_q, expected_v = game.solve(mean, 0.9)
+    q, v = read(model)
+    same_q(model, expected_q, game, q=q)
+    same_v(model, expected_v, game, v=v)
+
+
+@pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
+def test_functionals_are_those_of_the_true_returns(game):
+    model = learn(ReturnDistribution(), Table(game, 1, BERNOULLI), game.batch(cut=False))
+
+    def tilted(returns):
+        return 0.3 * math.log(sum(p * math.exp(g / 0.3) for g, p in returns.items()))
+
+    def worst(returns):  # of 0/1 returns: what of the worst 60 % is not 0
+        return max(0.0, returns[1.0] - 0.4) / 0.6
+
+    for functional, of in (
+        ({"functional": "soft", "eta": 0.3}, tilted),
+        ({"functional": "cvar", "alpha": 0.6}, worst),
+    ):
+        (q, v), (expected_q, expected_v) = read(model, **functional), true(game, of)
+        same_q(model, expected_q, game, q=q)
+        same_v(model, expected_v, game, v=v)
+
+
+def test_q_sharp_is_the_soft_optimum_where_replies_are_fixed_and_too_hopeful_where_not():
+    for game, exact in ((WON, True), (LUCKY, False)):
+        model = learn(ReturnDistribution(), Table(game, 1, BERNOULLI), game.batch(cut=False))
+        (q,), _ = read(model, functional="soft", eta=0.3)
+        expected, _ = game.solve(soft(0.3))
+        excess = torch.tensor([q[pair] - expected[pair] for pair in game.pairs])
+        assert excess.min() > -1e-2
+        assert (excess.max() < 1e-2) == exact
+
+
+@pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
+def test_prefix_scorers_know_how_likely_a_text_ends_well(game):
+    _, expected = game.solve(mean)
+    model = learn(FUDGE(), Table(game, 1, BERNOULLI), game.batch(cut=False))
+    same_v(model, expected, game, v=model.v_returns.detach().softmax(-1)[:, 1])
+    log_odds = model.v_returns.detach().diff(dim=-1)[:, 0]
+    same_v(model, expected, game, v=log_odds.sigmoid())
+    for lambda_ in (0.0, 1.0):
+        same_v(learn(ControlledDecoding(lambda_), Table(game), game.batch()), expected, game)
