@@ -19,8 +19,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -82,10 +83,10 @@ def table(
     """The figures of every game and method, over all seeds."""
     results = {}
     for name, setting in games.items():
-        cells = {
-            method: [cell(name, setting, method, seed, work) for seed in range(seeds)]
-            for method in methods
-        }
+        cells: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for seed in range(seeds):
+            for method in methods:
+                cells[method].append(cell(name, setting, method, seed, work))
         first = cells[methods[0]]
         results[name] = {
             "data_mean": fmean(c["data_mean"] for c in first),
@@ -126,7 +127,7 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
         if found["setting"] != said:
             raise QvgptError(f"{done}: was made with another setting; remove it or change --work")
         return found
-    task = setting.task(seed, setting.episodes)
+    task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     started = time.perf_counter()
     model, objectives = train(task, setting, method, seed, directory)
@@ -158,6 +159,12 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
     shown = {k: round(v, 3) for k, v in found.items() if k != "setting"}
     print(name, method, seed, shown, flush=True)
     return found
+
+
+@lru_cache(maxsize=1)
+def drawn(task: Callable[[int, int], Task], seed: int, episodes: int) -> Task:
+    """The game and its logs, which all methods of a seed share."""
+    return task(seed, episodes)
 
 
 def train(

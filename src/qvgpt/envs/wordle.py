@@ -205,13 +205,23 @@ class WordleEnv:
         self.turns += 1
         won = action == self.answer
         over = won or self.turns >= self.game.max_turns
-        seen = feedback(action, self.answer) if self.allows(action) else INVALID
-        return Step(None if over else seen, 0.0 if won else -1.0, over, truncated=False)
+        seen = None if over else self._answered(action)
+        return Step(seen, 0.0 if won else -1.0, over, truncated=False)
+
+    def _answered(self, action: str) -> str:
+        if not self.allows(action):
+            return INVALID
+        place = self.game.place
+        return colours(int(self.game.matrix[place[action], place[self.answer]]))
 
 
 def feedback(guess: str, answer: str) -> str:
     """The colours of a guess, as text."""
-    pattern = int(patterns([guess], [answer])[0, 0])
+    return colours(int(patterns([guess], [answer])[0, 0]))
+
+
+def colours(pattern: int) -> str:
+    """A pattern as text."""
     return "".join(COLOURS[pattern // 3**i % 3] for i in range(LETTERS))
 
 
