@@ -71,5 +71,5 @@ def test_figures_of_the_games_by_hand(games):
     assert "| | ILQL | 0.500 | 0.500 | -5.853 … 6.853 | 2 |" in games["as_markdown"](both)
     rows = [{"prompt": "", "completion": "", "reward": float(i)} for i in range(10)]
     setting = games["quick_settings"]()["maze_full"]
-    assert games["objectives_of"](setting, "filtered_BC", rows) == [{"LM": {"min_return": 8.0}}]
+    assert games["objectives_of"](setting, "filtered_BC", rows) == [{"LM": {"min_return": 0.8}}]
     assert games["objectives_of"](setting, "ILQL", rows)[1]["ILQL"]["expectile"] == 0.95

@@ -55,8 +55,12 @@ class Task:
         """Of characters, or of the words in the logs."""
         if self.alphabet is not None:
             return Tokenizer.train(self.alphabet, "char")
-        said = [m["content"] for row in self.rows for m in row["messages"]]
-        return Tokenizer.train([f"user: {text}" for text in said], vocab_size=400)
+        texts = [
+            m["content"] if m["role"] == "assistant" else f"user: {m['content']}"  # as encoded
+            for row in self.rows
+            for m in row["messages"]
+        ]
+        return Tokenizer.train(texts, vocab_size=400)
 
     def context(self, tokenizer: Tokenizer) -> int:
         """Tokens that the longest game may have, of whatever actions."""
@@ -80,6 +84,8 @@ class Setting:
     """Methods without values take the same candidates, at β = 0."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By objective."""
+    scale: float = 1.0
+    """Rewards are divided by it before training, so that values are of order 1; β counts in it."""
     embed_dim: int = 64
     num_layers: int = 2
     heads: Literal["linear", "low_rank", "mlp"] = "mlp"
@@ -116,18 +122,14 @@ def wordle(seed: int, episodes: int, game: Wordle, players: Iterable[Player]) ->
 best_wordle = cache(optimal_return)
 
 
-def weighed(weight: float, ilql: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options that hold the squared errors of large returns down to what the language model has."""
-    return {"MonteCarlo": {"weight": weight}, "ILQL": {**ilql, "weight": weight}}
-
-
 def settings(words: Wordle | None) -> dict[str, Setting]:
     """The games of the table; those that need words only where there are some."""
     fit = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
     best = {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}
     options = {"ILQL": best}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
-    turns = replace(fit, max_steps=400, batch_size=16, tau=0.05)
+    # a game's length is its return here: batches of similar lengths would be batches of one return
+    turns = replace(fit, max_steps=400, batch_size=16, packed=True)
     games = {
         "random_walk": Setting(random_walk, 1000, fit, options=options),
         "star_graph": Setting(
@@ -142,8 +144,8 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
             1000,
             turns,
-            Guidance(beta=8.0, min_p=0.1),
-            weighed(0.01, best),
+            options=options,
+            scale=10.0,
             evaluations=120,
         )
     if words is not None:
@@ -152,8 +154,8 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
                 lambda seed, episodes, players=players: wordle(seed, episodes, words, players),
                 20_000,
                 replace(turns, max_steps=2000, batch_size=64, lr=1e-3),
-                Guidance(beta=16.0, min_p=0.1),
-                weighed(0.1, best),
+                options=options,
+                scale=4.0,
                 embed_dim=128,
                 num_layers=3,
                 evaluations=2 * len(words.answers),

@@ -174,7 +174,7 @@ def train(
     objectives = parse_objectives(objectives_of(setting, method, task.rows))
     tokenizer = task.tokenizer
     texts = [
-        text
+        replace(text, reward=[r / setting.scale for r in text.reward])
         for i, row in enumerate(task.rows, 1)
         for text in row_to_trajectories(Row(f"episode {i}", row), tokenizer)
     ]
@@ -199,7 +199,8 @@ def objectives_of(
     setting: Setting, method: str, rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The method's objectives with the game's options; `TOP` as a number, where there are rows."""
-    top = sorted(map(row_return, rows))[len(rows) * 4 // 5] if rows else TOP
+    returns = sorted(map(row_return, rows))
+    top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
     found = []
     for entry in METHODS[method]:
         ((kind, own),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
