@@ -29,6 +29,7 @@ lint: setup
 
 quick: setup  # every reproduction in its reduced form
 	$(BIN)/python reproductions/random_walk/run.py --quick
+	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
 
 clean:

@@ -3,10 +3,17 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qvgpt.envs.games import score
+from qvgpt.errors import QvgptError
+
+GAMES = {
+    "random_walk", "star_graph", "maze_full", "maze_partial", "wordle", "wordle_adversarial",
+}  # fmt: skip
 REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
 
 
@@ -14,6 +21,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
     ("name", "figures"),
     [
         ("random_walk", {"optimality_mean", "optimality_min", "seeds", "seconds_per_seed"}),
+        ("games", GAMES),
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
     ],
 )
@@ -26,3 +34,42 @@ def test_quick_form_runs_and_leaves_the_results_alone(name, figures, monkeypatch
     out = capsys.readouterr().out
     assert figures <= set(json.loads(out[out.index("{\n") :]))
     assert before == {p: p.read_bytes() for p in script.parent.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def games(monkeypatch):
+    """The names of the script of the games."""
+    script = REPRODUCTIONS / "games" / "run.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    return runpy.run_path(str(script), run_name="games_run")
+
+
+def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
+    setting = games["quick_settings"]()["random_walk"]
+    setting = replace(setting, evaluations=5, fit=replace(setting.fit, max_steps=2))
+    found = games["cell"]("random_walk", setting, "ILQL", 1, tmp_path)
+    kept = tmp_path / "random_walk" / "ILQL" / "1" / "cell.json"
+    assert json.loads(kept.read_text()) == found
+    assert found["score"] == score(found["mean"], found["data_mean"], 1.0)
+    kept.write_text(json.dumps({**found, "mean": 7.0}))
+    assert games["cell"]("random_walk", setting, "ILQL", 1, tmp_path)["mean"] == 7.0
+    other = replace(setting, embed_dim=64)
+    with pytest.raises(QvgptError, match="another setting"):
+        games["cell"]("random_walk", other, "ILQL", 1, tmp_path)
+
+
+def test_figures_of_the_games_by_hand(games):
+    cells = [{"mean": m, "score": m, "invalid_rate": 0.0, "seconds": 1.0} for m in (0.0, 1.0)]
+    found = games["summary"](cells)
+    half = 12.706 * 0.5  # t of one degree of freedom, times the standard error
+    assert found["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert games["interval"]([1.0]) is None
+    new = {"walks": {"data_mean": 0.0, "optimum": 1.0, "methods": {"BC": found}}}
+    old = {"walks": {"data_mean": 0.1, "methods": {"BC": 1, "ILQL": found}}, "maze": new["walks"]}
+    both = games["merged"](old, new)
+    assert both == {"walks": {**new["walks"], "methods": {"BC": found, "ILQL": found}}, **both}
+    assert "| | ILQL | 0.500 | 0.500 | -5.853 … 6.853 | 2 |" in games["as_markdown"](both)
+    rows = [{"prompt": "", "completion": "", "reward": float(i)} for i in range(10)]
+    setting = games["quick_settings"]()["maze_full"]
+    assert games["objectives_of"](setting, "filtered_BC", rows) == [{"LM": {"min_return": 0.8}}]
+    assert games["objectives_of"](setting, "ILQL", rows)[1]["ILQL"]["expectile"] == 0.95

@@ -23,6 +23,7 @@ from qvgpt.data.rows import Row, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.policy import Guidance, joined_q
+from qvgpt.envs.games import score
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -89,7 +90,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "base_return": base,
         "guided_return": guided,
         "optimal_return": optimal,
-        "normalised_guided": (guided - data_return) / (optimal - data_return),
+        "normalised_guided": score(guided, data_return, optimal),
         "optimality_base": base,
         "optimality_guided": guided,
         "optimality_greedy": fmean(samples["guided, greedy"]),

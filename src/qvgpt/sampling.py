@@ -1,16 +1,19 @@
-"""What all commands that write texts share: prompts out of data rows, and a progress bar."""
+"""What all that write texts share: prompts out of data rows, a policy for games, a progress bar."""
 
 import time
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from qvgpt.data.rows import Row, prompt_tokens, read_rows
-from qvgpt.decode.engine import TokenEvent
+from qvgpt.decode.engine import Request, TokenEvent, row_seed, write
+from qvgpt.decode.policy import Guidance
+from qvgpt.envs.env import Policy
 from qvgpt.envs.rewards import compares, references
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import RunProgress
+from qvgpt.trajectory import Completion
 
 
 def load_prompts(
@@ -51,6 +54,28 @@ def check_references(rows: Iterable[Row], rewards: Iterable[str]) -> None:
             references(row.fields)
         except QvgptError as error:
             raise row.fault(None, str(error)) from None
+
+
+def engine_policy(
+    model: ValueModel,
+    guidance: Guidance | None = None,
+    *,
+    max_tokens: int = 128,
+    seed: int = 0,
+    max_batch: int = 256,
+) -> Policy:
+    """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers."""
+    turns = count()
+
+    def act(prompts: list[list[int]]) -> list[Completion]:
+        requests = [
+            Request(prompt, max_tokens, guidance or Guidance(), row_seed(seed, next(turns)))
+            for prompt in prompts
+        ]
+        written = write(model, requests, max_batch=max_batch)
+        return [Completion(text.tokens, text.terminated) for text in written]
+
+    return act
 
 
 class TextProgress:

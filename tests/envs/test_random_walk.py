@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from qvgpt.envs.env import Env
+from qvgpt.envs.games import Game
 from qvgpt.envs.random_walk import END, RandomWalks, WalkEnv
 from qvgpt.errors import QvgptError
 
@@ -136,13 +136,15 @@ def test_what_is_no_walk_has_no_values(walk):
 
 def test_environment():
     env = WalkEnv(SMALL)
-    assert isinstance(env, Env)
+    assert isinstance(env, Game)
     with pytest.raises(QvgptError, match="reset"):
         env.step("ba")
     starts = [env.reset(seed) for seed in range(300)]
     assert {s: starts.count(s) > 70 for s in starts} == dict.fromkeys("bcd", True)
     seed = starts.index("d")
     assert env.reset(seed) == "d"
+    allowed = ["", "c", "cba", "cbabbb", "b"]
+    assert [a for a in [*allowed, "a", "zba", "ccba"] if env.allows(a)] == allowed
     step = env.step("cba")
     assert (step.observation, step.reward, step.terminated, step.truncated) == (
         None,

@@ -115,14 +115,18 @@ class RandomWalks:
         `walk` is the whole walk, its start included; as in trlX, what follows the first 'a' does
         not count. 0 for a missing edge, an unknown letter, a walk too long or not at the goal.
         """
-        nodes = [_node(letter) for letter in walk]
-        if GOAL not in nodes[1 : self.max_length] or nodes[0] not in range(1, self.num_nodes):
+        length = walk.find(_letter(GOAL)) + 1
+        if not 1 < length <= self.max_length or not self.is_walk(walk):
             return 0.0
-        length = nodes.index(GOAL) + 1
-        for here, there in pairwise(nodes[:length]):
-            if there not in self.edges[here]:
-                return 0.0
-        return (self.max_length - length) / (self.max_length - self.shortest[nodes[0]])
+        return (self.max_length - length) / (self.max_length - self.shortest[_node(walk[0])])
+
+    def is_walk(self, walk: str) -> bool:
+        """Whether `walk` begins at a start and follows edges, up to the first 'a'."""
+        nodes = [_node(letter) for letter in walk[: walk.find(_letter(GOAL)) + 1 or None]]
+        if not nodes or nodes[0] not in range(1, self.num_nodes):
+            return False
+        # `all` stops at the first missing edge, hence before it looks up an unknown node.
+        return all(there in self.edges[here] for here, there in pairwise(nodes))
 
     def reward(self, completions: list[str], rows: list[Mapping[str, Any]]) -> list[float]:
         """`optimality` as a reward of completions, for `SingleTurn` and `shape`."""
@@ -212,14 +216,10 @@ class WalkValues:
 
     def _state(self, walk: str) -> tuple[int, int, int]:
         """Start, node now and nodes so far."""
-        nodes = [_node(letter) for letter in walk]
-        inside = nodes and nodes[0] in range(1, self.walks.num_nodes)
-        moves = pairwise(nodes)
-        # `all` stops at the first missing edge, hence before it looks up an unknown node.
-        legal = inside and all(there in self.walks.edges[here] for here, there in moves)
-        if not legal or len(nodes) > self.walks.max_length:
+        beyond = _letter(GOAL) in walk[:-1]
+        if beyond or len(walk) > self.walks.max_length or not self.walks.is_walk(walk):
             raise QvgptError(f"{walk!r} is no walk of this graph: it has no values")
-        return nodes[0], nodes[-1], len(nodes)
+        return _node(walk[0]), _node(walk[-1]), len(walk)
 
 
 @dataclass
@@ -233,6 +233,10 @@ class WalkEnv:
         """A start letter, uniform over the nodes other than the goal."""
         self.start = random.Random(seed).choice(self.walks.starts)
         return self.start
+
+    def allows(self, action: str) -> bool:
+        """Whether the walk follows edges, however long it is and wherever it ends."""
+        return self.walks.is_walk(self.start + action)
 
     def step(self, action: str) -> Step:
         """Ends the game with the optimality of start + action."""

@@ -1,0 +1,184 @@
+"""The games of the table: how each is drawn, how large its model is, how it learns."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.policy import Guidance
+from qvgpt.envs.games import Game
+from qvgpt.envs.maze import Maze, MazeEnv
+from qvgpt.envs.random_walk import RandomWalks, WalkEnv
+from qvgpt.envs.star_graph import StarEnv, StarGraphs
+from qvgpt.envs.wordle import ADVERSARIAL, ALPHABET, MIXED, Player, Wordle, WordleEnv
+from qvgpt.envs.wordle_search import optimal_return
+from qvgpt.fit_options import FitOptions
+
+TOP = "top"
+"""Stands for the return that the best fifth of the logs reach."""
+METHODS: dict[str, list[Any]] = {
+    "BC": ["LM"],
+    "filtered_BC": [{"LM": {"min_return": TOP}}],
+    "MonteCarlo": ["LM", "MonteCarlo"],
+    "ILQL": ["LM", "ILQL"],
+}
+"""What each row of the table learns; options of an objective are the game's (`Setting.options`)."""
+WORDS = (
+    "crane", "slate", "light", "night", "might", "sight", "eerie", "mamma", "babes", "abbey",
+)  # fmt: skip
+"""For the quick form, which needs no files."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A game as one seed draws it."""
+
+    rows: list[dict[str, Any]]
+    """The logs."""
+    new: Callable[[], Game]
+    optimum: float
+    """Mean return of the best policy."""
+    alphabet: str | None = None
+    """The characters of the game, each a token; None: words are (bytes, merged)."""
+    max_turns: int = 1
+    max_tokens: int = 6
+    """Of an action."""
+
+    @property
+    def dialogue(self) -> bool:
+        """Whether logs are dialogues, of turns."""
+        return "messages" in self.rows[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of characters, or of the words in the logs."""
+        if self.alphabet is not None:
+            return Tokenizer.train(self.alphabet, "char")
+        texts = [
+            m["content"] if m["role"] == "assistant" else f"user: {m['content']}"  # as encoded
+            for row in self.rows
+            for m in row["messages"]
+        ]
+        return Tokenizer.train(texts, vocab_size=400)
+
+    def context(self, tokenizer: Tokenizer) -> int:
+        """Tokens that the longest game may have, of whatever actions."""
+        if not self.dialogue:
+            longest = max(len(tokenizer.encode_prompt(row["prompt"])) for row in self.rows)
+            return longest + self.max_tokens
+        seen = {m["content"] for row in self.rows for m in row["messages"] if m["role"] == "user"}
+        longest = max(len(tokenizer.encode(f"user: {text}")) for text in seen) + 1
+        return 1 + self.max_turns * (longest + self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a game takes. One setting for all its methods."""
+
+    task: Callable[[int, int], Task]
+    """Seed and number of logged episodes → the game."""
+    episodes: int
+    fit: FitOptions
+    guidance: Guidance = field(default_factory=lambda: Guidance(beta=64.0, min_p=0.1))
+    """Methods without values take the same candidates, at β = 0."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By objective."""
+    scale: float = 1.0
+    """Rewards are divided by it before training, so that values are of order 1; β counts in it."""
+    embed_dim: int = 64
+    num_layers: int = 2
+    heads: Literal["linear", "low_rank", "mlp"] = "mlp"
+    evaluations: int = 1000
+    """Episodes that judge a policy."""
+
+
+def random_walk(seed: int, episodes: int) -> Task:
+    walks = RandomWalks.draw(seed)
+    rows = walks.logged_walks(episodes, seed)
+    optimum = walks.optimal_return()
+    return Task(rows, lambda: WalkEnv(walks), optimum, walks.letters, max_tokens=11)
+
+
+def star_graph(seed: int, episodes: int, graphs: StarGraphs) -> Task:
+    rows = graphs.logged_paths(episodes, seed)
+    optimum = graphs.optimal_return()
+    tokens = graphs.length
+    return Task(rows, lambda: StarEnv(graphs), optimum, graphs.alphabet, max_tokens=tokens)
+
+
+def maze(seed: int, episodes: int, full: bool, **size: int) -> Task:
+    drawn = Maze.draw(seed, full=full, **size)
+    rows = drawn.logged_games(episodes, seed)
+    return Task(rows, lambda: MazeEnv(drawn), drawn.optimal_return(), max_turns=drawn.max_moves)
+
+
+def wordle(seed: int, episodes: int, game: Wordle, players: Iterable[Player]) -> Task:
+    rows = game.logged_games(episodes, seed, tuple(players))
+    optimum, turns = best_wordle(game), game.max_turns
+    return Task(rows, lambda: WordleEnv(game), optimum, ALPHABET, turns, max_tokens=7)
+
+
+best_wordle = cache(optimal_return)
+
+
+def settings(words: Wordle | None) -> dict[str, Setting]:
+    """The games of the table; those that need words only where there are some."""
+    fit = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
+    best = {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}
+    options = {"ILQL": best}
+    graphs = StarGraphs(degree=2, length=3, num_labels=12)
+    # a game's length is its return here: batches of similar lengths would be batches of one return
+    turns = replace(fit, max_steps=400, batch_size=16, packed=True)
+    games = {
+        "random_walk": Setting(random_walk, 1000, fit, options=options),
+        "star_graph": Setting(
+            lambda seed, episodes: star_graph(seed, episodes, graphs),
+            20_000,
+            replace(fit, max_steps=3000, batch_size=64, lr=1e-3),
+            options=options,
+        ),
+    }
+    for name, full in (("maze_full", True), ("maze_partial", False)):
+        games[name] = Setting(
+            lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
+            1000,
+            turns,
+            options=options,
+            scale=10.0,
+            evaluations=120,
+        )
+    if words is not None:
+        for name, players in (("wordle", MIXED), ("wordle_adversarial", ADVERSARIAL)):
+            games[name] = Setting(
+                lambda seed, episodes, players=players: wordle(seed, episodes, words, players),
+                20_000,
+                replace(turns, max_steps=2000, batch_size=64, lr=1e-3),
+                options=options,
+                scale=4.0,
+                embed_dim=128,
+                num_layers=3,
+                evaluations=2 * len(words.answers),
+            )
+    return games
+
+
+def quick_settings() -> dict[str, Setting]:
+    """The same games, as small as they can be played."""
+    games = settings(Wordle(WORDS))
+    graphs = StarGraphs(degree=2, length=2, num_labels=6)
+    small: dict[str, dict[str, Any]] = {
+        "random_walk": {"episodes": 400, "evaluations": 100},
+        "star_graph": {"task": lambda seed, episodes: star_graph(seed, episodes, graphs)},
+    }
+    for name, full in (("maze_full", True), ("maze_partial", False)):
+        size = {"num_cells": 5, "side": 3, "max_moves": 6}
+        small[name] = {"task": lambda s, e, full=full, size=size: maze(s, e, full, **size)}
+    return {
+        name: replace(
+            setting,
+            **{"episodes": 100, "evaluations": 10, "embed_dim": 32} | small.get(name, {}),
+            fit=replace(setting.fit, max_steps=100 if name == "random_walk" else 8, lr=3e-3),
+        )
+        for name, setting in games.items()
+    }

@@ -1,0 +1,24 @@
+import torch
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.engine import generate
+from qvgpt.decode.policy import Guidance
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.sampling import engine_policy
+
+
+def test_the_engine_as_a_policy_draws_anew_each_turn():
+    tok = Tokenizer.train("abcdefgh", "char")
+    torch.manual_seed(0)
+    model = ValueModel(GPT(tok.vocab_size, 16, 2, 1, seq_len=32), HeadsConfig(), tok)
+    prompts = [tok.encode_prompt("ab"), tok.encode_prompt("c")]
+    guidance = Guidance(beta=1.0)
+    act = engine_policy(model, guidance, max_tokens=9, seed=3)
+    first, second = act(prompts), act(prompts)
+    assert first == generate(model, prompts, guidance, max_tokens=9, seed=3)
+    assert first != second
+    assert act(prompts[:1]) != first[:1]
+    again = engine_policy(model, guidance, max_tokens=9, seed=3)
+    assert [again(prompts), again(prompts)] == [first, second]
