@@ -129,13 +129,13 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
     options = {"ILQL": best}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
     # a game's length is its return here: batches of similar lengths would be batches of one return
-    turns = replace(fit, max_steps=400, batch_size=16, packed=True)
+    turns = replace(fit, max_steps=2000, batch_size=16, packed=True)
     games = {
         "random_walk": Setting(random_walk, 1000, fit, options=options),
         "star_graph": Setting(
             lambda seed, episodes: star_graph(seed, episodes, graphs),
             20_000,
-            replace(fit, max_steps=3000, batch_size=64, lr=1e-3),
+            replace(fit, max_steps=6000, batch_size=64, lr=1e-3),
             options=options,
         ),
     }
@@ -153,7 +153,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             games[name] = Setting(
                 lambda seed, episodes, players=players: wordle(seed, episodes, words, players),
                 20_000,
-                replace(turns, max_steps=2000, batch_size=64, lr=1e-3),
+                replace(turns, max_steps=8000),
                 options=options,
                 scale=4.0,
                 embed_dim=128,

@@ -5,8 +5,8 @@ moves, −1 for each move but the one that arrives, 100 moves at most. The mazes
 by seed, and so are the words. A move into a wall, and any text that is no move, leaves all as it
 was and costs 1.
 
-    full      "goal 1, 4. you 3, 2. walls left, up."      the observation is the state
-    partial   "walls left, up."                           the state must be made out from all of it
+    full      "goal k. you d."        the observation is the state: cells are named by letters
+    partial   "walls left, up."       the state must be made out from all that was seen
 
 Values are exact in both. Who sees only walls knows the set of cells that agree with all that was
 seen: every cell of the set is equally likely, since starts are, and moves never merge two cells
@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from string import ascii_letters
 from typing import Any
 
 from qvgpt.envs.env import Step
@@ -49,8 +50,8 @@ class Maze:
     """The game is over after so many, wherever one is: a rule, so that is an end, not a cut."""
 
     def __post_init__(self):
-        if self.goal not in self.cells or len(self.cells) < 2:
-            raise QvgptError("a maze needs 2 cells or more, the goal among them")
+        if self.goal not in self.cells or not 2 <= len(self.cells) <= len(ascii_letters):
+            raise QvgptError("a maze needs 2 to 52 cells, the goal among them")
         if len(self.distance) < len(self.cells):
             raise QvgptError("every cell of a maze must reach the goal")
         if max(self.distance.values()) > self.max_moves:
@@ -86,6 +87,11 @@ class Maze:
         return sorted(self.cells - {self.goal})
 
     @cached_property
+    def names(self) -> dict[Cell, str]:
+        """A letter for each cell, row by row."""
+        return dict(zip(sorted(self.cells), ascii_letters, strict=False))
+
+    @cached_property
     def distance(self) -> dict[Cell, int]:
         """Moves on the shortest way from each cell to the goal."""
         found, edge = {self.goal: 0}, [self.goal]
@@ -106,11 +112,10 @@ class Maze:
 
     def observe(self, cell: Cell) -> str:
         """What is seen in a cell."""
+        if self.full:
+            return f"goal {self.names[self.goal]}. you {self.names[cell]}."
         walls = [name for name in DIRECTIONS if self.move(cell, f"move {name}") == cell]
-        seen = f"walls {', '.join(walls) or 'none'}."
-        if not self.full:
-            return seen
-        return f"goal {self.goal[0]}, {self.goal[1]}. you {cell[0]}, {cell[1]}. {seen}"
+        return f"walls {', '.join(walls) or 'none'}."
 
     def look(self, cells: Iterable[Cell]) -> list[Belief]:
         """What one may know after a look: the cells, apart where they look different."""
