@@ -27,10 +27,12 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-quick: setup  # every reproduction in its reduced form
+quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/random_walk/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
+	$(BIN)/python benchmarks/train.py --quick
+	$(BIN)/python benchmarks/gpu.py --quick
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

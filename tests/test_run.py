@@ -80,8 +80,17 @@ def test_a_resumed_log_forgets_the_steps_taken_again(tmp_path):
     assert [(e["step"], e["total"]) for e in log] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C reaches Python also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("heard")
 def test_the_first_signal_waits_and_the_second_does_not(first, second):
     kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
     with _sigterm_as_exception(), Interruption() as interruption:
