@@ -476,7 +476,7 @@ def test_objectives_are_read_as_written():
         ([{"SARSA": {"lambda_": 2.0}}], "lambda_ must lie"),
         ([{"DoubleQ": {"cql_weight": -1.0}}], "cql_weight must be 0 or more"),
         ([{"DoubleQ": {"top_k": 2.5}}], "top_k is a int, not 2.5"),
-        ([{"DoubleQ": {"top_k": 0}}], "top_k must be a whole number of at least 1"),
+        ([{"DoubleQ": {"top_k": 0}}], "top_k must be at least 1"),
         ([{"DoubleQ": {"min_p": 2}}], r"min_p must lie in \[0, 1\]"),
         ([{"ILQL": {"level": "word"}}], "level is 'token' or 'turn'"),
         ([{"ILQL": {"level": "turn"}}], "cql_weight must be 0 at level 'turn'"),
@@ -498,7 +498,7 @@ def test_objectives_agree_on_what_a_decision_is_and_where_the_best_is_sought():
     assert parse_objectives(parse_objectives([turn]).as_list()) == parse_objectives([turn])
     assert parse_objectives(["LM", "ILQL", "AWAC"]).level == "token"
     for other in ("MonteCarlo", "AWAC", "AWR"):
-        with pytest.raises(QvgptError, match="of whole turns .* and of tokens do not mix"):
+        with pytest.raises(QvgptError, match=r"of whole turns .* and of tokens do not mix"):
             _ = parse_objectives([turn, other]).level
     restricted = {"DoubleQ": {"top_k": 20}}
     assert parse_objectives(["LM", restricted]).candidates == Candidates(top_k=20)

@@ -84,10 +84,8 @@ class Candidates:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
-            raise QvgptError(
-                f"candidates: top_k must be a whole number of at least 1, not {self.top_k}"
-            )
+        if self.top_k is not None and self.top_k < 1:
+            raise QvgptError(f"candidates: top_k must be at least 1, not {self.top_k}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise QvgptError(f"candidates: min_p must lie in [0, 1], not {self.min_p}")
 
