@@ -284,7 +284,10 @@ class ScoreConfig:
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
+    """Judge texts by Σ A, which is the expected return less what the prompt already promised.
+
+    Of values that know whole turns only, by Q of the last token less V of the prompt.
+    """
     if not config.data:
         raise QvgptError("--data: missing")
     model = ValueModel.from_pretrained(
@@ -301,10 +304,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for text, found in zip(texts, scoring.score(model, texts), strict=True):
         first, last = found.reports[0], found.reports[-1]
+        better = found.advantage
+        if model.info.level == "turn" and last.q is not None and first.v is not None:
+            better = last.q - first.v  # within a turn nothing is known
         rows.append({
             "prompt": model.tokenizer.decode(text.prompt),
             "completion": model.tokenizer.decode(text.tokens[len(text.prompt) :]),
-            "v": first.v, "q": last.q, "advantage": found.advantage,
+            "v": first.v, "q": last.q, "advantage": better,
             "logprob": found.base_logprob, "reward": text.total_reward,
         })  # fmt: skip
     groups: dict[tuple[int, ...], list[int]] = {}

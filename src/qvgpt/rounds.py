@@ -79,7 +79,7 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
     _refuse(config)
     output = open_run(config.output, "rounds", record, config.resume)
     with alone_in(output):
-        rows = []
+        rows, summary = [], {}
         for number in range(1, config.rounds + 1):
             console.print(f"round {number} of {config.rounds}", highlight=False)
             rows.append(_round(config, number, console))

@@ -52,7 +52,9 @@ def check_values(model: ValueModel, name: str, betas: Iterable[float], best_of: 
     if best_of < 1:
         raise QvgptError(f"best_of must be at least 1, not {best_of}")
     if model.heads is None and (guided or ranked):
-        wanted = "to guide with: beta must be 0" if guided else "to rank by: best_of must be 1"
+        wanted = "to rank by: best_of must be 1"
+        if guided:
+            wanted = "to guide with: beta must be 0 (in `evaluate` --betas [])"
         raise QvgptError(f"{name}: has no value heads {wanted}")
     if guided and model.info.level == "turn":
         raise QvgptError(
