@@ -204,6 +204,7 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
         ({"rounds": 0}, "must be at least 1"),
         ({"beta": 0.0}, "nothing guides"),
         ({"collect": {"best_of": 2}}, "give one of them"),
+        ({"beta": 0.0, "collect": {"best_of": 2, "temperatures": [0.0]}}, "writes one text"),
         ({"collect": {"model": "there"}}, "collect.model: is for the rounds to say"),
         ({"train": {"output": "there"}}, "train.output: is for the rounds to say"),
         ({"train": {"objectives": ["LM"]}}, "teach no Q"),
@@ -220,7 +221,7 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
 def test_what_makes_no_sense_is_refused_before_anything_is_written(quick, change, message):
     for section in ("collect", "train"):
         if section in change:
-            change = {section: replace(getattr(quick, section), **change[section])}
+            change = {**change, section: replace(getattr(quick, section), **change[section])}
     with pytest.raises(QvgptError, match=message):
         rounds(replace(quick, **change), QUIET)
     assert not Path(quick.output).exists()

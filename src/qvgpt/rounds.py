@@ -194,6 +194,8 @@ def _refuse(config: RoundsConfig) -> None:
         raise QvgptError("rounds: nothing guides: give a beta, or collect.best_of of 2 and more")
     if config.beta and config.collect.best_of > 1:
         raise QvgptError("rounds: beta guides or collect.best_of chooses: give one of them")
+    if config.collect.best_of > 1 and 0 in config.collect.temperatures:
+        raise QvgptError("collect: temperature 0 writes one text: nothing for best_of to choose")
     objectives = parse_objectives(config.train.objectives)
     if not objectives.teaches_values or objectives.teaches_v_alone:
         raise QvgptError("train.objectives: these teach no Q, so that there is nothing to guide by")
