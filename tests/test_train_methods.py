@@ -32,7 +32,7 @@ from qvgpt.decode.score import score
 from qvgpt.fit_options import learning_rate_factor, parameter_groups
 from qvgpt.fqe import evaluate_offline
 from qvgpt.models.lora import LoraConfig
-from qvgpt.objectives import ILQL, METHODS
+from qvgpt.objectives import ILQL, METHODS, Candidates
 from qvgpt.trainer import TokenizerConfig, train
 from qvgpt.trajectory import Trajectory, collate, mean_return
 
@@ -267,6 +267,16 @@ def test_a_distribution_takes_its_support_from_the_data(config, base, tmp_path):
     with pytest.raises(QvgptError, match=r"text \d+ of 60: its return .* 0 to 1: give fitting"):
         train(replace(config, heads=two, output=str(tmp_path / "x")), QUIET)
     assert not (tmp_path / "x").exists()
+
+
+def test_double_q_is_told_among_what_to_seek_the_best():
+    found = []
+    for options in ({}, {"top_k": 2}):
+        m = model()
+        run(m, ["LM", {"DoubleQ": options}])
+        found.append(m)
+    assert found[1].candidates == Candidates(top_k=2)
+    assert not same(found[0].state_dict(), found[1].state_dict())
 
 
 def test_values_learn_on_a_small_trunk_of_their_own(config, base, tmp_path):  # noqa: F811
