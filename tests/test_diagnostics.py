@@ -26,7 +26,7 @@ from qvgpt.loop import fit
 from qvgpt.objectives import METHODS, Values, parse_objectives
 from qvgpt.run import read_log
 from qvgpt.trajectory import collate
-from qvgpt.value_report import training_sections
+from qvgpt.value_report import learning_section, watched_section
 
 sys.path.append(str(Path(__file__).parent / "objectives"))
 from mdp import Game, Table, mean
@@ -315,15 +315,13 @@ def test_the_count_of_bad_evaluations_outlives_a_stop(tmp_path):
 
 def test_a_report_draws_what_was_logged(tmp_path):
     _, _, lines = watched(["LM", "ILQL"], tmp_path)
-    sections = training_sections(read_log(tmp_path / "log.jsonl"))
-    assert [s.heading for s in sections] == ["Learning curves", "Values while training"]
-    curves, values = (s.body_html for s in sections)
-    assert "values/" not in curves
+    log = read_log(tmp_path / "log.jsonl")
+    [curves], [values] = learning_section(log), watched_section(log)
+    assert "values/" not in curves.body_html
     for part in ("V at step 2", "V at step 4", "TD error by position", "Rank correlations",
                  "best Q among likely tokens", "y = x"):  # fmt: skip
-        assert part in values
-    assert "diverged" not in sections[1].paragraph
+        assert part in values.body_html
+    assert "diverged" not in values.paragraph
     bad = [{**line, "values/diverging": 3.0} for line in lines]
-    assert "diverged" in training_sections(bad)[-1].paragraph
-    assert training_sections([{"step": 1, "total": 1.0}])[-1].heading == "Learning curves"
-    assert training_sections([]) == []
+    assert "diverged" in watched_section(bad)[0].paragraph
+    assert watched_section([{"step": 1, "total": 1.0}]) == learning_section([]) == []

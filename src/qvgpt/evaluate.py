@@ -30,7 +30,7 @@ from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
 from qvgpt.sampling import TextProgress, check_references, check_room, load_prompts
 from qvgpt.trajectory import Trajectory
-from qvgpt.value_report import training_sections, value_charts, values_text
+from qvgpt.value_report import learning_section, value_charts, values_text, watched_section
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
@@ -298,7 +298,8 @@ def _sections(
                 _texts(model, prompts, rows, shown),
             )
         )
-    return found + training_sections(read_log(Path(config.model) / "log.jsonl"))
+    log = read_log(Path(config.model) / "log.jsonl")
+    return [*found, *learning_section(log), *watched_section(log)]
 
 
 def _reward_chart(rows: list[Row], metric: str) -> str:

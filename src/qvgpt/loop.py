@@ -41,7 +41,7 @@ from qvgpt.trajectory import (
     mean_return,
     nothing_counts,
 )
-from qvgpt.watch import Watch, headline, warning
+from qvgpt.watch import Watch
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -87,10 +87,9 @@ class Training:
         size = 2 * (options.micro_batch_size or options.batch_size)
         order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
         self.eval_batches = self.my_batches(eval_data, order, size) if eval_data else []
-        self.watch: Watch | None = None
-        if eval_data and model.heads is not None and objectives.teaches_values:
-            parts = self.my_parts(order, size)
-            self.watch = Watch(model, objectives, eval_data, parts, data)
+        watched = eval_data and model.heads is not None and objectives.teaches_values
+        parts = self.my_parts(order, size)
+        self.watch = Watch(model, objectives, eval_data, parts, data) if watched else None
         self.state = TrainState(data_sha256=fingerprint(data), eval_sha256=fingerprint(eval_data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
@@ -281,7 +280,8 @@ class Training:
         found = self.state.eval = self.measure(self.eval_batches, learn=False, watch=self.watch)
         progress.log(self.state.step, {f"eval/{k}": v for k, v in found.items()}, show=True)
         if self.watch is not None:
-            self.judge_values(self.watch, progress)
+            rows = gathered_rows(self.accelerator, self.watch.seen())
+            self.watch.report(rows, self.state, progress)
         name = self.options.keep_best
         if name is None:
             return
@@ -296,15 +296,6 @@ class Training:
                 save_model(self.best_models, plain, self.state.step)
         else:
             self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
-
-    def judge_values(self, watch: Watch, progress: RunProgress) -> None:
-        """Log what the evaluation found of the values, and warn where they diverge."""
-        state = self.state
-        found = watch.judge(state.values, lambda rows: gathered_rows(self.accelerator, rows))
-        state.values = found
-        progress.log(state.step, {f"values/{k}": v for k, v in found.items()})
-        for said in filter(None, (f"values: {headline(found)}", warning(found))):
-            progress.console.print(f"step {state.step}/{self.total_steps}  {said}", soft_wrap=True)
 
     def save_checkpoint(self) -> None:
         """All processes gather what is sharded; the main one writes."""

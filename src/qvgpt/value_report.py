@@ -38,7 +38,12 @@ _CURVES = {
     "Rank correlations": ("rank", "rank_across", "rank_within", "advantage_within"),
     "Calibration": ("slope", "ece"),
     "Sizes": ("v_abs", "q_abs", "advantage_abs", "td_error_abs"),
-    "Hope": ("overestimation", "overestimation_return", "expectile_gap", "twin_gap"),
+    "Overestimation and gaps": (
+        "overestimation",
+        "overestimation_return",
+        "expectile_gap",
+        "twin_gap",
+    ),
     "Out of reach of all returns": ("out_of_reach",),
 }
 
@@ -74,23 +79,25 @@ def value_charts(values: Mapping[str, Any]) -> str:
     return _reliability(series) + _td_chart(errors) + _figures_table(values["figures"])
 
 
-def training_sections(log: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Learning curves, and the values on held-out texts, of the lines of a `log.jsonl`."""
-    found = []
+def learning_section(log: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Learning curves of the lines of a `log.jsonl`; empty where there are none."""
     curves = _learning_curves(log)
-    if curves:
-        found.append(Section("Learning curves", "As logged in training.", curves))
+    return [Section("Learning curves", "As logged in training.", curves)] if curves else []
+
+
+def watched_section(log: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The values on held-out texts while training; empty where nobody looked at them."""
     lines = [line for line in log if any(key.startswith("values/") for key in line)]
-    if lines:
-        diverged = max(line.get("values/diverging", 0) for line in lines)
-        said = (
-            f"In training, on the evaluation texts; after step {lines[-1]['step']} where one step "
-            "is shown."
-        )
-        if diverged >= 3:
-            said += " The values diverged: they lay far outside all returns that there are."
-        found.append(Section("Values while training", said, _watched_charts(lines)))
-    return found
+    if not lines:
+        return []
+    said = (
+        f"On the evaluation texts; the table is of step {lines[-1]['step']}. Calibration is against "
+        "the policy that wrote the texts: methods that seek better than its mean (ILQL, DoubleQ) "
+        "rightly predict more than came."
+    )
+    if max(line.get("values/diverging", 0) for line in lines) >= 3:
+        said += " The values diverged: they lay far outside all returns that there are."
+    return [Section("Values while training", said, _watched_charts(lines))]
 
 
 def _watched_charts(lines: Sequence[Mapping[str, Any]]) -> str:

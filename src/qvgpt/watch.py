@@ -1,14 +1,17 @@
 """The values on held-out texts, at every evaluation of a training: for its log, with a warning."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from qvgpt.checkpoint import TrainState
 from qvgpt.diagnostics import Foretold, figures, foretold, out_of_reach
 from qvgpt.models.value_model import AMONG_CANDIDATES, ValueModel
 from qvgpt.objectives import Objectives, Values
+from qvgpt.run import RunProgress
 from qvgpt.trajectory import Trajectory, TrajectoryBatch
 
 _EVERY = 8  # of how many evaluation batches one is asked what the likeliest tokens are worth
@@ -51,23 +54,30 @@ class Watch:
         how = info.gamma, info.per_turn_discount, heads.reward_scale
         self._rows.append(foretold(values, batch, texts, *how))
 
-    def judge(
-        self, before: Mapping[str, float], gathered: Callable[[Tensor], Tensor]
-    ) -> dict[str, float]:
-        """The `figures` of all that was seen since the last time, and how far out of reach it is.
+    def seen(self) -> Float[Tensor, "decisions columns"]:
+        """What was kept since the last time."""
+        rows, self._rows = torch.cat(self._rows), []
+        return rows
 
-        `gathered` brings the rows of all processes together. `diverging` counts the evaluations in
-        a row, `before` among them, in which values were out of reach by more than once the reach.
+    def report(
+        self, rows: Float[Tensor, "decisions columns"], state: TrainState, progress: RunProgress
+    ) -> None:
+        """Log the `figures` of what all processes have seen, and warn where values diverge.
+
+        `diverging` counts the evaluations in a row, those before this one in `state`, in which
+        values were out of reach by more than once the reach.
         """
         assert self.model.heads is not None
-        f, self._rows = Foretold.of(gathered(torch.cat(self._rows))), []
-        scale = self.model.heads.reward_scale
-        excess = out_of_reach(f, *(r / scale for r in self.returns))
+        f, scale = Foretold.of(rows), self.model.heads.reward_scale
         found = figures(f, self.prompts)
+        excess = out_of_reach(f, *(r / scale for r in self.returns))
         if not math.isnan(excess):
-            in_a_row = before.get("diverging", 0.0) + 1 if excess > 1 else 0.0
+            in_a_row = state.values.get("diverging", 0.0) + 1 if excess > 1 else 0.0
             found |= {"out_of_reach": excess, "diverging": in_a_row}
-        return found
+        state.values = found
+        progress.log(state.step, {f"values/{name}": x for name, x in found.items()})
+        for line in filter(None, (f"values: {headline(found)}", warning(found))):
+            progress.say(state.step, line)
 
 
 def headline(found: Mapping[str, float]) -> str:
