@@ -91,9 +91,9 @@ def watched_section(log: Sequence[Mapping[str, Any]]) -> list[Section]:
     if not lines:
         return []
     said = (
-        f"On the evaluation texts; the table is of step {lines[-1]['step']}. Calibration is against "
-        "the policy that wrote the texts: methods that seek better than its mean (ILQL, DoubleQ) "
-        "rightly predict more than came."
+        f"On the evaluation texts; the table is of step {lines[-1]['step']}. Calibration is "
+        "against the policy that wrote the texts: methods that seek better than its mean (ILQL, "
+        "DoubleQ) rightly predict more than came."
     )
     if max(line.get("values/diverging", 0) for line in lines) >= 3:
         said += " The values diverged: they lay far outside all returns that there are."
