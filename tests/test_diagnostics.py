@@ -3,13 +3,12 @@
 import io
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mdp import Game, Table, mean
 from rich.console import Console
 from test_trainer import FIT, Killed, _no_sync, model, run, stopped_at, texts  # noqa: F401
 
@@ -27,9 +26,6 @@ from qvgpt.objectives import METHODS, Values, parse_objectives
 from qvgpt.run import read_log
 from qvgpt.trajectory import collate
 from qvgpt.value_report import learning_section, watched_section
-
-sys.path.append(str(Path(__file__).parent / "objectives"))
-from mdp import Game, Table, mean
 
 # two prompts of two texts each; the last one was cut short
 TEXTS = [
