@@ -21,7 +21,7 @@ from qvgpt.diagnostics import figures
 from qvgpt.models import vocab
 from qvgpt.models.decision_time import states_of
 from qvgpt.models.heads import ValueHeads
-from qvgpt.objectives import ILQL, METHODS, MonteCarlo, Values
+from qvgpt.objectives import ILQL, METHODS, Candidates, MonteCarlo, Values, parse_objectives
 from qvgpt.trajectory import collate, nothing_counts
 
 # two turns and a text that was cut; rows of unlike length, so that there is padding
@@ -279,7 +279,7 @@ def test_p24_small_steps_and_fractions_are_not_rounded_away():
 OTHERWISE = {
     "on": "all", "min_return": 0.5, "top_share": 0.5, "temperature": 0.3, "max_weight": 0.9,
     "gamma": 0.5, "lambda_": 0.4, "per_turn_discount": True, "expectile": 0.9, "cql_weight": 0.7,
-    "eta": 0.5,
+    "eta": 0.5, "level": "turn",
 }  # fmt: skip
 
 
@@ -287,7 +287,12 @@ OTHERWISE = {
 def test_p26_every_option_is_read(name):
     method = METHODS[name]
     for option in fields(method):
+        if option.name in ("top_k", "min_p"):  # read by the model, on the objective's behalf
+            found = parse_objectives([{name: {option.name: 1}}]).candidates
+            assert found == Candidates(**{option.name: 1})
+            continue
         base = {"gamma": 0.5} if option.name == "per_turn_discount" else {}
+        base |= {"cql_weight": 0.0} if option.name == "level" else {}
         plain, other = method(**base), method(**base, **{option.name: OTHERWISE[option.name]})
         if option.name == "top_share":
             other = other.fitted_to([1.0, 0.25])
