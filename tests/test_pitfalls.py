@@ -288,8 +288,8 @@ def test_p26_every_option_is_read(name):
     method = METHODS[name]
     for option in fields(method):
         if option.name in ("top_k", "min_p"):  # read by the model, on the objective's behalf
-            found = parse_objectives([{name: {option.name: 1}}]).candidates
-            assert found == Candidates(**{option.name: 1})
+            said = {"top_k": 3} if option.name == "top_k" else {"min_p": 0.25}
+            assert parse_objectives([{name: said}]).candidates == Candidates(**said)
             continue
         base = {"gamma": 0.5} if option.name == "per_turn_discount" else {}
         base |= {"cql_weight": 0.0} if option.name == "level" else {}
