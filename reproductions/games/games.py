@@ -236,8 +236,13 @@ def quick_settings() -> dict[str, Setting]:
         name: replace(
             setting,
             **{"episodes": 100, "evaluations": 10, "embed_dim": 32} | small.get(name, {}),
-            fit=replace(setting.fit, max_steps=100 if name == "random_walk" else 8, lr=3e-3),
-            heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=8),
+            fit=replace(
+                setting.fit,
+                max_steps=100 if name == "random_walk" else 4,
+                batch_size=min(32, setting.fit.batch_size),
+                lr=3e-3,
+            ),
+            heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=4),
         )
         for name, setting in games.items()
     }
