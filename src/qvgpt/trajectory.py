@@ -18,6 +18,7 @@ never seen, so that decision has no target and is masked.
 """
 
 import hashlib
+import heapq
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -144,7 +145,7 @@ def collate(
     """Make a batch of a list of episodes, a row each, or `packed` into as few rows as will do.
 
     `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
-    cut in the middle of it. No row is longer than the longest text. Raises `QvgptError` for a
+    cut in the middle of it. Packed rows may be longer than the longest text. Raises `QvgptError` for a
     text without an action, one whose first token is an action, or a reward before the first
     decision.
     """
@@ -185,17 +186,21 @@ def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
 
 
 def _pack(length: Sequence[int]) -> list[list[int]]:
-    """Which texts share a row no longer than the longest of them (first fit, longest first)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
+    """Which texts share a row: of rows up to about twice the longest text what wastes least."""
+    most = sum(length) // max(length)
+    counts = range(min(most + 1, len(length)), most // 2, -1)
+    ways = [_spread(length, count) for count in counts]
+    return min(ways, key=lambda rows: len(rows) * max(sum(length[i] for i in r) for r in rows))
+
+
+def _spread(length: Sequence[int], count: int) -> list[list[int]]:
+    """The texts in rows of nearly the same length: longest first, each to the shortest row."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, r) for r in range(count)]
     for i in sorted(range(len(length)), key=lambda i: -length[i]):
-        fits = next((r for r, free in enumerate(room) if free >= length[i]), None)
-        if fits is None:
-            fits = len(rows)
-            rows.append([])
-            room.append(max(length))
-        rows[fits].append(i)
-        room[fits] -= length[i]
+        filled, r = heap[0]
+        rows[r].append(i)
+        heapq.heapreplace(heap, (filled + length[i], r))
     return rows
 
 
