@@ -18,7 +18,6 @@ never seen, so that decision has no target and is masked.
 """
 
 import hashlib
-import heapq
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -186,21 +185,24 @@ def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
 
 
 def _pack(length: Sequence[int]) -> list[list[int]]:
-    """Which texts share a row: of rows up to about twice the longest text what wastes least."""
-    most = sum(length) // max(length)
-    counts = range(min(most + 1, len(length)), most // 2, -1)
-    ways = [_spread(length, count) for count in counts]
+    """Which texts share a row: of rows up to twice the longest text those that waste least."""
+    most = max(length)
+    ways = [_first_fit(length, room) for room in range(most, 2 * most + 1, max(1, most // 16))]
     return min(ways, key=lambda rows: len(rows) * max(sum(length[i] for i in r) for r in rows))
 
 
-def _spread(length: Sequence[int], count: int) -> list[list[int]]:
-    """The texts in rows of nearly the same length: longest first, each to the shortest row."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, r) for r in range(count)]
+def _first_fit(length: Sequence[int], most: int) -> list[list[int]]:
+    """Longest first, each text to the first row that then holds no more than `most` tokens."""
+    rows: list[list[int]] = []
+    room: list[int] = []
     for i in sorted(range(len(length)), key=lambda i: -length[i]):
-        filled, r = heap[0]
-        rows[r].append(i)
-        heapq.heapreplace(heap, (filled + length[i], r))
+        fits = next((r for r, free in enumerate(room) if free >= length[i]), None)
+        if fits is None:
+            fits = len(rows)
+            rows.append([])
+            room.append(most)
+        rows[fits].append(i)
+        room[fits] -= length[i]
     return rows
 
 

@@ -53,10 +53,11 @@ class Packed:
         groups, cells = [], {1: ([], []), 3: ([], [])}
         for length in size.unique().tolist():
             texts = size == length
-            at, last = start[texts, None] + token[:length], end[texts, None] - 1
+            places = torch.arange(length, device=token.device)
+            at, last = start[texts, None] + places, end[texts, None] - 1
             groups.append((heads * len(at), length))
             for parts, (order, real) in cells.items():
-                part = token[:parts, None, None, None]
+                part = torch.arange(parts, device=token.device)[:, None, None, None]
                 order.append((torch.minimum(at, last)[:, None] * parts + part) * heads + head)
                 real.append((at <= last)[:, None].expand_as(order[-1]))
         order, place = _there_and_back(*cells[3])

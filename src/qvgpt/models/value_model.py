@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
-from qvgpt.models.decision_time import scatter, states_of, used_states
+from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
 from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
@@ -140,8 +140,9 @@ class ValueModel(nn.Module):
         needs = self.offers if needs is None else needs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
             hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
-        states = self.states(hidden, batch)
-        taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
+        used = used_states(batch.mask)
+        states = rows_of(hidden, batch, used)
+        taken, action = states[decides(batch.mask, used)], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
         weight, softcap = self.trunk.output_weight, self.trunk.softcap
         if "logprob" in needs:
@@ -161,22 +162,23 @@ class ValueModel(nn.Module):
             if self.reference is None:
                 raise QvgptError("this model keeps no reference: call `keep_reference` first")
             dummy = self.dummy if "max_ratio" in needs else None
-            found |= self.reference.read(batch, self.trunk, states, needs, dummy)
+            found |= self.reference.read(batch, self.trunk, states, used, needs, dummy)
         if needs - OF_THE_TRUNK:
             distributions = self.heads is not None and self.heads.config.support is not None
             with exact(hidden) if distributions else nullcontext():
-                found |= self._values(wide(states), wide(taken), action, batch.mask, needs)
+                found |= self._values(wide(states), wide(taken), action, batch.mask, used, needs)
             if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
                 with exact(hidden):
-                    found |= self._over_actions(wide(states), batch.mask, needs)
+                    found |= self._over_actions(wide(states), used, needs)
         return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
 
     def _values(
         self,
-        states: Float[Tensor, "batch states embed"],
+        states: Float[Tensor, "used embed"],
         taken: Float[Tensor, "rows embed"],
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],
+        used: Bool[Tensor, "batch states"],
         needs: Set[str],
     ) -> dict[str, Tensor]:
         if self.heads is None:
@@ -196,25 +198,24 @@ class ValueModel(nn.Module):
                 q = [scatter(head.of(taken, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
-            found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
+            found["v"] = scatter(heads.v(states), used)
         if "return_logits" in needs:
             logits = [head.logits(taken, action[:, None])[:, 0] for head in fast]
             found["return_logits"] = torch.stack([scatter(x, mask) for x in logits])
         if "v_return_logits" in needs:
-            found["v_return_logits"] = heads.v.logits(states)
+            found["v_return_logits"] = scatter(heads.v.logits(states), used)
         return found
 
     @torch.no_grad()
     def _over_actions(
         self,
-        states: Float[Tensor, "batch states embed"],
-        mask: Bool[Tensor, "batch steps"],
+        rows: Float[Tensor, "used embed"],
+        used: Bool[Tensor, "batch states"],
         needs: Set[str],
     ) -> dict[str, Tensor]:
-        """Best and expected Q of each state that a decision begins or ends in."""
+        """Best and expected Q of the states in use."""
         assert self.heads is not None
-        used = used_states(mask)
-        rows, found = states[used], {}
+        found = {}
         if needs & {"q_max", "target_q_at_argmax"}:
             value, slow = self.heads.best(rows)
             found = {"q_max": scatter(value, used)}
