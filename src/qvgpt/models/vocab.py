@@ -172,7 +172,9 @@ class _TakenAndLogSumExp(torch.autograd.Function):
             if expected is not None:
                 torch.mm(p, w, out=expected[rows])
             if of_weight and even:
-                found = p.T @ f[rows]
+                # the last product may overwrite what was made of the weights for this call
+                spent = w if rows is chunks[-1] and w is not weight else None
+                found = torch.mm(p.T, f[rows], out=spent)
                 found = found if len(chunks) == 1 else wide(found)
                 summed = found if summed is None else summed.add_(found)
         ctx.softcap, ctx.dtype, ctx.summed = softcap, dtype, summed
