@@ -144,9 +144,9 @@ def collate(
     """Make a batch of a list of episodes, a row each, or `packed` into as few rows as will do.
 
     `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
-    cut in the middle of it. Packed rows may be longer than the longest text. Raises `QvgptError` for a
-    text without an action, one whose first token is an action, or a reward before the first
-    decision.
+    cut in the middle of it. Packed rows may be up to twice as long as the longest text. Raises
+    `QvgptError` for a text without an action, one whose first token is an action, or a reward
+    before the first decision.
     """
     if not trajectories:
         raise QvgptError("an empty batch: there is no trajectory to learn from")

@@ -160,3 +160,20 @@ def test_nothing_as_large_as_the_logits_is_kept(monkeypatch):
         vocab.log_prob(hidden, weight, token)
     assert kept
     assert max(kept) <= max(VOCAB * WIDTH, ROWS * WIDTH)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**24])
+@pytest.mark.parametrize("weights", ["mean", "uneven"])
+def test_half_precision_products_give_nearly_the_exact_gradients(monkeypatch, chunk, weights):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    weigh, results = torch.full((ROWS,), 0.3) if weights == "mean" else torch.rand(ROWS), []
+    for half in (False, True):
+        hidden, weight, token = inputs()
+        before = weight.detach().clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = vocab.log_prob(hidden, weight, token)
+        (weigh * value).sum().backward()
+        assert torch.equal(weight, before)
+        results.append((hidden.grad, weight.grad))
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() < 0.02 * exact.norm()

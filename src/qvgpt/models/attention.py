@@ -96,7 +96,7 @@ def is_short(query: Tensor, key: Tensor, dropout: float) -> bool:
     return learns and short and query.device.type == "cpu" and not dropout
 
 
-@torch.compiler.disable  # else each batch's groups would be compiled anew
+@torch.compiler.disable()  # else each batch's groups would be compiled anew
 def packed_attention(
     qkv: Float[Tensor, "rows time 3 heads head_dim"], packed: Packed, dropout: float = 0.0
 ) -> Float[Tensor, "rows time heads head_dim"]:

@@ -31,7 +31,7 @@ class Reference:
         needs: Set[str],
         dummy: int | None,
     ) -> dict[str, Tensor]:
-        """`ref_logprob`; `max_ratio` of `trunk`, whose `rows` at `used` states these are, to π_ref."""
+        """`ref_logprob`; `max_ratio` of `trunk`, whose `rows` at `used` states are given, to it."""
         ref, found = self.trunk, {}
         there = rows_of(self.hidden(batch), batch, used)
         if "ref_logprob" in needs:
