@@ -177,3 +177,22 @@ def test_half_precision_products_give_nearly_the_exact_gradients(monkeypatch, ch
         results.append((hidden.grad, weight.grad))
     for exact, found in zip(*results, strict=True):
         assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("uses", ["both", "rows", "head", "head twice"])
+def test_a_tied_matrix_gets_the_gradients_of_both_its_uses(uses):
+    tokens, results = torch.tensor([[1, 3, 3], [0, 12, 1]]), []
+    for ours in (False, True):
+        hidden, weight, token = inputs()
+        rows, head = vocab.lookup_tied(weight, tokens) if ours else (weight[tokens], weight)
+        loss = 0.0 * hidden.sum()
+        if uses in ("both", "rows"):
+            loss = loss + (rows**3).sum()
+        if uses != "rows":
+            loss = loss + vocab.log_prob(hidden, head, token).mean()
+        if uses == "head twice":
+            loss = loss + vocab.log_prob(hidden + rows[0, 0], head, 0 * token).mean()
+            loss = loss + vocab.entropy(hidden, head).mean()
+        loss.backward()
+        results.append(weight.grad)
+    torch.testing.assert_close(*results)

@@ -239,8 +239,12 @@ class GPT(nn.Module):
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         cache: KVCache | None = None,
+        embedded: Float[Tensor, "batch time embed"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """Hidden states after the last norm; see `Backbone.hidden`."""
+        """Hidden states after the last norm; see `Backbone.hidden`.
+
+        `embedded`: the tokens' embeddings, where they were looked up already.
+        """
         if mask is None and cache is not None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         slot = visible = None
@@ -258,7 +262,8 @@ class GPT(nn.Module):
             visible = Packed.of(positions, self.num_heads)
         if positions is None:
             positions = _default_positions(tokens, mask)
-        x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
+        embedded = self.token_embedding(tokens) if embedded is None else embedded
+        x = self.drop(embedded + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, visible, use_reentrant=False)

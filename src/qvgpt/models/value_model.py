@@ -28,7 +28,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference
-from qvgpt.models.vocab import entropy, log_prob, wide
+from qvgpt.models.vocab import entropy, log_prob, lookup_tied, wide
 from qvgpt.objectives import NEEDS, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -139,12 +139,15 @@ class ValueModel(nn.Module):
         """
         needs = self.offers if needs is None else needs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
+            weight, known = self.trunk.output_weight, {}
+            if isinstance(self.trunk, GPT) and self.trunk.shape["tied"]:
+                known["embedded"], weight = lookup_tied(weight, batch.tokens)
+            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions, **known)
         used = used_states(batch.mask)
         states = rows_of(hidden, batch, used)
         taken, action = states[decides(batch.mask, used)], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
-        weight, softcap = self.trunk.output_weight, self.trunk.softcap
+        softcap = self.trunk.softcap
         if "logprob" in needs:
             flat = log_prob(taken, weight, action, softcap, even)
             found["logprob"] = scatter(flat, batch.mask)
