@@ -16,14 +16,15 @@ from typing import Any, Literal
 from qvgpt.data.rows import FORMS, Row
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
-from qvgpt.decode.engine import Request, Text, row_seed, write
+from qvgpt.decode.engine import Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.rerank import write_best
 from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import alone_in, check_run, open_run, write_json
-from qvgpt.sampling import TextProgress, check_references, load_prompts
+from qvgpt.sampling import TextProgress, check_references, check_values, load_prompts
 
 _KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
@@ -51,6 +52,8 @@ class CollectConfig:
     """Of the beam search: 0 ranks by likelihood, 1 by that of the average token, more: longer."""
     beta: float = 0.0
     """Strength of guidance, if the model has values already."""
+    best_of: int = 1
+    """Each sample is the one of so many texts whose last token's Q is highest."""
     top_k: int | None = None
     """Keep the k likeliest tokens."""
     top_p: float | None = None
@@ -92,6 +95,17 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_run(config.output, "collect", asdict(config), config.resume)
+    task = prepare(config)
+    output = open_run(config.output, "collect", asdict(config), config.resume)
+    with alone_in(output):
+        return _collect(config, *task, started)
+
+
+def prepare(config: CollectConfig) -> tuple[ValueModel, list[Row], list[list[int]], Metric]:
+    """Model, rows, prompts and reward of a collection.
+
+    Raises `QvgptError` for all that could only fail later; writes nothing.
+    """
     if config.samples < (0 if config.beams else 1) or not config.temperatures:
         raise QvgptError(
             "collect: samples must be at least 1 (0 with beams), and temperatures not be empty"
@@ -105,8 +119,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
     if config.compare_with == "samples" and config.samples < 2:
         raise QvgptError("collect: compare_with samples needs at least 2 samples")
-    if model.heads is None and config.beta:
-        raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
+    check_values(model, config.model, [config.beta], config.best_of)
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     reward = get_reward(config.reward)
     if config.include_references:
@@ -116,9 +129,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         check_references(rows, [config.reward])
     for temperature in config.temperatures:
         _guidance(config, temperature)  # refuses what is senseless
-    output = open_run(config.output, "collect", asdict(config), config.resume)
-    with alone_in(output):
-        return _collect(config, model, rows, prompts, reward, started)
+    return model, rows, prompts, reward
 
 
 def _collect(
@@ -132,7 +143,7 @@ def _collect(
     """Sample, score and write what is not written yet, then the summary."""
     output = Path(config.output)
     file = output / "data.jsonl"
-    each = config.samples + config.beams
+    each = config.samples * config.best_of + config.beams
     size = max(1, _BATCHES_PER_CHUNK * config.max_batch // each)
     done = _whole_chunks(file, rows, size)
     progress = TextProgress("collect", len(rows) * each, done * each)
@@ -189,7 +200,9 @@ def _written(
 ) -> list[list[Text]]:
     """The texts of each prompt of a chunk: samples, then beams."""
     requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
-    texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
+    texts = write_best(
+        model, requests, config.best_of, max_batch=config.max_batch, on_step=progress.step
+    )
     groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
     if not config.beams:
         return groups

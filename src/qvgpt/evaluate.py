@@ -29,7 +29,13 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
-from qvgpt.sampling import TextProgress, check_references, check_room, load_prompts
+from qvgpt.sampling import (
+    TextProgress,
+    check_references,
+    check_room,
+    check_values,
+    load_prompts,
+)
 from qvgpt.trajectory import Trajectory
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
@@ -57,6 +63,8 @@ class EvaluateConfig:
     """Further rewards to report; also corpus_bleu and corpus_chrf."""
     betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     """Strengths of guidance, beside the base (0)."""
+    best_of: int = 1
+    """Beside them: of so many of the base's texts the one whose last token's Q is highest."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Each is run with the base and with every beta; 0 is greedy."""
     top_k: int | None = None
@@ -107,8 +115,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _refuse(config)
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
-    if model.heads is None and any(config.betas):
-        raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
+    check_values(model, config.model, config.betas, config.best_of)
     if config.recommend and model.heads is None:
         raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
@@ -121,6 +128,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
     score, guidances = _judge(config.reward, fields), guidances_of(config)
+    best_of = dict.fromkeys((n for n in guidances if n.startswith("best of")), config.best_of)
     options = CompareOptions(
         samples=config.samples,
         max_tokens=config.max_tokens,
@@ -129,15 +137,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         keep_reports=config.texts,
     )
     output = open_run(config.output, "evaluate", asdict(config), config.resume)
-    total = sum(1 if g.temperature == 0 else config.samples for g in guidances.values())
+    each = (1 if g.temperature == 0 else config.samples for g in guidances.values())
+    total = sum(n * best_of.get(name, 1) for n, name in zip(each, guidances, strict=True))
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
-            base=base, metrics=judges, on_step=progress.step,
+            base=base, metrics=judges, best_of=best_of, on_step=progress.step,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     values = None
-    if model.heads is not None:
+    if model.heads is not None and model.info.level == "token":  # else tokens are not judged
         values = value_diagnostics(model, _logged(model, prompts, fields, rows, config))
     summary = {
         "metric": config.reward,
@@ -169,7 +178,8 @@ def _refuse(config: EvaluateConfig) -> None:
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
     """Let the best method be what the model recommends: its name. The base is none to recommend."""
-    best = max(rows, key=lambda row: (row.score.value, -row.guidance.beta))
+    alone = [row for row in rows if row.best_of == 1]  # a guidance is all that can be written down
+    best = max(alone, key=lambda row: (row.score.value, -row.guidance.beta))
     guided = best.guidance.beta > 0
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
     model.save_config(config.model)
@@ -177,7 +187,7 @@ def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> st
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
-    """Base and every β, at every temperature, by name; all with the same candidates."""
+    """Base, every β and the best of N, at every temperature, by name; with the same candidates."""
     common = Guidance(
         top_k=config.top_k,
         top_p=config.top_p,
@@ -193,6 +203,9 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
         for beta in dict.fromkeys([0.0, *config.betas]):
             name = f"guided, β = {beta:g}" if beta else "base"
             found[f"{name}, {how}"] = replace(common, beta=beta, temperature=temperature)
+        if config.best_of > 1 and temperature > 0:
+            name = f"best of {config.best_of} by Q, {how}"
+            found[name] = replace(common, temperature=temperature)
     return found
 
 
@@ -284,7 +297,8 @@ def _sections(
             f"{config.base or 'the model itself, unguided'}. Intervals are 95 %, "
             "bootstrapped over prompts; differences are to the base at the same temperature, "
             "paired by prompt. KL is that to the base at temperature 1 without truncation, "
-            "summed over a text, in nats (greedy: −log of the base's probability).",
+            "summed over a text, in nats (greedy: −log of the base's probability; of a best of N "
+            "it is at most what is said, log N − (N − 1)/N more than that of one text).",
             _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
         )
     ]
@@ -318,7 +332,10 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
                 [row.score.value for row in group],
                 [row.score.ci95[0] for row in group],
                 [row.score.ci95[1] for row in group],
-                [f"β = {row.guidance.beta:g}" for row in group],
+                [
+                    f"β = {r.guidance.beta:g}" if r.best_of == 1 else f"best of {r.best_of}"
+                    for r in group
+                ],
             )
         )
     title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
@@ -377,7 +394,7 @@ def _value_charts(values: dict[str, Any]) -> str:
 def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
     """The first prompts: the base's text beside that of the best guided method."""
     columns = [rows[0]]
-    guided = [row for row in rows if row.guidance.beta]
+    guided = [row for row in rows if row.guidance.beta or row.best_of > 1]
     if guided:
         best = max(guided, key=lambda row: row.score.value)
         columns = [next(r for r in rows if r.method == best.baseline), best]

@@ -6,8 +6,9 @@ from itertools import count, islice
 from pathlib import Path
 
 from qvgpt.data.rows import Row, prompt_tokens, read_rows
-from qvgpt.decode.engine import Request, TokenEvent, row_seed, write
+from qvgpt.decode.engine import Request, TokenEvent, row_seed
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.rerank import write_best
 from qvgpt.envs.env import Policy
 from qvgpt.envs.rewards import compares, references
 from qvgpt.errors import QvgptError
@@ -45,6 +46,23 @@ def check_room(prompts: Sequence[Sequence[int]], model: ValueModel, max_tokens: 
         )
 
 
+def check_values(model: ValueModel, name: str, betas: Iterable[float], best_of: int = 1) -> None:
+    """Raise `QvgptError` where the model in `name` has no values to guide or to rank texts by."""
+    guided, ranked = any(betas), best_of > 1
+    if best_of < 1:
+        raise QvgptError(f"best_of must be at least 1, not {best_of}")
+    if model.heads is None and (guided or ranked):
+        wanted = "to rank by: best_of must be 1"
+        if guided:
+            wanted = "to guide with: beta must be 0 (in `evaluate` --betas [])"
+        raise QvgptError(f"{name}: has no value heads {wanted}")
+    if guided and model.info.level == "turn":
+        raise QvgptError(
+            f"{name}: its values are of whole turns and guide no token: beta must be 0 (in "
+            "`evaluate` --betas []), and best_of says how many texts they choose from"
+        )
+
+
 def check_references(rows: Iterable[Row], rewards: Iterable[str]) -> None:
     """Raise `DataError` for the first row without the texts that one of the rewards reads."""
     if not any(name.startswith("corpus_") or compares(name) for name in rewards):
@@ -63,8 +81,12 @@ def engine_policy(
     max_tokens: int = 128,
     seed: int = 0,
     max_batch: int = 256,
+    best_of: int = 1,
 ) -> Policy:
-    """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers."""
+    """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers.
+
+    With `best_of` each turn is the one of so many candidates whose Q is highest.
+    """
     turns = count()
 
     def act(prompts: list[list[int]]) -> list[Completion]:
@@ -72,7 +94,7 @@ def engine_policy(
             Request(prompt, max_tokens, guidance or Guidance(), row_seed(seed, next(turns)))
             for prompt in prompts
         ]
-        written = write(model, requests, max_batch=max_batch)
+        written = write_best(model, requests, best_of, max_batch=max_batch)
         return [Completion(text.tokens, text.terminated) for text in written]
 
     return act

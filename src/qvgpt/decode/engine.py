@@ -302,6 +302,11 @@ def refuse_request(
         )
     if guidance.beta and model.heads is None:
         raise QvgptError("this model has no value heads: it can only be run with beta 0")
+    if guidance.beta and model.info.level == "turn":
+        raise QvgptError(
+            "these values are of whole turns and guide no token: leave beta 0 and let them rank "
+            "texts, by best_of"
+        )
 
 
 def row_seed(seed: int, row: int) -> int:
