@@ -139,7 +139,7 @@ def main(folder):
         "packed": {"make": partial(gpt, tied=False), "steps": 6, "packed": True},
         "reference": {"make": gpt, "steps": 6, "said": ["PathConsistency"]},
         "categorical": {
-            "make": partial(gpt, kind="categorical", bins=5, high=2.0),
+            "make": partial(gpt, kind="categorical", bins=5, low=0.0, high=2.0),
             "steps": 6,
             "said": ["LM", "ReturnDistribution"],
         },
