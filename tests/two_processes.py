@@ -82,7 +82,7 @@ def adapted():
 
 
 def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, packed=False):
-    """The weights after some steps, the first step's gradients, and the last losses."""
+    """The weights after some steps, the first step's gradients, the last losses and figures."""
     torch.manual_seed(3)
     model = make() if dtype is None else make().to(dtype)
     gradients = {}
@@ -102,7 +102,8 @@ def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, packed=False)
     hook.remove()
     weights = {f"weight.{k}": whole(v).clone() for k, v in model.state_dict().items()}
     losses = {f"loss.{k}": torch.tensor(v) for k, v in found["eval"].items()}
-    return weights | gradients | losses
+    figures = {f"value.{k}": torch.tensor(v) for k, v in found["values"].items()}
+    return weights | gradients | losses | figures
 
 
 def resumed(folder, way):
