@@ -28,7 +28,8 @@ class Values:
     target_q: Float[Tensor, "heads batch steps"] | None = None
     """Q of the action taken by the slow copy, without gradient."""
     v: Float[Tensor, "batch states"] | None = None
-    """V of each state, one more than steps; the last one is the state the text ended in."""
+    """V of each state, one more than steps; the last one is the state the text ended in. 0 where
+    no decision that counts begins or ends, but for the first."""
     q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
     """log Σₐ exp Q(s, a)."""
     q_max: Float[Tensor, "batch states"] | None = None
