@@ -1,6 +1,7 @@
-"""How a game's methods are trained: trunks from scratch, or values alone on a cloned one."""
+"""How a game's methods are trained: trunks from scratch, or values alone on a frozen one."""
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -24,6 +25,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
+from qvgpt.run import write_json
 from qvgpt.trajectory import Trajectory, scaled
 
 States = dict[tuple[int, ...], Float[Tensor, "time embed"]]
@@ -38,20 +40,22 @@ def train(
     """
     method = METHODS[method].shares or method
     how, options, spent = METHODS[method], setting.fit, 0.0
+    directory = work / method / str(seed)
+    if (done := directory / "seconds.json").exists():
+        return ValueModel.from_pretrained(directory), json.loads(done.read_text())
     tokenizer, texts = encoded(setting, seed)
-    if how.learns == "PathConsistency":
-        trunk, spent = clone(setting, seed, work)
-        options = setting.soft_fit
-    elif setting.heads_fit is None or how.joint or how.is_text:
+    if how.goes_on:
+        trunk, spent = trunk_of("BC", setting, seed, work)
+        options = setting.further_fit
+    elif setting.heads_fit is None or how.joint or method == "BC":
         trunk = new_trunk(task, setting, seed)
     else:
-        trunk, spent = clone(setting, seed, work)
+        trunk, spent = trunk_of("MonteCarlo", setting, seed, work)
         options = setting.heads_fit
-        freeze(trunk, clone_states(setting, seed, work))
+        freeze(trunk, known_states(setting, seed, work))
     torch.manual_seed(seed)
     heads = None if how.is_text else heads_of(setting, method, texts)
     model = ValueModel(trunk, heads, tokenizer)
-    directory = work / method / str(seed)
     found = fit(
         model,
         texts,
@@ -61,7 +65,8 @@ def train(
         resume=True,
         console=Console(file=io.StringIO()),
     )
-    return model, spent + found["seconds"]
+    write_json(done, seconds := spent + found["seconds"])
+    return model, seconds
 
 
 @lru_cache(maxsize=1)
@@ -125,21 +130,21 @@ def heads_of(setting: Setting, method: str, texts: Sequence[Trajectory]) -> Head
     return HeadsConfig("categorical", setting.embed_dim // 2, bins=bins, low=low, high=high)
 
 
-def clone(setting: Setting, seed: int, work: Path) -> tuple[Backbone, float]:
-    """BC's trunk, and the seconds it took."""
+def trunk_of(method: str, setting: Setting, seed: int, work: Path) -> tuple[Backbone, float]:
+    """A method's trunk, and the seconds it took."""
     task = drawn(setting.task, seed, setting.episodes)
-    model, seconds = train(task, setting, "BC", seed, work)
+    model, seconds = train(task, setting, method, seed, work)
     return model.trunk, seconds
 
 
 _states: dict[tuple[Path, int], States] = {}
 
 
-def clone_states(setting: Setting, seed: int, work: Path) -> States:
-    """What BC's trunk makes of the logs; that of the last seed asked for is kept."""
+def known_states(setting: Setting, seed: int, work: Path) -> States:
+    """What MonteCarlo's trunk makes of the logs; that of the last seed asked for is kept."""
     if (work, seed) not in _states:
         _states.clear()
-        trunk, _ = clone(setting, seed, work)
+        trunk, _ = trunk_of("MonteCarlo", setting, seed, work)
         _states[work, seed] = states(trunk, encoded(setting, seed)[1])
     return _states[work, seed]
 
@@ -153,7 +158,7 @@ def objectives_of(
     """
     how = METHODS[method]
     joint = setting.heads_fit is None or how.joint
-    beside = joint and not how.is_text and how.learns != "PathConsistency"
+    beside = joint and how.has_q
     returns = sorted(map(row_return, rows))
     top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
     ((kind, own),) = ({how.learns: {}} if isinstance(how.learns, str) else how.learns).items()
