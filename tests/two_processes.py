@@ -60,7 +60,7 @@ def texts():
 
 
 def learned(dtype, steps, packed=False, tied=True):
-    """The weights after some steps, the first step's gradients, and the last losses."""
+    """The weights after some steps, the first step's gradients, the last losses and figures."""
     torch.manual_seed(3)
     gpt = GPT(40, 16, 2, 2, seq_len=32, tied=tied)
     model = ValueModel(gpt, HeadsConfig("low_rank", rank=4)).to(dtype)
@@ -81,7 +81,8 @@ def learned(dtype, steps, packed=False, tied=True):
     hook.remove()
     weights = {f"weight.{k}": whole(v).clone() for k, v in model.state_dict().items()}
     losses = {f"loss.{k}": torch.tensor(v) for k, v in found["eval"].items()}
-    return weights | gradients | losses
+    figures = {f"value.{k}": torch.tensor(v) for k, v in found["values"].items()}
+    return weights | gradients | losses | figures
 
 
 def resumed(folder, way):

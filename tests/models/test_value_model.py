@@ -110,6 +110,13 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
             for i, head in enumerate(model.heads.target_q):
                 slow = head(h)[0, mean.argmax()].item()
                 assert values.target_q_at_argmax[i, row, k] == pytest.approx(slow, abs=1e-5)
+            likely = logprob[state].topk(20)
+            slow = torch.stack([head(h)[0] for head in model.heads.target_q]).mean(0)
+            found, pi = slow[likely.indices], likely.values.softmax(-1)
+            assert values.candidate_q_max[row, k] == pytest.approx(found.max().item(), abs=1e-5)
+            for name, x in (("q_spread", found), ("logit_spread", likely.values)):
+                spread = (pi @ x.square() - (pi @ x).square()).sqrt().item()
+                assert vars(values)[name][row, k] == pytest.approx(spread, abs=1e-4)
             assert values.logprob[row, k] == pytest.approx(logprob[state, action].item(), abs=1e-5)
             assert values.v[row, k] == pytest.approx(model.heads.v(h).item(), abs=1e-5)
         end = model.heads.v(hidden[-1]).item()

@@ -28,7 +28,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference, SlowTrunk
-from qvgpt.models.vocab import entropy, log_prob, logits, wide
+from qvgpt.models.vocab import chunk_rows, entropy, log_prob, logits, wide
 from qvgpt.objectives import NEEDS, Candidates, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -37,6 +37,9 @@ OF_THE_TRUNK = frozenset(
     {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
 )
 """The `Values` that no value heads are asked for."""
+AMONG_CANDIDATES = frozenset({"candidate_q_max", "q_spread", "logit_spread"})
+"""The `Values` that the likeliest tokens are asked for."""
+_CANDIDATES = 20
 
 
 @dataclass
@@ -180,6 +183,8 @@ class ValueModel(nn.Module):
             if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
                 with exact(hidden):
                     found |= self._over_actions(wide(states), slow, batch.mask, needs)
+            if needs & AMONG_CANDIDATES:
+                found |= self._among_candidates(taken, batch.mask, needs)
         return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
 
     def _slow_states(
@@ -257,6 +262,29 @@ class ValueModel(nn.Module):
         if self.tokenizer is not None:
             found[:, self.tokenizer.vocab_size :] = -math.inf
         return self.candidates.among(found)
+
+    @torch.no_grad()
+    def _among_candidates(
+        self, taken: Float[Tensor, "rows embed"], mask: Bool[Tensor, "batch steps"], needs: Set[str]
+    ) -> dict[str, Tensor]:
+        """What guidance finds where a token is chosen: the best Q, and how far Q and log π vary."""
+        assert self.heads is not None
+        slow: Any = self.heads.target_q
+        size, embed = self.trunk.vocab_size, taken.size(-1)
+        kept, found = min(_CANDIDATES, size), []
+        for h in taken.split(chunk_rows(max(size, 2 * kept * embed), tensors=3)):
+            logprob = logits(h, self.trunk.output_weight, self.trunk.softcap).log_softmax(-1)
+            logprob, tokens = logprob.topk(kept)
+            with exact(h):
+                q = torch.stack([head.of_many(wide(h), tokens) for head in slow]).mean(0)
+            both, pi = torch.stack([q, logprob]), logprob.softmax(-1)
+            mean = (pi * both).sum(-1, keepdim=True)
+            spread = (pi * (both - mean).square()).sum(-1).sqrt()
+            found.append(torch.cat([q.amax(-1)[None], spread]))
+        columns = zip(
+            ("candidate_q_max", "q_spread", "logit_spread"), torch.cat(found, dim=1), strict=True
+        )
+        return {name: scatter(flat, mask) for name, flat in columns if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.

@@ -38,6 +38,13 @@ class Values:
     """Q by the slow copy of the action that `q_max` is of, without gradient."""
     expected_q: Float[Tensor, "heads batch states"] | None = None
     """Σₐ π(a|s) Q(s, a) by the slow copy, π the policy that is judged, without gradient."""
+    candidate_q_max: Float[Tensor, "batch steps"] | None = None
+    """The greatest mean Q of the slow copies among the tokens that π is likeliest to say, without
+    gradient; so are the next two."""
+    q_spread: Float[Tensor, "batch steps"] | None = None
+    """Standard deviation of that Q among them, under π."""
+    logit_spread: Float[Tensor, "batch steps"] | None = None
+    """Standard deviation of log π among them, under π."""
     logprob: Float[Tensor, "batch steps"] | None = None
     """log π(a|s) of the action taken."""
     ref_logprob: Float[Tensor, "batch steps"] | None = None
