@@ -72,4 +72,5 @@ def test_figures_of_the_games_by_hand(games):
     rows = [{"prompt": "", "completion": "", "reward": float(i)} for i in range(10)]
     setting = games["quick_settings"]()["maze_full"]
     assert games["objectives_of"](setting, "filtered_BC", rows) == [{"LM": {"min_return": 0.8}}]
-    assert games["objectives_of"](setting, "ILQL", rows)[-1]["ILQL"]["expectile"] == 0.95
+    ilql = games["objectives_of"](setting, "ILQL", rows)[-1]["ILQL"]
+    assert ilql["expectile"] == setting.options["ILQL"]["expectile"] > 0.5
