@@ -485,6 +485,8 @@ def test_the_best_of_several_texts_is_written(call):
         call(*words, *more) for more in ([], ["--best_of", "4"], ["--best_of", "4", "--n", "2"])
     ]
     assert [code for code, _, _ in texts] == [0, 0, 0]
+    assert "try --beta" in texts[0][2]
+    assert "guidance: none (beta 0), best of 4 by Q, temperature 1\n" in texts[1][2]
     assert texts[2][1].startswith(texts[1][1])
     assert texts[0][1] != texts[1][1]
     assert call(*words, "--best_of", "0")[0] == 2

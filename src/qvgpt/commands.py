@@ -187,7 +187,11 @@ def _said(model: ValueModel, guidance: Guidance, config: GenerateConfig) -> str:
         shown[-1] += f" (recommended by the model{but})"
     if guidance.beta:
         return f"guidance: beta {guidance.beta:g}, {', '.join(shown)}"
-    hint = "" if model.heads is None or config.beta == 0 else "; the model has values: try --beta"
+    if config.best_of > 1:
+        return f"guidance: none (beta 0), best of {config.best_of} by Q, {', '.join(shown)}"
+    way = "--best_of" if model.info.level == "turn" else "--beta"
+    silent = model.heads is None or config.beta == 0
+    hint = "" if silent else f"; the model has values: try {way}"
     return f"guidance: none (beta 0), {', '.join(shown)}{hint}"
 
 
