@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.policy import NEG_INF, Guidance, NextToken, joined_q, next_token
+from qvgpt.decode.policy import (
+    NEG_INF,
+    Guidance,
+    NextToken,
+    joined_q,
+    next_token,
+    refuse_v_alone,
+)
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.value_model import ValueModel

@@ -282,6 +282,11 @@ class ValueHeads(nn.Module):
         heads: list[Any] = [*self.q]
         return any(bool(head.weight.any()) for head in heads)
 
+    @property
+    def know_v_alone(self) -> bool:
+        """Whether V was learned and Q was not."""
+        return not self.know_q and not self.are_fresh
+
     @torch.no_grad()
     def start_at(self, value: float) -> None:
         """Let V and every Q of fresh heads be `value`, best the mean return of the data.
