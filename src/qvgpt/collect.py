@@ -18,12 +18,19 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import ValueSource
 from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import alone_in, check_run, open_run, write_json
-from qvgpt.sampling import TextProgress, check_references, load_prompts
+from qvgpt.sampling import (
+    TextProgress,
+    check_guidance,
+    check_references,
+    load_prompts,
+    load_values,
+)
 
 _KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
@@ -50,7 +57,17 @@ class CollectConfig:
     length_penalty: float = 1.0
     """Of the beam search: 0 ranks by likelihood, 1 by that of the average token, more: longer."""
     beta: float = 0.0
-    """Strength of guidance, if the model has values already."""
+    """Strength of guidance, if there are values already."""
+    kl_budget: float | None = None
+    """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
+    value_models: list[str] = field(default_factory=list)
+    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
+    model's own; those of several are added up."""
+    contrast: list[str] = field(default_factory=list)
+    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
+    tuning, DExperts); beside value_models it is added to them."""
+    weights: list[float] = field(default_factory=list)
+    """Of each of value_models, then of the contrast; none: 1 each."""
     top_k: int | None = None
     """Keep the k likeliest tokens."""
     top_p: float | None = None
@@ -105,8 +122,15 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
     if config.compare_with == "samples" and config.samples < 2:
         raise QvgptError("collect: compare_with samples needs at least 2 samples")
-    if model.heads is None and config.beta:
+    values = load_values(
+        model, config.model, config.value_models, config.contrast, config.weights,
+        dtype=config.dtype, device_map=config.device_map,
+    )  # fmt: skip
+    guides = _guidance(config).guides
+    if model.heads is None and values is None and guides:
         raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
+    if values is not None and not guides:
+        raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     reward = get_reward(config.reward)
     if config.include_references:
@@ -114,16 +138,17 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             _own_completion(row)
     if config.compare_with == "row":
         check_references(rows, [config.reward])
-    for temperature in config.temperatures:
-        _guidance(config, temperature)  # refuses what is senseless
+    guidances = [_guidance(config, temperature) for temperature in config.temperatures]
+    check_guidance(model, guidances, prompts, config.max_tokens, values)
     output = open_run(config.output, "collect", asdict(config), config.resume)
     with alone_in(output):
-        return _collect(config, model, rows, prompts, reward, started)
+        return _collect(config, model, values, rows, prompts, reward, started)
 
 
 def _collect(
     config: CollectConfig,
     model: ValueModel,
+    values: ValueSource | None,
     rows: list[Row],
     prompts: list[list[int]],
     reward: Metric,
@@ -139,7 +164,7 @@ def _collect(
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
-            groups = _written(model, prompts, chunk, config, progress)
+            groups = _written(model, values, prompts, chunk, config, progress)
             found = [
                 _collected(rows[i], group, reward, model, config)
                 for i, group in zip(chunk, groups, strict=True)
@@ -177,11 +202,13 @@ def _guidance(config: CollectConfig, temperature: float = 1.0) -> Guidance:
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
+        kl_budget=config.kl_budget,
     )
 
 
 def _written(
     model: ValueModel,
+    values: ValueSource | None,
     prompts: Sequence[Sequence[int]],
     chunk: range,
     config: CollectConfig,
@@ -189,18 +216,21 @@ def _written(
 ) -> list[list[Text]]:
     """The texts of each prompt of a chunk: samples, then beams."""
     requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
-    texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step)
+    texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step, values=values)
     groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
     if not config.beams:
         return groups
-    beams = _beams(model, [prompts[i] for i in chunk], config)
+    beams = _beams(model, values, [prompts[i] for i in chunk], config)
     tokens = sum(len(text.tokens) for found in beams for text in found)
     progress.add(config.beams * len(chunk), tokens)
     return [a + b for a, b in zip(groups, beams, strict=True)]
 
 
 def _beams(
-    model: ValueModel, prompts: Sequence[Sequence[int]], config: CollectConfig
+    model: ValueModel,
+    values: ValueSource | None,
+    prompts: Sequence[Sequence[int]],
+    config: CollectConfig,
 ) -> list[list[Text]]:
     """What a beam search ends with, best first."""
     assert model.tokenizer is not None
@@ -208,7 +238,7 @@ def _beams(
     decode = model.tokenizer.decode_completion
     return [
         [Text(h.tokens, decode(h.tokens), h.terminated) for h in found]
-        for found in search(model, prompts, _guidance(config)).texts
+        for found in search(model, prompts, _guidance(config), values).texts
     ]
 
 

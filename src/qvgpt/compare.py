@@ -20,6 +20,7 @@ from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
 from qvgpt.decode.engine import OnStep, Request, Text, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import sequence_kl
+from qvgpt.decode.sources import HeadValues, ValueSource, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.returns import lambda_returns
@@ -85,6 +86,7 @@ class Row:
         return {
             "method": self.method,
             "beta": self.guidance.beta,
+            "kl_budget": self.guidance.kl_budget,
             "temperature": self.guidance.temperature,
             **_estimate_dict(self.score, "mean"),
             **{name: getattr(self, name) for name in names},
@@ -109,32 +111,39 @@ def compare(
     base: ValueModel | None = None,
     metrics: Mapping[str, Score] | None = None,
     on_step: OnStep | None = None,
+    values: ValueSource | None = None,
 ) -> list[Row]:
     """Write texts by every guidance from the same prompts and seeds, and compare their scores.
 
     A row's difference is to the first guidance with β = 0 at its temperature, else to the first
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
-    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it.
+    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `values` guide
+    instead of the model's own; KL is then to the model itself.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
         raise QvgptError("a comparison needs prompts and guidances")
     if base is not None:
         refuse_other_tokens(model, base)
-    writers = {n: model if base is None or g.beta else base for n, g in guidances.items()}
+        if values is not None or not isinstance(own_values(model), HeadValues | None):
+            raise QvgptError(
+                "base: KL to another model is known only where the model's own Q guides; without "
+                "it the base is the model itself, unguided"
+            )
+    writers = {n: model if base is None or g.guides else base for n, g in guidances.items()}
     written = {
-        name: _write(writers[name], prompts, score, guidance, options, on_step)
+        name: _write(writers[name], prompts, score, guidance, options, on_step, values)
         for name, guidance in guidances.items()
     }
     if base is not None:
-        for name in (n for n, g in guidances.items() if g.beta):
+        for name in (n for n, g in guidances.items() if g.guides):
             _measure_kl(model, guidances[name], base, prompts, written[name])
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
     means = {
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
         for name, samples in written.items()
     }
-    seconds = _time(writers, prompts, guidances, options)
+    seconds = _time(writers, prompts, guidances, options, values)
     rows: list[Row] = []
     for name, samples in written.items():
         baseline = _baseline(name, guidances)
@@ -317,6 +326,7 @@ def _write(
     guidance: Guidance,
     options: CompareOptions,
     on_step: OnStep | None,
+    values: ValueSource | None,
 ) -> list[Sample]:
     """Every prompt's samples, measured and scored."""
     owners, requests = _requests(prompts, guidance, options)
@@ -328,6 +338,7 @@ def _write(
         report=True,
         keep_reports=shown,
         on_step=on_step,
+        values=values,
     )
     scores = score([text.text for text in texts], owners)
     return [Sample(i, t, float(s)) for i, t, s in zip(owners, texts, scores, strict=True)]
@@ -352,6 +363,7 @@ def _time(
     prompts: Sequence[Sequence[int]],
     guidances: Mapping[str, Guidance],
     options: CompareOptions,
+    values: ValueSource | None,
 ) -> dict[str, float]:
     """Seconds per token of each method, the best of several rounds taken in turn: what else the
     machine does only ever slows decoding down."""
@@ -360,7 +372,8 @@ def _time(
         for name, guidance in guidances.items():
             requests = _requests(prompts, guidance, options)[1][: options.timing]
             started = time.perf_counter()
-            texts = write(writers[name], requests, max_batch=options.max_batch)
+            guide = values if guidance.guides else None  # the base pays for no other model
+            texts = write(writers[name], requests, max_batch=options.max_batch, values=guide)
             rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
             best[name] = min(rate, best.get(name, rate))
     return best
@@ -368,7 +381,7 @@ def _time(
 
 def _baseline(name: str, guidances: Mapping[str, Guidance]) -> str:
     temperature = guidances[name].temperature
-    plain = (n for n, g in guidances.items() if g.beta == 0 and g.temperature == temperature)
+    plain = (n for n, g in guidances.items() if not g.guides and g.temperature == temperature)
     return next(plain, next(iter(guidances)))
 
 

@@ -22,6 +22,7 @@ from qvgpt.compare import (
     value_diagnostics,
 )
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import HeadValues, PrefixValues, describe, own_values
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
@@ -29,7 +30,14 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
 from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
-from qvgpt.sampling import TextProgress, check_references, check_room, load_prompts
+from qvgpt.sampling import (
+    TextProgress,
+    check_guidance,
+    check_references,
+    check_room,
+    load_prompts,
+    load_values,
+)
 from qvgpt.trajectory import Trajectory
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
@@ -57,6 +65,17 @@ class EvaluateConfig:
     """Further rewards to report; also corpus_bleu and corpus_chrf."""
     betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     """Strengths of guidance, beside the base (0)."""
+    kl_budgets: list[float] = field(default_factory=list)
+    """Methods whose strength is found at each token: the KL to the base, in nats, that it may take;
+    need top_k."""
+    value_models: list[str] = field(default_factory=list)
+    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
+    model's own; those of several are added up."""
+    contrast: list[str] = field(default_factory=list)
+    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
+    tuning, DExperts); beside value_models it is added to them."""
+    weights: list[float] = field(default_factory=list)
+    """Of each of value_models, then of the contrast; none: 1 each."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Each is run with the base and with every beta; 0 is greedy."""
     top_k: int | None = None
@@ -107,11 +126,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _refuse(config)
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
-    if model.heads is None and any(config.betas):
+    values = load_values(
+        model, config.model, config.value_models, config.contrast, config.weights, **kept
+    )
+    guidances = guidances_of(config)
+    if model.heads is None and values is None and any(g.guides for g in guidances.values()):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
+    if config.recommend and values is not None:
+        raise QvgptError("recommend: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
         raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
+    if config.base is not None and (values or isinstance(own_values(model), PrefixValues)):
+        raise QvgptError("base: is known only where the model's own Q guides; leave it out")
     base = None
     if config.base is not None:
         base = ValueModel.from_pretrained(config.base, **kept)
@@ -120,7 +148,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
-    score, guidances = _judge(config.reward, fields), guidances_of(config)
+    score = _judge(config.reward, fields)
     options = CompareOptions(
         samples=config.samples,
         max_tokens=config.max_tokens,
@@ -133,28 +161,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
-            base=base, metrics=judges, on_step=progress.step,
+            base=base, metrics=judges, on_step=progress.step, values=values,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
-    values = None
-    if model.heads is not None:
-        values = value_diagnostics(model, _logged(model, prompts, fields, rows, config))
+    judged, right = values or own_values(model), None
+    if isinstance(judged, HeadValues):
+        right = value_diagnostics(judged.model, _logged(model, prompts, fields, rows, config))
     summary = {
         "metric": config.reward,
         "model": config.model,
         "base": config.base,
+        "guided_by": None if judged is None else describe(judged),
         "data": config.data,
         "prompts": len(prompts),
         "samples": config.samples,
         "rows": [row.as_dict() for row in rows],
-        "values": values,
+        "values": right,
         "recommended": _recommend(model, rows, config) if config.recommend else None,
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
-    sections = _sections(config, model, prompts, rows, values)
+    sections = _sections(config, model, prompts, rows, right)
     write_report(output / "report.html", f"Evaluation of {config.model}", sections)
-    _show(rows, config.reward, values, output)
+    _show(rows, config.reward, right, output)
     return summary
 
 
@@ -170,7 +199,7 @@ def _refuse(config: EvaluateConfig) -> None:
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
     """Let the best method be what the model recommends: its name. The base is none to recommend."""
     best = max(rows, key=lambda row: (row.score.value, -row.guidance.beta))
-    guided = best.guidance.beta > 0
+    guided = best.guidance.beta > 0 or best.guidance.kl_budget is not None
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
     model.save_config(config.model)
     return best.method
@@ -193,6 +222,9 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
         for beta in dict.fromkeys([0.0, *config.betas]):
             name = f"guided, β = {beta:g}" if beta else "base"
             found[f"{name}, {how}"] = replace(common, beta=beta, temperature=temperature)
+        for budget in dict.fromkeys(config.kl_budgets):
+            guidance = replace(common, kl_budget=budget, temperature=temperature)
+            found[f"guided, KL ≤ {budget:g} a token, {how}"] = guidance
     return found
 
 
@@ -227,7 +259,7 @@ def _logged(
 ) -> list[Trajectory]:
     """The base's samples at the first temperature above 0 as trajectories with rewards."""
     assert model.tokenizer is not None
-    plain = [row for row in rows if row.guidance.beta == 0]
+    plain = [row for row in rows if not row.guidance.guides]
     samples = next((row for row in plain if row.guidance.temperature > 0), plain[0]).samples
     tokens = [s.written.tokens for s in samples]
     if config.shaped:
@@ -310,7 +342,7 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
     series = []
     for temperature in dict.fromkeys(row.guidance.temperature for row in rows):
         group = [row for row in rows if row.guidance.temperature == temperature]
-        group.sort(key=lambda row: row.guidance.beta)
+        group.sort(key=lambda row: (row.guidance.beta, row.guidance.kl_budget or 0.0))
         series.append(
             Series(
                 "greedy" if temperature == 0 else f"T = {temperature:g}",
@@ -318,11 +350,16 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
                 [row.score.value for row in group],
                 [row.score.ci95[0] for row in group],
                 [row.score.ci95[1] for row in group],
-                [f"β = {row.guidance.beta:g}" for row in group],
+                [_strength(row.guidance) for row in group],
             )
         )
     title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
     return line_chart(series, title=title, x_label=x_label, y_label=metric, style="both")
+
+
+def _strength(guidance: Guidance) -> str:
+    budget = guidance.kl_budget
+    return f"β = {guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
 
 
 def _rows_table(rows: list[Row], metric: str) -> str:
@@ -377,7 +414,7 @@ def _value_charts(values: dict[str, Any]) -> str:
 def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
     """The first prompts: the base's text beside that of the best guided method."""
     columns = [rows[0]]
-    guided = [row for row in rows if row.guidance.beta]
+    guided = [row for row in rows if row.guidance.guides]
     if guided:
         best = max(guided, key=lambda row: row.score.value)
         columns = [next(r for r in rows if r.method == best.baseline), best]

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import NEG_INF, Guidance, fold, folds, next_token
 from qvgpt.decode.reading import Reading
-from qvgpt.decode.sources import Guide, ValueSource
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 

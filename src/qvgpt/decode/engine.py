@@ -6,7 +6,7 @@
         for event in engine.step(): ...
 
 `write` is this loop over a list of requests, `generate` over a list of prompts. `values` says
-what guides (`sources.py`), by default the model's own heads; models that it reads keep a cache each.
+what guides (`sources.py`), by default the model's own heads; each model read has its own cache.
 """
 
 import random
@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, NextToken, fold, folds, next_token
 from qvgpt.decode.reading import Reading, States
-from qvgpt.decode.sources import Guide, ValueSource
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Completion
@@ -198,9 +199,7 @@ class Engine:
             events.append(TokenEvent(row.request_id, t, finished, report))
         return events
 
-    def _distribution(
-        self, states: States, guidance: Guidance, positions: list[int]
-    ) -> NextToken:
+    def _distribution(self, states: States, guidance: Guidance, positions: list[int]) -> NextToken:
         trunk, heads, strength = self.model.trunk, self.guide.heads, guidance.beta
         hidden = states.of(trunk)
         if heads is not None and not self.report and folds(heads, guidance, trunk.softcap):

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.categorical import Functional
+from qvgpt.decode.budget import MOST_UNDER_BUDGET, solve_beta
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models import vocab
 from qvgpt.models.heads import ValueHeads
@@ -25,11 +26,10 @@ from qvgpt.models.value_model import ValueInfo, ValueModel
 
 NEG_INF = float("-inf")
 V_ALONE = (
-    "these value heads know V and no Q: they cannot guide here (while writing, V is read after each "
-    "candidate where FUDGE or ControlledDecoding taught it)"
+    "these value heads know V and no Q: they cannot guide here (while writing, V is read after "
+    "each candidate where FUDGE or ControlledDecoding taught it; a model of PathConsistency is the "
+    "better policy itself, and guides another as contrast with its base)"
 )
-MOST_UNDER_BUDGET = 64
-"""The most candidates that β is solved for."""
 
 Values = Callable[[Int[Tensor, "rows candidates"] | None], Float[Tensor, "rows candidates"]]
 """Candidates of each state (None: every token) → their values."""
@@ -59,13 +59,13 @@ class Guidance:
     alpha: float = 0.1
     """Of cvar: the share of returns that are the worst."""
     beta_end: float | None = None
-    """Where beta goes in a straight line over `beta_tokens` tokens, to stay there; none: nowhere."""
+    """Where beta goes in a straight line over `beta_tokens` tokens, to stay there."""
     beta_tokens: int = 0
     """The token, counted from 0, that has `beta_end`."""
     kl_budget: float | None = None
-    """In the place of `beta`: the largest KL(π ‖ π₀) of a token in nats, both over the candidates at
-    temperature 1. β is solved for at each token, from 0 to `beta_max`. Needs a top_k of at most 64,
-    from the base."""
+    """In the place of `beta`: the largest KL(π ‖ π₀) of a token in nats, both over the candidates
+    at temperature 1. β is solved for at each token, from 0 to `beta_max`. Needs a top_k of at most
+    64, from the base."""
     beta_max: float = 1000.0
     """The greatest β that a `kl_budget` may lead to."""
 
@@ -219,36 +219,6 @@ def guided_logprob(
     if guidance.temperature not in (0.0, 1.0):
         logits = logits / guidance.temperature
     return logits.log_softmax(-1)
-
-
-def solve_beta(
-    base_logprob: Float[Tensor, "rows candidates"],
-    q: Float[Tensor, "rows candidates"],
-    kl_budget: float,
-    beta_max: float,
-) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
-    """β with KL(π_β ‖ π₀) = `kl_budget`, at most `beta_max`, and the KL it gives.
-
-    π_β ∝ π₀·exp(β·q) over the candidates, −inf ones aside. dKL/dβ = β·Var_{π_β}(q) ≥ 0: bisection
-    finds it, in float64, to the last digits.
-    """
-    base = base_logprob.double().log_softmax(-1)
-    q = q.double().where(base > NEG_INF, 0.0)
-    q = q - q.amax(-1, keepdim=True)
-
-    def kl(beta: Tensor) -> Tensor:
-        log_pi = (base + beta[:, None] * q).log_softmax(-1)
-        p = log_pi.exp()
-        return (p * (log_pi - base)).where(p > 0, 0.0).sum(-1)
-
-    low = torch.zeros_like(base[:, 0])
-    high = torch.full_like(low, beta_max)
-    low = low.where(kl(high) > kl_budget, beta_max)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = kl(middle) <= kl_budget
-        low, high = middle.where(below, low), high.where(below, middle)
-    return low.to(base_logprob.dtype), kl(low).to(base_logprob.dtype)
 
 
 def next_token(

@@ -1,9 +1,9 @@
-"""Texts side by side, as one or more language models have read them, each with a KV cache of its own.
+"""Texts side by side, as one or more language models have read them, each with its own KV cache.
 
-    reading = Reading.of([model.trunk, values.trunk], prompts, capacity=64)
-    states = reading.read(last_tokens, mask)      # one more token of every text
-    states.of(values.trunk)                       # [rows, embed]
-    states.after(values.trunk, candidates)        # [rows, candidates, embed]: the cache is forked
+reading = Reading.of([model.trunk, values.trunk], prompts, capacity=64)
+states = reading.read(last_tokens, mask)      # one more token of every text
+states.of(values.trunk)                       # [rows, embed]
+states.after(values.trunk, candidates)        # [rows, candidates, embed]: the cache is forked
 """
 
 from collections.abc import Callable, Sequence

@@ -19,16 +19,14 @@ Its values are for β what rewards are: β is in 1 / units of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.categorical import read_distribution
-from qvgpt.decode.policy import NEG_INF, V_ALONE, Guidance, functional_options, slow_q
+from qvgpt.decode.policy import NEG_INF, Guidance, functional_options, slow_q
 from qvgpt.decode.reading import States
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
@@ -37,6 +35,7 @@ from qvgpt.models.value_model import ValueModel
 
 MOST_CANDIDATES = 256
 """More candidates than this a state are not read one by one."""
+_MEAN = Guidance()
 _OF_WHOLE_TEXTS = frozenset({"FUDGE", "ControlledDecoding"})
 """The objectives whose V knows texts that have ended, so that an end token can be judged by it."""
 
@@ -83,7 +82,7 @@ class HeadValues:
 
     def __post_init__(self) -> None:
         """Refuse what has no values."""
-        _heads(self.model)
+        heads_of(self.model)
 
     @property
     def models(self) -> tuple[ValueModel, ...]:
@@ -96,12 +95,12 @@ class HeadValues:
         """Q by `Guidance.twins` and `Guidance.functional`."""
         hidden, heads = states.of(self.model.trunk), self.model.heads
         if tokens is not None:
-            tokens = tokens.to(hidden.device).clamp(max=self.model.trunk.vocab_size - 1)
+            tokens = tokens.to(hidden.device)
         return slow_q(heads, hidden, tokens, guidance.twins, guidance)
 
     def state_value(self, states: States) -> Float[Tensor, "rows"] | None:
         """V(s)."""
-        heads = _heads(self.model)
+        heads = heads_of(self.model)
         return heads.state_value(states.of(self.model.trunk).float())
 
 
@@ -125,7 +124,7 @@ class PrefixValues:
 
     def __post_init__(self) -> None:
         """Refuse what has no V, or none that is a probability."""
-        support = _heads(self.model).config.support
+        support = heads_of(self.model).config.support
         if self.log and (support is None or support.bins != 2):
             raise QvgptError("log values are read from categorical heads of 2 bins (FUDGE's)")
 
@@ -139,16 +138,17 @@ class PrefixValues:
     ) -> Float[Tensor, "rows candidates"]:
         """V of the text that ends in the candidate."""
         assert tokens is not None
-        return self._read(states.after(self.model.trunk, tokens), guidance)
+        return self.read(states.after(self.model.trunk, tokens), guidance)
 
     def state_value(self, states: States) -> Float[Tensor, "rows"] | None:
         """V of the text so far, in the same form."""
-        return self._read(states.of(self.model.trunk), Guidance())
+        return self.read(states.of(self.model.trunk))
 
-    def _read(
-        self, hidden: Float[Tensor, "*shape embed"], guidance: Guidance
+    def read(
+        self, hidden: Float[Tensor, "*shape embed"], guidance: Guidance = _MEAN
     ) -> Float[Tensor, "*shape"]:
-        heads = _heads(self.model)
+        """V, in this source's form, of texts that end in these hidden states."""
+        heads = heads_of(self.model)
         if self.log:
             return heads.v.logits(hidden.float()).log_softmax(-1)[..., -1]
         if guidance.functional == "mean":
@@ -231,6 +231,11 @@ class WeightedSum:
 
     terms: tuple[tuple[float, ValueSource], ...]
 
+    def __post_init__(self) -> None:
+        """Refuse what is no sum."""
+        if not self.terms or not all(abs(weight) < float("inf") for weight, _ in self.terms):
+            raise QvgptError("a weighted sum needs sources, and weights that are finite numbers")
+
     @property
     def models(self) -> tuple[ValueModel, ...]:
         """Those of all terms."""
@@ -257,8 +262,7 @@ class WeightedSum:
         first = found[0]
         size = min(x.size(-1) for x in found)  # vocabularies may be padded to several sizes
         weighed = [
-            w * x[..., :size].to(first.device)
-            for (w, _), x in zip(self.terms, found, strict=True)
+            w * x[..., :size].to(first.device) for (w, _), x in zip(self.terms, found, strict=True)
         ]
         return torch.stack(weighed).sum(0)
 
@@ -277,7 +281,8 @@ def own_values(model: ValueModel) -> ValueSource | None:
     return HeadValues(model)
 
 
-def _heads(model: ValueModel) -> ValueHeads:
+def heads_of(model: ValueModel) -> ValueHeads:
+    """Those of the model. Raises `QvgptError` where it has none."""
     if model.heads is None:
         raise QvgptError("a model without value heads has no values to guide with")
     return model.heads
@@ -290,10 +295,10 @@ def _taught(model: ValueModel) -> set[str]:
     return {str(name) for entry in entries if isinstance(entry, dict) for name in entry}
 
 
-def _leaves(source: ValueSource | None) -> list[ValueSource]:
+def leaves(source: ValueSource | None) -> list[ValueSource]:
     """The sources that a sum is of."""
     if isinstance(source, WeightedSum):
-        return [leaf for _, term in source.terms for leaf in _leaves(term)]
+        return [leaf for _, term in source.terms for leaf in leaves(term)]
     return [] if source is None else [source]
 
 
@@ -308,7 +313,7 @@ def _logprob(
     logprob = logits.log_softmax(-1)
     if tokens is None:
         return logprob.clamp(min=-1e9)  # of tokens that do not exist: no −inf − −inf
-    return logprob.gather(1, tokens.to(logits.device).clamp(max=logits.size(1) - 1))
+    return logprob.gather(1, tokens.to(logits.device))
 
 
 def describe(source: ValueSource) -> str:
@@ -323,110 +328,3 @@ def describe(source: ValueSource) -> str:
         case WeightedSum(terms=terms):
             return " + ".join(f"{w:g}·({describe(s)})" for w, s in terms)
     return "a function"
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A source beside the model that it guides: what both can do together, checked once."""
-
-    model: ValueModel
-    source: ValueSource | None
-
-    @classmethod
-    def of(cls, model: ValueModel, source: ValueSource | None = None) -> "Guide":
-        """None: the model's own values. Raises `QvgptError` for a source of another tokenizer."""
-        for other in () if source is None else source.models:
-            refuse_other_tokenizer(model, other)
-            other.eval()
-        return cls(model.eval(), own_values(model) if source is None else source)
-
-    @property
-    def trunks(self) -> list[Any]:
-        """That of the model first; each once, whoever reads it."""
-        others = [m.trunk for m in self.source.models] if self.source is not None else []
-        every = [self.model.trunk, *others]
-        return [t for i, t in enumerate(every) if not any(t is other for other in every[:i])]
-
-    @property
-    def heads(self) -> ValueHeads | None:
-        """The model's own heads where their Q is what guides: that may fold into its LM head."""
-        own = isinstance(self.source, HeadValues) and self.source.model is self.model
-        return self.model.heads if own else None
-
-    @property
-    def context(self) -> int:
-        """The longest text that every trunk holds."""
-        return min(trunk.seq_len for trunk in self.trunks)
-
-    @property
-    def known(self) -> int:
-        """How many tokens exist: of a padded vocabulary the first ones."""
-        size = self.model.trunk.vocab_size
-        return min(size, self.model.tokenizer.vocab_size) if self.model.tokenizer else size
-
-    def values(
-        self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance
-    ) -> Float[Tensor, "rows candidates"]:
-        """The source's values of candidates, or (None) of the model's whole vocabulary."""
-        assert self.source is not None
-        asked = tokens
-        if tokens is None and self.source.most_candidates is not None:
-            asked = torch.arange(self.known).expand(len(states), -1)
-        found = self.source(states, asked, guidance).to(self.model.device)
-        if tokens is None:  # what pads the vocabulary is never picked: 0 does
-            size = self.model.trunk.vocab_size
-            found = F.pad(found[:, :size], (0, max(0, size - found.size(1))))
-        return found
-
-    def report(
-        self, states: States, token: Int[Tensor, "rows"], twins: Literal["mean", "min"]
-    ) -> tuple[list[float | None], list[float | None]]:
-        """q of the given tokens and v of the states, None where they are unknown."""
-        if self.source is None:
-            return [None] * len(states), [None] * len(states)
-        q = self.source(states, token[:, None], Guidance(twins=twins))[:, 0].tolist()
-        v = self.source.state_value(states)
-        return q, [None] * len(states) if v is None else v.tolist()
-
-    @cached_property
-    def _knows_q(self) -> bool:
-        """Whether all heads that are asked for Q know it: weights are looked through but once."""
-        asked = [s.model for s in _leaves(self.source) if isinstance(s, HeadValues)]
-        return not any(_heads(model).know_v_alone for model in asked)
-
-    def refuse(self, tokens: Sequence[int], max_tokens: int, guidance: Guidance) -> None:
-        """Raise `QvgptError` for what cannot be written: no room, no prompt, no values."""
-        limit = self.context
-        if not tokens:
-            raise QvgptError("an empty prompt: a token must stand before the first action")
-        if max_tokens < 1 or len(tokens) + max_tokens > limit:
-            whose = "" if limit == self.model.trunk.seq_len else " of the model of the values"
-            raise QvgptError(
-                f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
-                f"do not fit the context of {limit}{whose}"
-            )
-        if not guidance.guides:
-            return
-        if self.source is None:
-            raise QvgptError("this model has no value heads: it can only be run with beta 0")
-        if not self._knows_q:
-            raise QvgptError(V_ALONE)
-        most, asked = self.source.most_candidates, self.known
-        if guidance.top_k is not None and guidance.candidates == "base":
-            asked = min(asked, guidance.top_k)
-        if most is not None and asked > most:
-            raise QvgptError(
-                f"these values are read after each candidate, and there are {asked}: say top_k, "
-                f"at most {most} (20 is usual), with candidates 'base'"
-            )
-
-
-def refuse_other_tokenizer(model: ValueModel, other: ValueModel, what: str = "") -> None:
-    """Raise `QvgptError` where two models do not read the same tokens, by the tokenizers' hash."""
-    ours, theirs = (m.tokenizer.sha256 if m.tokenizer else None for m in (model, other))
-    same_size = model.trunk.vocab_size == other.trunk.vocab_size
-    if ours != theirs or (ours is None and not same_size):
-        raise QvgptError(
-            f"{what + ': ' if what else ''}another tokenizer than that of the model to be guided: "
-            "its values are of other tokens"
-        )
