@@ -23,6 +23,8 @@ from test_trainer import (  # noqa: F401  fixtures among them
 
 from qvgpt import Guidance, HeadsConfig, QvgptError, ValueModel, generate
 from qvgpt.decode.policy import next_token
+from qvgpt.decode.sources import Contrast, PrefixValues, own_values
+from qvgpt.export import export_hf
 from qvgpt.fqe import evaluate_offline
 from qvgpt.objectives import METHODS
 from qvgpt.trainer import train
@@ -47,8 +49,17 @@ def test_every_method_trains_and_what_it_learned_guides(config, base, method):  
     assert learnt.info.objectives[1].keys() == {method}
     assert not learnt.heads.are_fresh
     prompt = TOKENIZER.encode_prompt("c")
+    values = None
+    if method == "PathConsistency":  # its policy is what it learned: log π/π₀ guides others
+        with pytest.raises(QvgptError, match="as contrast with its base"):
+            generate(learnt, [prompt], Guidance(2.0), max_tokens=5)
+        values = Contrast(learnt, ValueModel.from_pretrained(base))
+    elif method in ("FUDGE", "ControlledDecoding"):
+        assert own_values(learnt) == PrefixValues(learnt, log=method == "FUDGE")
+        with pytest.raises(QvgptError, match="know V and no Q"):
+            export_hf(config.output, Path(config.output) / "exported", beta=2.0)
     for guidance in (Guidance(2.0), Guidance(2.0, top_k=4)):
-        assert generate(learnt, [prompt], guidance, max_tokens=5)[0].tokens
+        assert generate(learnt, [prompt], guidance, max_tokens=5, values=values)[0].tokens
     if method == "ReturnDistribution":
         soft = Guidance(2.0, functional="soft", top_k=4)
         assert generate(learnt, [prompt], soft, max_tokens=5)[0].tokens

@@ -226,6 +226,8 @@ def _said(
         source = values or own_values(model)
         own_q = values is None and isinstance(source, HeadValues)
         whose = "" if own_q or source is None else f"; values: {describe(source)}"
+        if values is not None:
+            whose += f", from {', '.join([*config.value_models, *config.contrast])}"
         return f"guidance: {', '.join(strength + shown)}{whose}"
     hint = "" if model.heads is None or config.beta == 0 else "; the model has values: try --beta"
     return f"guidance: none (beta 0), {', '.join(shown)}{hint}"

@@ -132,6 +132,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     guidances = guidances_of(config)
     if model.heads is None and values is None and any(g.guides for g in guidances.values()):
         raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
+    if values is not None and not any(g.guides for g in guidances.values()):
+        raise QvgptError("value_models and contrast: say how strongly, by betas or kl_budgets")
     if config.recommend and values is not None:
         raise QvgptError("recommend: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
@@ -139,7 +141,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
     if config.base is not None and (values or isinstance(own_values(model), PrefixValues)):
-        raise QvgptError("base: is known only where the model's own Q guides; leave it out")
+        raise QvgptError(
+            "base: KL to another model is known only where the model's own Q guides; leave base out"
+        )
     base = None
     if config.base is not None:
         base = ValueModel.from_pretrained(config.base, **kept)
