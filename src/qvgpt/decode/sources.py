@@ -108,8 +108,8 @@ class HeadValues:
 class PrefixValues:
     """V(s + a): the value of the text with the candidate appended (a prefix scorer).
 
-    CD-FUDGE and CD-Q of Controlled Decoding (Mudgal et al., 2024, eq. 5), with `log` the log σ of
-    FUDGE (Yang & Klein, 2021, eq. 2). From categorical heads `Guidance.functional` reads what it
+    CD-FUDGE and CD-Q of Controlled Decoding (Mudgal et al., 2024), with `log` the log σ of
+    FUDGE (Yang & Klein, 2021). From categorical heads `Guidance.functional` reads what it
     reads from Q: "soft" is then the V-type Q♯ (Zhou et al., 2025). V must have been taught of whole
     texts too (`FUDGE`, `ControlledDecoding`), since one of the candidates is the end token, and
     rewards must come at the end. Costs one token read per candidate: `Guidance.top_k` says how
@@ -164,7 +164,7 @@ class PrefixValues:
 class Contrast:
     """log π₊(a|s) − log π₋(a|s) of two language models of the same tokenizer.
 
-    DExperts (Liu et al., 2021, eq. 2: expert and anti-expert), proxy tuning (Liu et al., 2024: a
+    DExperts (Liu et al., 2021: expert and anti-expert), proxy tuning (Liu et al., 2024: a
     small model tuned and untuned), emulated fine-tuning (Mitchell et al., 2023). Of a pair of DPO
     it is Q − V over DPO's β (Rafailov et al., 2024), of `PathConsistency` and its base the same
     over `eta`. In nats, whatever rewards were; Guidance's β 1 gives π₀·π₊/π₋.
