@@ -19,7 +19,8 @@ from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
-from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.attention import attention
+from qvgpt.models.causal_lm import _ATTENTION, CausalLM
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
@@ -94,6 +95,38 @@ def test_packed_texts_do_not_see_each_other(family):
     found = trunk.hidden(row, positions=positions)[0].split([*sizes, 2])
     for tokens, states in zip(texts, found, strict=False):
         torch.testing.assert_close(states, trunk.hidden(tokens[None])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+def test_short_texts_learn_by_plain_products_as_by_sdpa(family, layout, monkeypatch):
+    if not make_hf(family)._supports_sdpa:
+        assert CausalLM(make_hf(family)).model.config._attn_implementation == "eager"
+        return
+    where: dict[str, torch.Tensor] = {}
+    if layout == "padded":
+        where["mask"] = torch.ones(2, 12, dtype=torch.bool)
+        where["mask"][0, :4] = where["mask"][1, 9:] = False
+    elif layout == "packed":
+        where["positions"] = torch.cat([torch.arange(n) for n in (5, 4, 3)]).expand(2, 12)
+    real = where.get("mask", torch.ones(2, 12, dtype=torch.bool))
+    used, gradients = [], []
+    spied = lambda *args: used.append(args) or attention(*args)  # noqa: E731
+    monkeypatch.setattr("qvgpt.models.causal_lm.attention", spied)
+    for kind in ("sdpa", _ATTENTION):
+        trunk = CausalLM(make_hf(family)).train()
+        trunk.model.set_attn_implementation(kind)
+        torch.manual_seed(0)
+        tokens = torch.randint(4, 30, (2, 12))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = trunk.hidden(tokens, **where)
+        (states.float()[real] ** 3).sum().backward()
+        assert bool(used) == (kind == _ATTENTION)
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trunk.parameters() if p.grad is not None])
+        )
+    torch_own, ours = gradients
+    assert torch.nn.functional.cosine_similarity(ours, torch_own, dim=0) > 0.999
+    assert abs(ours.norm() / torch_own.norm() - 1) < 0.01
 
 
 def test_the_engine_writes_what_hugging_face_writes(saved):

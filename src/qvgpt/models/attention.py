@@ -24,15 +24,20 @@ def attention(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads time head_dim"]:
     """softmax(query · keyᵀ / √head_dim) · value over the `visible` keys; None: causal."""
-    learns = torch.is_grad_enabled() and query.requires_grad
-    short = query.dtype == torch.bfloat16 and key.size(2) <= SHORT  # in fp32 flash is faster
-    if learns and short and query.device.type == "cpu" and not dropout:
+    if is_short(query, key, dropout):
         mask = _additive(visible, query)
         flat = (x.reshape(-1, x.size(2), x.size(3)) for x in (query, key, value))
         return _ShortAttention.apply(*flat, mask).view_as(query)  # type: ignore[union-attr]
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, is_causal=visible is None, dropout_p=dropout
     )
+
+
+def is_short(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Whether plain products take less time than torch's kernel; in fp32 they do not."""
+    learns = torch.is_grad_enabled() and query.requires_grad
+    short = query.dtype == torch.bfloat16 and key.size(2) <= SHORT
+    return learns and short and query.device.type == "cpu" and not dropout
 
 
 def _additive(visible: Tensor | None, query: Tensor) -> Tensor:

@@ -17,10 +17,19 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.attention import attention, is_short
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import one_line, read_config, read_json
 from qvgpt.models.lora import (
@@ -34,6 +43,8 @@ from qvgpt.models.lora import (
     save_adapter,
 )
 
+_ATTENTION = "qvgpt_sdpa"
+"""The name of `_attention` among transformers' implementations."""
 _SLACK = 32  # columns that no row needs any more are cut off once there are so many
 
 
@@ -127,6 +138,8 @@ class CausalLM(nn.Module):
         self.vocab_size, self.embed_dim = head.weight.shape
         self.seq_len: int = config.max_position_embeddings
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(_ATTENTION)
         self._try()
 
     @property
@@ -322,3 +335,37 @@ class CausalLM(nn.Module):
                 f"{type(self.model).__name__}: its logits are not its output matrix times its last "
                 "hidden state (it may scale them): it cannot carry value heads yet"
             )
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads time head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys head_dim"],
+    attention_mask: Bool[Tensor, "batch 1 time keys"] | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch time heads head_dim"], None]:
+    """transformers' `sdpa`, but for short texts that learn on a CPU: those by `attention`."""
+    if torch.is_autocast_enabled("cpu"):  # rotated queries and keys are fp32 by then
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    causal = getattr(module, "is_causal", True) and query.size(2) == key.size(2)
+    if not (plain and causal and is_short(query, key, dropout)):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **options
+        )
+    groups = query.size(1) // key.size(1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    own = query.size(-1) ** -0.5
+    if scaling is not None and scaling != own:
+        query = query * (scaling / own)
+    if attention_mask is not None:  # padding sees itself, so that no softmax is empty
+        itself = torch.eye(key.size(2), dtype=torch.bool, device=key.device)
+        attention_mask = attention_mask | itself
+    return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
