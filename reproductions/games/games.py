@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
+from qvgpt.categorical import Functional
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.policy import Guidance
 from qvgpt.envs.games import Game
@@ -17,13 +18,45 @@ from qvgpt.fit_options import FitOptions
 
 TOP = "top"
 """Stands for the return that the best fifth of the logs reach."""
-METHODS: dict[str, list[Any]] = {
-    "BC": ["LM"],
-    "filtered_BC": [{"LM": {"min_return": TOP}}],
-    "MonteCarlo": ["LM", "MonteCarlo"],
-    "ILQL": ["LM", "ILQL"],
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table; options of objectives are the game's (`Setting.options`)."""
+
+    learns: str | Mapping[str, Any]
+    """The objective: `LM`, or one of values."""
+    joint: bool = False
+    """Trunk and values learn together, also where the other methods' trunk is a clone."""
+    functional: Functional = "mean"
+    """What is read of a distribution of returns."""
+    shares: str | None = None
+    """The method whose training this is another reading of."""
+
+    @property
+    def has_q(self) -> bool:
+        """Whether values guide it; else it is the policy that its trunk learned."""
+        return self.learns != "PathConsistency" and not self.is_text
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it learns from texts alone."""
+        return self.learns == "LM" or isinstance(self.learns, Mapping)
+
+
+METHODS = {
+    "BC": Method("LM"),
+    "filtered_BC": Method({"LM": {"min_return": TOP}}),
+    "MonteCarlo": Method("MonteCarlo"),
+    "MC_categorical": Method("ReturnDistribution"),
+    "Qsharp": Method("ReturnDistribution", functional="soft", shares="MC_categorical"),
+    "SARSA": Method("SARSA"),
+    "ILQL": Method("ILQL"),
+    "CQL": Method("DoubleQ"),
+    "soft_Q": Method("PathConsistency"),
+    "MonteCarlo_joint": Method("MonteCarlo", joint=True),
+    "ILQL_joint": Method("ILQL", joint=True),
 }
-"""What each row of the table learns; options of an objective are the game's (`Setting.options`)."""
 WORDS = (
     "crane", "slate", "light", "night", "might", "sight", "eerie", "mamma", "babes", "abbey",
 )  # fmt: skip
@@ -80,17 +113,30 @@ class Setting:
     """Seed and number of logged episodes → the game."""
     episodes: int
     fit: FitOptions
+    """How a trunk learns, alone or together with values."""
+    heads_fit: FitOptions | None = None
+    """How values learn on the frozen trunk of `BC`; None: all methods are `joint`."""
     guidance: Guidance = field(default_factory=lambda: Guidance(beta=64.0, min_p=0.1))
     """Methods without values take the same candidates, at β = 0."""
+    eta: float = 0.1
+    """Of the soft methods: what a nat away from the logs' policy costs, in units of `scale`."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By objective."""
     scale: float = 1.0
     """Rewards are divided by it before training, so that values are of order 1; β counts in it."""
+    trunk: Literal["gpt", "llama"] = "gpt"
+    """GPT-2's architecture, or Llama's: its rotary positions learn "the one before" once for all
+    places of a long text."""
     embed_dim: int = 64
     num_layers: int = 2
     heads: Literal["linear", "low_rank", "mlp"] = "mlp"
     evaluations: int = 1000
     """Episodes that judge a policy."""
+
+    @property
+    def soft_fit(self) -> FitOptions:
+        """How soft Q-learning goes on from the trunk of `BC`."""
+        return replace(self.fit, lr=self.fit.lr / 4, value_lr=self.fit.lr)
 
 
 def random_walk(seed: int, episodes: int) -> Task:
@@ -125,18 +171,21 @@ best_wordle = cache(optimal_return)
 def settings(words: Wordle | None) -> dict[str, Setting]:
     """The games of the table; those that need words only where there are some."""
     fit = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
-    best = {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}
-    options = {"ILQL": best}
+    whole = {"gamma": 1.0}
+    best = {"ILQL": {**whole, "expectile": 0.95, "cql_weight": 0.0}, "DoubleQ": whole}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
     # a game's length is its return here: batches of similar lengths would be batches of one return
-    turns = replace(fit, max_steps=2000, batch_size=16, packed=True)
+    turns = replace(fit, max_steps=1500, batch_size=16, packed=True)
+    on_clone = replace(turns, max_steps=600)
     games = {
-        "random_walk": Setting(random_walk, 1000, fit, options=options),
+        "random_walk": Setting(random_walk, 1000, fit, options=best),
         "star_graph": Setting(
             lambda seed, episodes: star_graph(seed, episodes, graphs),
-            20_000,
-            replace(fit, max_steps=6000, batch_size=64, lr=1e-3),
-            options=options,
+            100_000,
+            replace(fit, max_steps=6000, batch_size=64),
+            options=best,
+            trunk="llama",
+            num_layers=3,
         ),
     }
     for name, full in (("maze_full", True), ("maze_partial", False)):
@@ -144,8 +193,10 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
             1000,
             turns,
-            options=options,
+            on_clone,
+            options=best,
             scale=10.0,
+            trunk="llama",
             evaluations=120,
         )
     if words is not None:
@@ -153,9 +204,11 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             games[name] = Setting(
                 lambda seed, episodes, players=players: wordle(seed, episodes, words, players),
                 20_000,
-                replace(turns, max_steps=8000),
-                options=options,
+                replace(turns, max_steps=3000, batch_size=64, bf16=True),
+                replace(on_clone, max_steps=1500, batch_size=64),
+                options=best,
                 scale=4.0,
+                trunk="llama",
                 embed_dim=128,
                 num_layers=3,
                 evaluations=2 * len(words.answers),
@@ -179,6 +232,7 @@ def quick_settings() -> dict[str, Setting]:
             setting,
             **{"episodes": 100, "evaluations": 10, "embed_dim": 32} | small.get(name, {}),
             fit=replace(setting.fit, max_steps=100 if name == "random_walk" else 8, lr=3e-3),
+            heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=8),
         )
         for name, setting in games.items()
     }

@@ -8,37 +8,32 @@ FILE holds Wordle's words, one a line; without --answers the two Wordle games ar
 script goes on where it stopped, in the middle of a training too. A seed is that of the game, of
 its logs, of the training and of the texts. games.py says how each game is set.
 
+Where a game says so, BC's trunk is frozen and its states are kept: the other methods learn values
+on those alone, but for soft Q-learning, which goes on with that trunk, and the rows named `joint`,
+which learn trunk and values together from scratch. Their seconds include BC's where they use it.
+
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself, with what --games and
 --methods name replaced and all else left as it was.
 """
 
 import argparse
-import io
 import json
 import math
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-from games import METHODS, TOP, Setting, Task, quick_settings, settings
-from rich.console import Console
+from games import METHODS, Setting, quick_settings, settings
+from training import drawn, objectives_of, train
 
-from qvgpt.data.rows import Row, row_to_trajectories
+from qvgpt.decode.policy import Guidance
 from qvgpt.envs.games import play, row_return, score
 from qvgpt.envs.wordle import Wordle
 from qvgpt.errors import QvgptError
-from qvgpt.loop import fit
-from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
-from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.run import write_json
 from qvgpt.sampling import engine_policy
 
@@ -83,11 +78,12 @@ def table(
     """The figures of every game and method, over all seeds."""
     results = {}
     for name, setting in games.items():
-        cells: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        rows = [m for m in methods if setting.heads_fit or not METHODS[m].joint]  # else said twice
+        cells: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
         for seed in range(seeds):
-            for method in methods:
+            for method in rows:
                 cells[method].append(cell(name, setting, method, seed, work))
-        first = cells[methods[0]]
+        first = cells[rows[0]]
         results[name] = {
             "data_mean": fmean(c["data_mean"] for c in first),
             "optimum": fmean(c["optimum"] for c in first),
@@ -129,18 +125,10 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
         return found
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
-    started = time.perf_counter()
-    model, objectives = train(task, setting, method, seed, directory)
-    seconds = time.perf_counter() - started
-    guidance = setting.guidance
+    model, seconds = train(task, setting, method, seed, work / name)
     outcome = play(
         [task.new() for _ in range(setting.evaluations)],
-        engine_policy(
-            model,
-            guidance if objectives.teaches_values else replace(guidance, beta=0.0),
-            max_tokens=task.max_tokens,
-            seed=seed,
-        ),
+        engine_policy(model, guided(setting, method), max_tokens=task.max_tokens, seed=seed),
         task.tokenizer,
         seeds=range(setting.evaluations * seed, setting.evaluations * (seed + 1)),
         max_turns=task.max_turns,
@@ -155,64 +143,28 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
         "seconds": round(seconds, 1),
         "setting": said,
     }
+    directory.mkdir(parents=True, exist_ok=True)
     write_json(done, found)
     shown = {k: round(v, 3) for k, v in found.items() if k != "setting"}
     print(name, method, seed, shown, flush=True)
     return found
 
 
-@lru_cache(maxsize=1)
-def drawn(task: Callable[[int, int], Task], seed: int, episodes: int) -> Task:
-    """The game and its logs, which all methods of a seed share."""
-    return task(seed, episodes)
-
-
-def train(
-    task: Task, setting: Setting, method: str, seed: int, directory: Path
-) -> tuple[ValueModel, Objectives]:
-    """A GPT that learned from the logs by a method, from scratch or from its last checkpoint."""
-    objectives = parse_objectives(objectives_of(setting, method, task.rows))
-    tokenizer = task.tokenizer
-    texts = [
-        replace(text, reward=[r / setting.scale for r in text.reward])
-        for i, row in enumerate(task.rows, 1)
-        for text in row_to_trajectories(Row(f"episode {i}", row), tokenizer)
-    ]
-    torch.manual_seed(seed)
-    trunk = GPT(
-        tokenizer.vocab_size,
-        embed_dim=setting.embed_dim,
-        num_heads=4,
-        num_layers=setting.num_layers,
-        seq_len=task.context(tokenizer),
-    )
-    heads = HeadsConfig(kind=setting.heads) if objectives.learns_values else None
-    model = ValueModel(trunk, heads, tokenizer)
-    directory.mkdir(parents=True, exist_ok=True)
-    options = replace(setting.fit, seed=seed)
-    quiet = Console(file=io.StringIO())
-    fit(model, texts, objectives, options, output=directory, resume=True, console=quiet)
-    return model, objectives
-
-
-def objectives_of(
-    setting: Setting, method: str, rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The method's objectives with the game's options; `TOP` as a number, where there are rows."""
-    returns = sorted(map(row_return, rows))
-    top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
-    found = []
-    for entry in METHODS[method]:
-        ((kind, own),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
-        options = {**setting.options.get(kind, {}), **own}
-        found.append({kind: {o: top if v == TOP else v for o, v in options.items()}})
-    return found
+def guided(setting: Setting, method: str) -> Guidance:
+    """How the method's policy is sampled."""
+    how = METHODS[method]
+    if not how.has_q:
+        return replace(setting.guidance, beta=0.0)
+    if how.functional == "soft":
+        return replace(setting.guidance, beta=1 / setting.eta, functional="soft")
+    return setting.guidance
 
 
 def described(setting: Setting, method: str) -> dict[str, Any]:
     """What a cell depends on, beside the code: in the form that JSON gives back."""
     said = {**asdict(replace(setting, task=None)), "objectives": objectives_of(setting, method, [])}
-    del said["task"], said["options"]
+    said["guidance"] = asdict(guided(setting, method))
+    del said["task"], said["options"], said["eta"]
     return json.loads(json.dumps(said))
 
 

@@ -1,0 +1,208 @@
+"""How a game's methods are trained: trunks from scratch, or values alone on a cloned one."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from games import METHODS, TOP, Setting, Task
+from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qvgpt.data.rows import Row, row_to_trajectories
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.games import row_return
+from qvgpt.loop import fit
+from qvgpt.models.backbone import Backbone, as_module
+from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import parse_objectives
+from qvgpt.trajectory import Trajectory, scaled
+
+States = dict[tuple[int, ...], Float[Tensor, "time embed"]]
+
+
+def train(
+    task: Task, setting: Setting, method: str, seed: int, work: Path
+) -> tuple[ValueModel, float]:
+    """A model that learned from the logs by a method, and the seconds it took.
+
+    What was trained before is read back, and goes on if it was not finished.
+    """
+    method = METHODS[method].shares or method
+    how, options, spent = METHODS[method], setting.fit, 0.0
+    tokenizer, texts = encoded(setting, seed)
+    if how.learns == "PathConsistency":
+        trunk, spent = clone(setting, seed, work)
+        options = setting.soft_fit
+    elif setting.heads_fit is None or how.joint or how.is_text:
+        trunk = new_trunk(task, setting, seed)
+    else:
+        trunk, spent = clone(setting, seed, work)
+        options = setting.heads_fit
+        freeze(trunk, clone_states(setting, seed, work))
+    torch.manual_seed(seed)
+    heads = None if how.is_text else heads_of(setting, method, texts)
+    model = ValueModel(trunk, heads, tokenizer)
+    directory = work / method / str(seed)
+    found = fit(
+        model,
+        texts,
+        parse_objectives(objectives_of(setting, method, task.rows)),
+        replace(options, seed=seed),
+        output=directory,
+        resume=True,
+        console=Console(file=io.StringIO()),
+    )
+    return model, spent + found["seconds"]
+
+
+@lru_cache(maxsize=1)
+def drawn(task: Callable[[int, int], Task], seed: int, episodes: int) -> Task:
+    """The game and its logs, which all methods of a seed share."""
+    return task(seed, episodes)
+
+
+@lru_cache(maxsize=1)
+def _encoded(
+    task: Callable[[int, int], Task], seed: int, episodes: int, scale: float
+) -> tuple[Tokenizer, list[Trajectory]]:
+    game = drawn(task, seed, episodes)
+    tokenizer = game.tokenizer
+    texts = [
+        text
+        for i, row in enumerate(game.rows, 1)
+        for text in row_to_trajectories(Row(f"episode {i}", row), tokenizer)
+    ]
+    return tokenizer, scaled(texts, 1 / scale)
+
+
+def encoded(setting: Setting, seed: int) -> tuple[Tokenizer, list[Trajectory]]:
+    """The tokenizer and the logs as it says them, rewards divided by the game's scale."""
+    return _encoded(setting.task, seed, setting.episodes, setting.scale)
+
+
+def new_trunk(task: Task, setting: Setting, seed: int) -> Backbone:
+    """Fresh weights of the game's size."""
+    torch.manual_seed(seed)
+    tokenizer, _ = encoded(setting, seed)
+    vocab_size, seq_len = tokenizer.vocab_size, task.context(tokenizer)
+    if setting.trunk == "gpt":
+        return GPT(
+            vocab_size,
+            embed_dim=setting.embed_dim,
+            num_heads=4,
+            num_layers=setting.num_layers,
+            seq_len=seq_len,
+        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=setting.embed_dim,
+        intermediate_size=3 * setting.embed_dim,
+        num_hidden_layers=setting.num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=True,
+    )
+    return CausalLM(LlamaForCausalLM(config))
+
+
+def heads_of(setting: Setting, method: str, texts: Sequence[Trajectory]) -> HeadsConfig:
+    """The game's heads, or those of a distribution over all returns that the logs may hold."""
+    if METHODS[method].learns != "ReturnDistribution":
+        return HeadsConfig(kind=setting.heads)
+    returns = {text.total_reward * setting.scale for text in texts}
+    low, high = min(0.0, *returns), max(0.0, *returns)
+    bins = round(high - low) + 1 if all(r.is_integer() for r in returns) else 51
+    low, high = low / setting.scale, high / setting.scale
+    return HeadsConfig("categorical", setting.embed_dim // 2, bins=bins, low=low, high=high)
+
+
+def clone(setting: Setting, seed: int, work: Path) -> tuple[Backbone, float]:
+    """BC's trunk, and the seconds it took."""
+    task = drawn(setting.task, seed, setting.episodes)
+    model, seconds = train(task, setting, "BC", seed, work)
+    return model.trunk, seconds
+
+
+_states: dict[tuple[Path, int], States] = {}
+
+
+def clone_states(setting: Setting, seed: int, work: Path) -> States:
+    """What BC's trunk makes of the logs; that of the last seed asked for is kept."""
+    if (work, seed) not in _states:
+        _states.clear()
+        trunk, _ = clone(setting, seed, work)
+        _states[work, seed] = states(trunk, encoded(setting, seed)[1])
+    return _states[work, seed]
+
+
+def objectives_of(
+    setting: Setting, method: str, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The method's objectives with the game's options; `TOP` as a number, where there are rows.
+
+    Values that learn together with their trunk learn beside the language model.
+    """
+    how = METHODS[method]
+    joint = setting.heads_fit is None or how.joint
+    beside = joint and not how.is_text and how.learns != "PathConsistency"
+    returns = sorted(map(row_return, rows))
+    top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
+    ((kind, own),) = ({how.learns: {}} if isinstance(how.learns, str) else how.learns).items()
+    options = {**setting.options.get(kind, {}), **own}
+    if kind == "PathConsistency":
+        options["eta"] = setting.eta
+    found = [{kind: {o: top if v == TOP else v for o, v in options.items()}}]
+    return [{"LM": {}}, *found] if beside else found
+
+
+@torch.no_grad()
+def states(trunk: Backbone, texts: Sequence[Trajectory], batch: int = 32) -> States:
+    """The hidden states of each different text."""
+    different = sorted({tuple(text.tokens) for text in texts}, key=len)
+    found: States = {}
+    for start in range(0, len(different), batch):
+        part = different[start : start + batch]
+        tokens = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, text in enumerate(part):
+            tokens[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), True
+        for text, hidden in zip(part, trunk.hidden(tokens, mask), strict=True):
+            found[text] = hidden[: len(text)].clone()
+    return found
+
+
+def freeze(trunk: Backbone, known: States) -> None:
+    """Let the trunk learn no more, and look up the rows of whole texts that packing makes."""
+    compute = trunk.hidden
+
+    def hidden(
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        cache: object = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        if positions is None or cache is not None:
+            return compute(tokens, mask, positions, cache)
+        rows = zip(tokens.tolist(), positions.tolist(), strict=True)
+        return torch.stack([_row(known, *row) for row in rows])
+
+    as_module(trunk).requires_grad_(False)
+    trunk.hidden = hidden  # type: ignore[method-assign]
+
+
+def _row(known: States, tokens: list[int], positions: list[int]) -> Float[Tensor, "time embed"]:
+    """The states of texts side by side; zeros for the padding, each token a text by itself."""
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    texts = zip(starts, [*starts[1:], len(tokens)], strict=True)
+    parts = [tuple(tokens[start:end]) for start, end in texts]
+    nothing = torch.zeros(1, next(iter(known.values())).size(1))
+    return torch.cat([nothing if len(part) == 1 else known[part] for part in parts])
