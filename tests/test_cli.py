@@ -477,3 +477,38 @@ def test_adapters_are_trained_by_options(call, tmp_path):
     code, out, err = call(*words, "--lora.rank", "0")
     assert (code, out) == (2, "")
     assert "lora.rank: must be at least 1, not 0" in err
+
+
+def test_the_best_of_several_texts_is_written(call):
+    words = ["generate", "MODEL", "--prompt", "b", "--max_tokens", "6", "--seed", "1"]
+    texts = [
+        call(*words, *more) for more in ([], ["--best_of", "4"], ["--best_of", "4", "--n", "2"])
+    ]
+    assert [code for code, _, _ in texts] == [0, 0, 0]
+    assert texts[2][1].startswith(texts[1][1])
+    assert texts[0][1] != texts[1][1]
+    assert call(*words, "--best_of", "0")[0] == 2
+
+
+def test_rounds_take_the_options_of_their_parts(call, place, tmp_path):
+    write(tmp_path / "prompts.jsonl", *({"prompt": letter} for letter in "bc"))
+    (tmp_path / "rounds.yaml").write_text(
+        f"{{model: {place}/model, data: {tmp_path}/prompts.jsonl, reward: length, beta: 1,"
+        " collect: {samples: 2, max_tokens: 6},"
+        " train: {objectives: [LM, MonteCarlo], fit: {max_steps: 1}}}"
+    )
+    words = ["rounds", "--config", str(tmp_path / "rounds.yaml"), "--output", "OUT"]
+    code, out, err = call(*words, "--train.fit.batch_size", "2")
+    assert code == 0, err
+    assert "round 2 of 2" in err
+    assert "collected" in out
+    of = json.loads((tmp_path / "out/round-2/model/run.json").read_text())["config"]
+    assert of["fit"]["batch_size"] == 2
+    assert of["objectives"] == ["LM", "MonteCarlo"]
+    code, _, err = call(*words, "--collect.output", "x")
+    assert (code, "holds another run already" in err) == (2, True)
+    code, _, err = call(*words[:-1], str(tmp_path / "new"), "--collect.output", "x")
+    assert (code, err) == (
+        2,
+        "qvgpt: error: collect.output: is for the rounds to say; leave it out\n",
+    )

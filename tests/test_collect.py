@@ -162,8 +162,8 @@ def test_a_stopped_collection_goes_on_to_the_same_file(task, tmp_path, monkeypat
             raise KeyboardInterrupt
         return collecting_write(*args, **kwargs)
 
-    collecting_write = collecting.write
-    monkeypatch.setattr(collecting, "write", stop_after_one)
+    collecting_write = collecting.write_best
+    monkeypatch.setattr(collecting, "write_best", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         collect(stopped)
     monkeypatch.undo()

@@ -183,3 +183,16 @@ def test_a_dry_run_refuses_what_training_would():
     bad = [Trajectory([1, 2], [False, True], [0.0, float("nan")], True)]
     with pytest.raises(QvgptError, match="became NaN"):
         plan(model(), bad, BOTH, OPTIONS, console=Console(quiet=True))
+
+
+def test_a_slow_trunk_is_counted_and_named_as_what_to_leave_off():
+    options = replace(OPTIONS, slow_trunk=True)
+    training = Training(model(), texts(), BOTH, options)
+    trunk = sum(p.nbytes for p in training.bare.trunk.parameters())
+    static = planning._static(training)
+    assert static["slow_trunk"] == trunk
+    batch = training.collate(texts()[:4])
+    advice = planning._advice(training, batch, {**static, "slow_trunk": 9 * MIB}, 0, 1)
+    assert "fit.slow_trunk: false" in [a["change"] for a in advice]
+    assert "slow_trunk" in planned(options)[0]["memory_mib"]
+    assert "slow_trunk" not in planned()[0]["memory_mib"]

@@ -1,11 +1,15 @@
 """What the methods ask of a training beyond their loss: thresholds, references, scales, heads."""
 
+import copy
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_trainer import (  # noqa: F401  fixtures among them
     FIT,
     QUIET,
@@ -22,13 +26,17 @@ from test_trainer import (  # noqa: F401  fixtures among them
 )
 
 from qvgpt import Guidance, HeadsConfig, QvgptError, ValueModel, generate
+from qvgpt.bootstrap import spearman
 from qvgpt.decode.policy import next_token
+from qvgpt.decode.score import score
 from qvgpt.decode.sources import Contrast, PrefixValues, own_values
 from qvgpt.export import export_hf
+from qvgpt.fit_options import learning_rate_factor, parameter_groups
 from qvgpt.fqe import evaluate_offline
-from qvgpt.objectives import METHODS
-from qvgpt.trainer import train
-from qvgpt.trajectory import Trajectory
+from qvgpt.models.lora import LoraConfig
+from qvgpt.objectives import ILQL, METHODS, Candidates
+from qvgpt.trainer import TokenizerConfig, train
+from qvgpt.trajectory import Trajectory, collate, mean_return
 
 
 @pytest.fixture
@@ -164,7 +172,134 @@ def test_a_known_q_is_not_left_behind_by_its_trunk():
 def test_heads_of_another_kind_are_refused_before_training():
     with pytest.raises(QvgptError, match=r"read return_logits, v_return_logits, .* categorical"):
         run(model(), ["ReturnDistribution"])
-    categorical = HeadsConfig("categorical", rank=4)
+    categorical = HeadsConfig("categorical", rank=4, low=0.0, high=1.0)
     with pytest.raises(QvgptError, match=r"read q_logsumexp, .* linear, low_rank or mlp"):
         run(model(heads=categorical), ["ILQL"])
     run(model(heads=categorical), [{"ILQL": {"cql_weight": 0.0}}])
+
+
+def test_a_slow_trunk_is_a_hand_made_step_and_survives_being_stopped(config, tmp_path):  # noqa: F811
+    """ILQL's target network: Q̄ of a slow copy of all, which follows by tau after each step."""
+    options = replace(FIT, max_steps=3, batch_size=4, slow_trunk=True, dropout=0.0, tau=0.3)
+    data = texts()[:4]  # the same batch at every step
+    ours, by_hand = model(), model()
+    run(ours, [{"ILQL": {"gamma": 1.0}}], options, data)
+    assert ours.slow is None
+
+    objective = ILQL(gamma=1.0)
+    by_hand.heads.start_at(mean_return(data))
+    slow = copy.deepcopy(by_hand)
+    optimizer = torch.optim.AdamW(parameter_groups(by_hand, options), betas=(0.9, 0.95))
+    batch = collate(data, TOKENIZER.template.pad, TOKENIZER.template.end_ids)
+    for step in range(3):
+        with torch.no_grad():
+            target_q = slow(batch, {"target_q"}).target_q
+        read = by_hand(batch, objective.needs - {"target_q"})
+        optimizer.zero_grad()
+        objective(replace(read, target_q=target_q), batch).total.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), options.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, 3, options)
+        optimizer.step()
+        by_hand.heads.update_targets(0.3)
+        with torch.no_grad():
+            slow.heads.target_q.load_state_dict(by_hand.heads.target_q.state_dict())
+            for p, q in zip(slow.trunk.parameters(), by_hand.trunk.parameters(), strict=True):
+                p.lerp_(q, 0.3)
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+    heads_alone = model()
+    run(heads_alone, [{"ILQL": {"gamma": 1.0}}], replace(options, slow_trunk=False), data)
+    assert not same(ours.state_dict(), heads_alone.state_dict())
+
+    slow = replace(config, fit=replace(config.fit, slow_trunk=True, save_every=1))
+    train(slow, QUIET)
+    other = replace(slow, output=str(tmp_path / "other"))
+    with stopped_at(3), pytest.raises(Killed):
+        train(other, QUIET)
+    train(replace(other, resume=True), QUIET)
+    whole, resumed = (ValueModel.from_pretrained(c.output) for c in (slow, other))
+    assert same(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_slow_trunk_that_would_do_nothing_is_refused():
+    for m, objectives, message in (
+        (model(freeze=True), ["ILQL"], "a frozen trunk does not move"),
+        (model(), ["LM", "MonteCarlo"], "read no slow Q"),
+    ):
+        with pytest.raises(QvgptError, match=f"fit.slow_trunk: .*{message}"):
+            run(m, objectives, replace(FIT, slow_trunk=True))
+
+
+def test_beside_adapters_a_slow_trunk_is_a_second_adapter(tmp_path):
+    pytest.importorskip("peft")
+    plain = model(heads=None)
+    plain.save(tmp_path / "base")
+    m = ValueModel.from_pretrained(tmp_path / "base", as_causal_lm=True)
+    m.trunk.add_lora(LoraConfig(rank=2))
+    m.keep_slow_trunk()
+    copied = m.slow.state_dict()
+    assert copied
+    assert all("lora_" in name for name in copied)
+    base = {p.data_ptr() for n, p in m.trunk.named_parameters() if "lora_" not in n}
+    shared = {p.data_ptr() for n, p in m.slow.trunk.named_parameters() if "lora_" not in n}
+    assert base == shared
+    assert not base & {tensor.data_ptr() for tensor in copied.values()}
+
+
+def test_a_distribution_takes_its_support_from_the_data(config, base, tmp_path):  # noqa: F811
+    rows = [row | {"reward": 10 * row["reward"] - 4} for row in ROWS]
+    (tmp_path / "tens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = io.StringIO()
+    config = replace(
+        config, model=base, data=[str(tmp_path / "tens.jsonl")], eval_data=[],
+        objectives=["ReturnDistribution"], heads=HeadsConfig("categorical", rank=4, bins=11),
+    )  # fmt: skip
+    train(config, Console(file=said, width=1000))
+    returns = [row["reward"] for row in rows]
+    margin = 0.05 * (max(returns) - min(returns))
+    learnt = ValueModel.from_pretrained(config.output).heads.config
+    assert learnt.low == pytest.approx(min(returns) - margin)
+    assert learnt.high == pytest.approx(max(returns) + margin)
+    assert f"the returns of the data lie between {min(returns):g} and" in said.getvalue()
+    # a run that was stopped finds the same, and takes the numbers it has
+    other = replace(config, output=str(tmp_path / "other"))
+    with stopped_at(3), pytest.raises(Killed):
+        train(other, QUIET)
+    train(replace(other, resume=True), QUIET)
+    names = ("value_heads.safetensors", "value_config.json")
+    for name in names:
+        whole, resumed = (Path(c.output, name).read_bytes() for c in (config, other))
+        assert whole == resumed
+    given = replace(config.heads, low=0.0, high=1.0)
+    with pytest.raises(QvgptError, match=r"its return -?\d.* is none that the value heads know, 0"):
+        train(replace(config, heads=given, output=str(tmp_path / "x")), QUIET)
+    two = HeadsConfig("categorical", rank=4, bins=2)
+    with pytest.raises(QvgptError, match=r"text \d+ of 60: its return .* 0 to 1: give fitting"):
+        train(replace(config, heads=two, output=str(tmp_path / "x")), QUIET)
+    assert not (tmp_path / "x").exists()
+
+
+def test_double_q_is_told_among_what_to_seek_the_best():
+    found = []
+    for options in ({}, {"top_k": 2}):
+        m = model()
+        run(m, ["LM", {"DoubleQ": options}])
+        found.append(m)
+    assert found[1].candidates == Candidates(top_k=2)
+    assert not same(found[0].state_dict(), found[1].state_dict())
+
+
+def test_values_learn_on_a_small_trunk_of_their_own(config, base, tmp_path):  # noqa: F811
+    """No LM loss: a second model, with the tokens of the one it is to judge."""
+    own = replace(
+        config, gpt=replace(config.gpt, embed_dim=8), objectives=["MonteCarlo"],
+        tokenizer=TokenizerConfig(path=base), fit=replace(config.fit, max_steps=60),
+    )  # fmt: skip
+    train(own, QUIET)
+    learnt, judged = ValueModel.from_pretrained(own.output), ValueModel.from_pretrained(base)
+    assert learnt.tokenizer.sha256 == judged.tokenizer.sha256
+    assert learnt.trunk.embed_dim < judged.trunk.embed_dim
+    data = texts()
+    foretold = [found.reports[-1].q for found in score(learnt, data)]
+    assert spearman(np.array(foretold), np.array([t.total_reward for t in data])) > 0.5

@@ -174,7 +174,7 @@ def test_evaluate_compares_with_what_others_guide(call, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model lm --value_models q --betas []", "by betas or kl_budgets"),
+        ("--model lm --value_models q --betas []", "say how strongly, by beta or kl_budget"),
         ("--model lm --value_models q --recommend", "not the model's own values"),
         ("--model lm --value_models q --base small", "leave base out"),
         ("--model v --base small", "leave base out"),

@@ -9,8 +9,9 @@ script goes on where it stopped, in the middle of a training too. A seed is that
 its logs, of the training and of the texts. games.py says how each game is set.
 
 Where a game says so, BC's trunk is frozen and its states are kept: the other methods learn values
-on those alone, but for soft Q-learning, which goes on with that trunk, and the rows named `joint`,
-which learn trunk and values together from scratch. Their seconds include BC's where they use it.
+on those alone. Filtered cloning and soft Q-learning go on with that trunk instead, and the rows
+named `joint` learn trunk and values together from scratch, as all do where a game clones no trunk.
+Seconds include BC's where its trunk is used.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself, with what --games and

@@ -1,6 +1,7 @@
 """How a game's methods are trained: trunks from scratch, or values alone on a cloned one."""
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -24,6 +25,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
+from qvgpt.run import write_json
 from qvgpt.trajectory import Trajectory, scaled
 
 States = dict[tuple[int, ...], Float[Tensor, "time embed"]]
@@ -38,11 +40,14 @@ def train(
     """
     method = METHODS[method].shares or method
     how, options, spent = METHODS[method], setting.fit, 0.0
+    directory = work / method / str(seed)
+    if (done := directory / "seconds.json").exists():
+        return ValueModel.from_pretrained(directory), json.loads(done.read_text())
     tokenizer, texts = encoded(setting, seed)
-    if how.learns == "PathConsistency":
+    if how.goes_on:
         trunk, spent = clone(setting, seed, work)
-        options = setting.soft_fit
-    elif setting.heads_fit is None or how.joint or how.is_text:
+        options = setting.further_fit
+    elif setting.heads_fit is None or how.joint or method == "BC":
         trunk = new_trunk(task, setting, seed)
     else:
         trunk, spent = clone(setting, seed, work)
@@ -51,7 +56,6 @@ def train(
     torch.manual_seed(seed)
     heads = None if how.is_text else heads_of(setting, method, texts)
     model = ValueModel(trunk, heads, tokenizer)
-    directory = work / method / str(seed)
     found = fit(
         model,
         texts,
@@ -61,7 +65,8 @@ def train(
         resume=True,
         console=Console(file=io.StringIO()),
     )
-    return model, spent + found["seconds"]
+    write_json(done, seconds := spent + found["seconds"])
+    return model, seconds
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +158,7 @@ def objectives_of(
     """
     how = METHODS[method]
     joint = setting.heads_fit is None or how.joint
-    beside = joint and not how.is_text and how.learns != "PathConsistency"
+    beside = joint and how.has_q
     returns = sorted(map(row_return, rows))
     top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
     ((kind, own),) = ({how.learns: {}} if isinstance(how.learns, str) else how.learns).items()

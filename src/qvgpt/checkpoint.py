@@ -21,10 +21,12 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
 from qvgpt.models.disk import load_tensors, read_json, writing
 from qvgpt.models.lora import ADAPTER
+from qvgpt.models.reference import SlowTrunk
 from qvgpt.models.sharded import sharded_like, whole
 from qvgpt.models.value_model import ValueModel, load_trunk
 
 MANIFEST = "manifest.json"
+_SLOW = "slow_trunk.safetensors"
 
 
 @dataclass
@@ -55,14 +57,18 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: TrainState,
     keep: int = 1,
+    slow: SlowTrunk | None = None,
 ) -> Path:
     """Write `directory/step-N` in one piece (N = state.step), then drop all but the last `keep`.
 
-    `optimizer` is what `optimizer_state` gives.
+    `optimizer` is what `optimizer_state` gives, `slow` the trunk's slow copy, where there is one.
     """
 
     def add(staged: Path) -> None:
         save_file(dict(optimizer), staged / "optimizer.safetensors")
+        if slow is not None:
+            tensors = {name: x.contiguous() for name, x in slow.state_dict().items()}
+            save_file(tensors, staged / _SLOW)
         (staged / "trainer.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     return save_model(directory, model, state.step, add, keep)
@@ -176,6 +182,8 @@ def load_checkpoint(
     Rates and decays of the optimizer's groups stay as they are: they follow from the settings.
     """
     load_model(path, model)
+    if model.slow is not None:
+        model.slow.load_state_dict(load_tensors(path / _SLOW))
     indices = {name: index for index, name in enumerate(names)}
     parameters = _parameters(optimizer)
     state: dict[int, dict[str, Tensor]] = {}

@@ -49,6 +49,12 @@ COMMANDS = {
     "collect": Command(
         "qvgpt.collect", "collect", "sample completions and score them", prints_summary=True
     ),
+    "rounds": Command(
+        "qvgpt.rounds",
+        "rounds",
+        "collect with the guided model, learn from all, again",
+        prints_summary=True,
+    ),
     "check": Command(
         "qvgpt.commands", "check", "look through data: counts, rewards, faults", "data"
     ),

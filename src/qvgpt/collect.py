@@ -16,8 +16,9 @@ from typing import Any, Literal
 from qvgpt.data.rows import FORMS, Row
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
-from qvgpt.decode.engine import Request, Text, row_seed, write
+from qvgpt.decode.engine import Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.rerank import write_best
 from qvgpt.decode.sources import ValueSource
 from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
@@ -28,6 +29,7 @@ from qvgpt.sampling import (
     TextProgress,
     check_guidance,
     check_references,
+    check_values,
     load_prompts,
     load_values,
 )
@@ -58,6 +60,8 @@ class CollectConfig:
     """Of the beam search: 0 ranks by likelihood, 1 by that of the average token, more: longer."""
     beta: float = 0.0
     """Strength of guidance, if there are values already."""
+    best_of: int = 1
+    """Each sample is the one of so many texts whose last token's Q is highest."""
     kl_budget: float | None = None
     """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
     value_models: list[str] = field(default_factory=list)
@@ -109,6 +113,19 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_run(config.output, "collect", asdict(config), config.resume)
+    task = prepare(config)
+    output = open_run(config.output, "collect", asdict(config), config.resume)
+    with alone_in(output):
+        return _collect(config, *task, started)
+
+
+def prepare(
+    config: CollectConfig,
+) -> tuple[ValueModel, ValueSource | None, list[Row], list[list[int]], Metric]:
+    """Model, other values that guide it, rows, prompts and reward of a collection.
+
+    Raises `QvgptError` for all that could only fail later; writes nothing.
+    """
     if config.samples < (0 if config.beams else 1) or not config.temperatures:
         raise QvgptError(
             "collect: samples must be at least 1 (0 with beams), and temperatures not be empty"
@@ -126,11 +143,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         model, config.model, config.value_models, config.contrast, config.weights,
         dtype=config.dtype, device_map=config.device_map,
     )  # fmt: skip
-    guides = _guidance(config).guides
-    if model.heads is None and values is None and guides:
-        raise QvgptError(f"{config.model}: has no value heads to guide with: beta must be 0")
-    if values is not None and not guides:
-        raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
+    check_values(model, config.model, [config.beta, config.kl_budget], config.best_of, values)
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     reward = get_reward(config.reward)
     if config.include_references:
@@ -140,9 +153,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         check_references(rows, [config.reward])
     guidances = [_guidance(config, temperature) for temperature in config.temperatures]
     check_guidance(model, guidances, prompts, config.max_tokens, values)
-    output = open_run(config.output, "collect", asdict(config), config.resume)
-    with alone_in(output):
-        return _collect(config, model, values, rows, prompts, reward, started)
+    return model, values, rows, prompts, reward
 
 
 def _collect(
@@ -157,7 +168,7 @@ def _collect(
     """Sample, score and write what is not written yet, then the summary."""
     output = Path(config.output)
     file = output / "data.jsonl"
-    each = config.samples + config.beams
+    each = config.samples * config.best_of + config.beams
     size = max(1, _BATCHES_PER_CHUNK * config.max_batch // each)
     done = _whole_chunks(file, rows, size)
     progress = TextProgress("collect", len(rows) * each, done * each)
@@ -216,7 +227,10 @@ def _written(
 ) -> list[list[Text]]:
     """The texts of each prompt of a chunk: samples, then beams."""
     requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
-    texts = write(model, requests, max_batch=config.max_batch, on_step=progress.step, values=values)
+    texts = write_best(
+        model, requests, config.best_of,
+        max_batch=config.max_batch, on_step=progress.step, values=values,
+    )  # fmt: skip
     groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
     if not config.beams:
         return groups

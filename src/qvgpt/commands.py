@@ -20,13 +20,21 @@ from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, recommended
+from qvgpt.decode.rerank import write_best
 from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
-from qvgpt.sampling import TextProgress, check_guidance, check_room, load_prompts, load_values
+from qvgpt.sampling import (
+    TextProgress,
+    check_guidance,
+    check_room,
+    check_values,
+    load_prompts,
+    load_values,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ class GenerateConfig:
     """Longest text; none: what the context holds, at most 256."""
     n: int = 1
     """Texts a prompt."""
+    best_of: int = 1
+    """Each text is the one of so many whose last token's Q is highest."""
     seed: int = 0
     """The same seed gives the same texts."""
     max_batch: int = 64
@@ -151,6 +161,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
     guidance = _guidance(model, config, values)
+    strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
+    check_values(model, config.model, strengths, config.best_of, values)
     texts, prompts = _prompts(model, config)
     check_guidance(model, [guidance], prompts, config.max_tokens or 1, values)
     context = Guide.of(model, values).context
@@ -163,7 +175,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     output = _claim(config.output, "generate", config)
     print(_said(model, guidance, config, values), file=sys.stderr)
     started = time.perf_counter()
-    streamed = config.prompt is not None and config.n == 1 and not config.values
+    streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
     if streamed:
         written = [_stream(model, requests[0], values)]
     else:
@@ -199,10 +211,7 @@ def _guidance(model: ValueModel, config: GenerateConfig, values: ValueSource | N
         start = replace(start, beta=0.0, beta_end=None, beta_tokens=0)
     if config.beta is not None and config.kl_budget is None:
         start = replace(start, kl_budget=None)
-    guidance = replace(start, **said)
-    if values is not None and not guidance.guides:
-        raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
-    return guidance
+    return replace(start, **said)
 
 
 def _said(
@@ -269,10 +278,10 @@ def _write(
     model: ValueModel, requests: list[Request], config: GenerateConfig, values: ValueSource | None
 ) -> list[Text]:
     """All texts in batches, with a progress bar; printed where there is one prompt."""
-    with TextProgress("generate", len(requests)) as progress:
-        texts = write(
-            model, requests, max_batch=config.max_batch, report=True, on_step=progress.step,
-            values=values,
+    with TextProgress("generate", len(requests) * config.best_of) as progress:
+        texts = write_best(
+            model, requests, config.best_of,
+            max_batch=config.max_batch, report=True, on_step=progress.step, values=values,
         )  # fmt: skip
     for text in texts if config.prompt is not None or config.values else ():
         _show(model, text) if config.values else print(text.text)
@@ -329,7 +338,10 @@ class ScoreConfig:
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Judge texts by Σ A, which is the expected return less what the prompt already promised."""
+    """Judge texts by Σ A, which is the expected return less what the prompt already promised.
+
+    Of values that know whole turns only, by Q of the last token less V of the prompt.
+    """
     if not config.data:
         raise QvgptError("--data: missing")
     model = ValueModel.from_pretrained(
@@ -346,10 +358,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for text, found in zip(texts, scoring.score(model, texts), strict=True):
         first, last = found.reports[0], found.reports[-1]
+        better = found.advantage
+        if model.info.level == "turn" and last.q is not None and first.v is not None:
+            better = last.q - first.v  # within a turn nothing is known
         rows.append({
             "prompt": model.tokenizer.decode(text.prompt),
             "completion": model.tokenizer.decode(text.tokens[len(text.prompt) :]),
-            "v": first.v, "q": last.q, "advantage": found.advantage,
+            "v": first.v, "q": last.q, "advantage": better,
             "logprob": found.base_logprob, "reward": text.total_reward,
         })  # fmt: skip
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 
 from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
-from qvgpt.decode.engine import OnStep, Request, Text, row_seed, write
+from qvgpt.decode.engine import OnStep, Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.rerank import choice_kl, write_best
 from qvgpt.decode.score import sequence_kl
 from qvgpt.decode.sources import HeadValues, ValueSource, own_values
 from qvgpt.errors import QvgptError
@@ -65,6 +66,8 @@ class Row:
     baseline: str
     """The method its differences are to."""
     guidance: Guidance
+    best_of: int
+    """Texts of which each was chosen by its Q."""
     score: Estimate
     metrics: dict[str, Estimate]
     kl_per_sequence: float
@@ -88,6 +91,7 @@ class Row:
             "beta": self.guidance.beta,
             "kl_budget": self.guidance.kl_budget,
             "temperature": self.guidance.temperature,
+            "best_of": self.best_of,
             **_estimate_dict(self.score, "mean"),
             **{name: getattr(self, name) for name in names},
             "metrics": {name: _estimate_dict(e, "value") for name, e in self.metrics.items()},
@@ -110,6 +114,7 @@ def compare(
     *,
     base: ValueModel | None = None,
     metrics: Mapping[str, Score] | None = None,
+    best_of: Mapping[str, int] | None = None,
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
 ) -> list[Row]:
@@ -117,8 +122,10 @@ def compare(
 
     A row's difference is to the first guidance with β = 0 at its temperature, else to the first
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
-    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `values` guide
-    instead of the model's own; KL is then to the model itself.
+    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `best_of` says of
+    which methods each text is the one of so many that `model` gives the highest Q; their KL is a
+    bound (`decode.rerank.choice_kl`). `values` guide instead of the model's own; KL is then to the
+    model itself.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
@@ -130,20 +137,24 @@ def compare(
                 "base: KL to another model is known only where the model's own Q guides; without "
                 "it the base is the model itself, unguided"
             )
-    writers = {n: model if base is None or g.guides else base for n, g in guidances.items()}
+    of = dict.fromkeys(guidances, 1) | dict(best_of or {})
+    valued = {n for n, g in guidances.items() if g.guides or of[n] > 1}
+    writers = {n: model if base is None or n in valued else base for n in guidances}
     written = {
-        name: _write(writers[name], prompts, score, guidance, options, on_step, values)
+        name: _write(writers[name], prompts, score, guidance, options, of[name], on_step, values)
         for name, guidance in guidances.items()
     }
-    if base is not None:
-        for name in (n for n, g in guidances.items() if g.guides):
+    for name in valued:
+        if base is not None:
             _measure_kl(model, guidances[name], base, prompts, written[name])
+        for sample in written[name]:
+            sample.written.kl += choice_kl(of[name])
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
     means = {
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
         for name, samples in written.items()
     }
-    seconds = _time(writers, prompts, guidances, options, values)
+    seconds = _time(writers, prompts, guidances, options, of, values)
     rows: list[Row] = []
     for name, samples in written.items():
         baseline = _baseline(name, guidances)
@@ -155,6 +166,7 @@ def compare(
             method=name,
             baseline=baseline,
             guidance=guidances[name],
+            best_of=of[name],
             score=estimates.pop(""),
             metrics=estimates,
             kl_per_sequence=float(np.mean([s.written.kl for s in samples])),
@@ -325,15 +337,17 @@ def _write(
     score: Score,
     guidance: Guidance,
     options: CompareOptions,
+    best_of: int,
     on_step: OnStep | None,
     values: ValueSource | None,
 ) -> list[Sample]:
     """Every prompt's samples, measured and scored."""
     owners, requests = _requests(prompts, guidance, options)
     shown = {owners.index(i) for i in range(min(options.keep_reports, len(prompts)))}
-    texts = write(
+    texts = write_best(
         model,
         requests,
+        best_of,
         max_batch=options.max_batch,
         report=True,
         keep_reports=shown,
@@ -363,6 +377,7 @@ def _time(
     prompts: Sequence[Sequence[int]],
     guidances: Mapping[str, Guidance],
     options: CompareOptions,
+    best_of: Mapping[str, int],
     values: ValueSource | None,
 ) -> dict[str, float]:
     """Seconds per token of each method, the best of several rounds taken in turn: what else the
@@ -373,7 +388,9 @@ def _time(
             requests = _requests(prompts, guidance, options)[1][: options.timing]
             started = time.perf_counter()
             guide = values if guidance.guides else None  # the base pays for no other model
-            texts = write(writers[name], requests, max_batch=options.max_batch, values=guide)
+            texts = write_best(
+                writers[name], requests, best_of[name], max_batch=options.max_batch, values=guide
+            )
             rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
             best[name] = min(rate, best.get(name, rate))
     return best

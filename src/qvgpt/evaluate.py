@@ -35,6 +35,7 @@ from qvgpt.sampling import (
     check_guidance,
     check_references,
     check_room,
+    check_values,
     load_prompts,
     load_values,
 )
@@ -65,6 +66,8 @@ class EvaluateConfig:
     """Further rewards to report; also corpus_bleu and corpus_chrf."""
     betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     """Strengths of guidance, beside the base (0)."""
+    best_of: int = 1
+    """Beside them: of so many of the base's texts the one whose last token's Q is highest."""
     kl_budgets: list[float] = field(default_factory=list)
     """Methods whose strength is found at each token: the KL to the base, in nats, that it may take;
     need top_k."""
@@ -129,11 +132,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     values = load_values(
         model, config.model, config.value_models, config.contrast, config.weights, **kept
     )
+    strengths = [*config.betas, *config.kl_budgets]
+    check_values(model, config.model, strengths, config.best_of, values)
     guidances = guidances_of(config)
-    if model.heads is None and values is None and any(g.guides for g in guidances.values()):
-        raise QvgptError(f"{config.model}: has no value heads to guide with: say --betas []")
-    if values is not None and not any(g.guides for g in guidances.values()):
-        raise QvgptError("value_models and contrast: say how strongly, by betas or kl_budgets")
     if config.recommend and values is not None:
         raise QvgptError("recommend: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
@@ -153,6 +154,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
     score = _judge(config.reward, fields)
+    best_of = dict.fromkeys((n for n in guidances if n.startswith("best of")), config.best_of)
     options = CompareOptions(
         samples=config.samples,
         max_tokens=config.max_tokens,
@@ -161,15 +163,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         keep_reports=config.texts,
     )
     output = open_run(config.output, "evaluate", asdict(config), config.resume)
-    total = sum(1 if g.temperature == 0 else config.samples for g in guidances.values())
+    each = (1 if g.temperature == 0 else config.samples for g in guidances.values())
+    total = sum(n * best_of.get(name, 1) for n, name in zip(each, guidances, strict=True))
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
-            base=base, metrics=judges, on_step=progress.step, values=values,
+            base=base, metrics=judges, best_of=best_of, on_step=progress.step, values=values,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     judged, right = values or own_values(model), None
-    if isinstance(judged, HeadValues):
+    if isinstance(judged, HeadValues) and judged.model.info.level == "token":
         right = value_diagnostics(judged.model, _logged(model, prompts, fields, rows, config))
     summary = {
         "metric": config.reward,
@@ -202,7 +205,8 @@ def _refuse(config: EvaluateConfig) -> None:
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
     """Let the best method be what the model recommends: its name. The base is none to recommend."""
-    best = max(rows, key=lambda row: (row.score.value, -row.guidance.beta))
+    alone = [row for row in rows if row.best_of == 1]  # a guidance is all that can be written down
+    best = max(alone, key=lambda row: (row.score.value, -row.guidance.beta))
     guided = best.guidance.beta > 0 or best.guidance.kl_budget is not None
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
     model.save_config(config.model)
@@ -210,7 +214,7 @@ def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> st
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
-    """Base and every β, at every temperature, by name; all with the same candidates."""
+    """Base, every β and the best of N, at every temperature, by name; with the same candidates."""
     common = Guidance(
         top_k=config.top_k,
         top_p=config.top_p,
@@ -229,6 +233,9 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
         for budget in dict.fromkeys(config.kl_budgets):
             guidance = replace(common, kl_budget=budget, temperature=temperature)
             found[f"guided, KL ≤ {budget:g} a token, {how}"] = guidance
+        if config.best_of > 1 and temperature > 0:
+            name = f"best of {config.best_of} by Q, {how}"
+            found[name] = replace(common, temperature=temperature)
     return found
 
 
@@ -320,7 +327,8 @@ def _sections(
             f"{config.base or 'the model itself, unguided'}. Intervals are 95 %, "
             "bootstrapped over prompts; differences are to the base at the same temperature, "
             "paired by prompt. KL is that to the base at temperature 1 without truncation, "
-            "summed over a text, in nats (greedy: −log of the base's probability).",
+            "summed over a text, in nats (greedy: −log of the base's probability; of a best of N "
+            "it is at most what is said, log N − (N − 1)/N more than that of one text).",
             _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
         )
     ]
@@ -354,16 +362,18 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
                 [row.score.value for row in group],
                 [row.score.ci95[0] for row in group],
                 [row.score.ci95[1] for row in group],
-                [_strength(row.guidance) for row in group],
+                [_strength(row) for row in group],
             )
         )
     title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
     return line_chart(series, title=title, x_label=x_label, y_label=metric, style="both")
 
 
-def _strength(guidance: Guidance) -> str:
-    budget = guidance.kl_budget
-    return f"β = {guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
+def _strength(row: Row) -> str:
+    if row.best_of > 1:
+        return f"best of {row.best_of}"
+    budget = row.guidance.kl_budget
+    return f"β = {row.guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
 
 
 def _rows_table(rows: list[Row], metric: str) -> str:
@@ -418,7 +428,7 @@ def _value_charts(values: dict[str, Any]) -> str:
 def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
     """The first prompts: the base's text beside that of the best guided method."""
     columns = [rows[0]]
-    guided = [row for row in rows if row.guidance.guides]
+    guided = [row for row in rows if row.guidance.guides or row.best_of > 1]
     if guided:
         best = max(guided, key=lambda row: row.score.value)
         columns = [next(r for r in rows if r.method == best.baseline), best]

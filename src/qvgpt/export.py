@@ -94,6 +94,8 @@ def _guidance(
     """The guidance to fold, and the options of the recommended one that weights cannot hold."""
     if model.heads is None:
         raise QvgptError(f"{model_dir}: has no value heads, so there is nothing to fold")
+    if model.info.level == "turn":
+        raise QvgptError(f"{model_dir}: its values are of whole turns: no token's Q can be folded")
     if model.trunk.softcap is not None:
         raise QvgptError(f"{model_dir}: its logits are capped: no LM head can hold guidance")
     refuse_v_alone(model.heads)

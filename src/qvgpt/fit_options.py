@@ -38,6 +38,9 @@ class FitOptions:
     """Largest gradient norm."""
     tau: float = 0.005
     """Rate of the slow targets, per optimizer step."""
+    slow_trunk: bool = False
+    """Let the slow Q heads read a slow copy of the trunk too, which follows at the same rate: a
+    target that stands stiller, for one more copy of the trained weights and one more forward."""
     dropout: float | None = None
     """Share of activations dropped while training; None: as the model's shape says."""
     bf16: bool = False

@@ -72,6 +72,9 @@ class Training:
         if options.dropout is not None:
             model.trunk.set_dropout(options.dropout)
         model.trunk.set_gradient_checkpointing(options.gradient_checkpointing)
+        model.candidates = objectives.candidates
+        if options.slow_trunk:
+            model.keep_slow_trunk()
         if options.compiled:
             for block in model.trunk.blocks:
                 block.compile()
@@ -80,6 +83,8 @@ class Training:
         self.bare = model
         self.plain: ValueModel | None = model  # what is saved, on the main process: never sharded
         self.is_sharded = self.accelerator.is_fsdp2
+        if self.is_sharded and options.slow_trunk:
+            raise QvgptError("fit.slow_trunk: not where weights are sharded (FSDP2): leave it off")
         if self.is_sharded:
             self.plain = copy.deepcopy(model) if self.accelerator.is_main_process else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -253,6 +258,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.bare.heads is not None and self.objectives.learns_values:
             self.bare.heads.update_targets(self.options.tau)
+        if self.bare.slow is not None:
+            self.bare.slow.update(self.bare.trunk, self.options.tau)
         self.state.step += 1
         return parts
 
@@ -291,7 +298,9 @@ class Training:
         assert self.checkpoints is not None
         plain, optimizer = self.gathered(), optimizer_state(self.names, self.optimizer)
         if plain is not None:
-            save_checkpoint(self.checkpoints, plain, optimizer, self.state, self.options.keep)
+            save_checkpoint(
+                self.checkpoints, plain, optimizer, self.state, self.options.keep, self.bare.slow
+            )
 
     @torch.no_grad()
     def gathered(self) -> ValueModel | None:
@@ -352,6 +361,7 @@ def fit(
     if objectives.teaches_values:
         model.info.objectives, model.info.recommended_guidance = objectives.as_list(), None
         model.info.gamma, model.info.per_turn_discount = objectives.discount
+        model.info.level = objectives.level
     training = Training(model, data, objectives, options, eval_data, output)
     is_main = training.accelerator.is_main_process
     console = console or Console(stderr=True, quiet=not is_main)
@@ -376,6 +386,7 @@ def fit(
         plain = training.gathered()
     for one in {model, plain or model}:
         one.eval()
+        one.slow = None
         if stale:
             one.heads, one.info = None, ValueInfo()
     if output is not None and plain is not None:

@@ -4,7 +4,7 @@ Memory is measured, not computed: attention kernels, chunked losses and allocato
 wrong by factors. On a CPU it is the resident set of the process (Linux lets its peak begin anew),
 on a GPU what torch's allocator reserved. What is certain beforehand is told apart from the rest:
 
-    peak = program + weights + gradients + optimizer state + activations
+    peak = program + weights (+ slow trunk) + gradients + optimizer state + activations
 """
 
 import ctypes
@@ -173,7 +173,8 @@ def _try_one_text(training: Training, indices: Sequence[int]) -> tuple[int, floa
     _begin_peak(device)
     training.learn([text])
     one_text = max(0, _peak(device) - before - static["gradients"]) / _padded(text)
-    program = max(0, before - static["weights"] - static["optimizer"])
+    there = sum(size for name, size in static.items() if name != "gradients")
+    program = max(0, before - there)
     return program, one_text, static
 
 
@@ -203,8 +204,11 @@ def _static(training: Training) -> dict[str, int]:
     state = training.optimizer.state
     tensors = [t for of_one in state.values() for t in of_one.values()]
     weights = [*training.bare.parameters(), *training.bare.buffers()]
+    slow = training.bare.slow
+    copied = {"slow_trunk": sum(w.nbytes for w in slow.state_dict().values())} if slow else {}
     return {
         "weights": sum(w.nbytes for w in weights),
+        **copied,
         "gradients": sum(p.nbytes for p in state),
         "optimizer": sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor)),
     }
@@ -336,6 +340,9 @@ def _advice(
     if trained and training.objectives.teaches_values:
         saved = 3 * trained + 0.7 * activations  # gradients, two moments
         found.append(("freeze_trunk: true", saved, "a new run, from a trained model; values only"))
+    if options.slow_trunk:
+        saved = static["slow_trunk"] + 0.1 * activations
+        found.append(("fit.slow_trunk: false", saved, "slow targets of the heads alone"))
     if model.heads is not None and model.heads.config.kind in ("linear", "mlp"):
         matrix: Any = model.heads.q[0].weight
         rank = min(64, matrix.size(1))

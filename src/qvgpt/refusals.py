@@ -34,6 +34,7 @@ def refuse(
                     f"{name} {i + 1} of {len(texts)}: {len(text.tokens)} tokens do not fit the "
                     f"context of {model.trunk.seq_len}"
                 )
+            _refuse_return(model, objectives, text, f"{name} {i + 1} of {len(texts)}")
 
 
 def _refuse_objectives(model: ValueModel, objectives: Objectives) -> None:
@@ -52,6 +53,7 @@ def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
     """Heads that are missing, of another kind, or left behind."""
     if not objectives.learns_values:
         return
+    _ = objectives.level, objectives.candidates  # raise where objectives do not go together
     if model.heads is None:
         raise QvgptError("the objectives learn values, but the model has no value heads")
     if missing := sorted(objectives.needs - model.offers - OF_THE_TRUNK):
@@ -72,6 +74,21 @@ def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
         )
 
 
+def _refuse_return(model: ValueModel, objectives: Objectives, text: Trajectory, name: str) -> None:
+    """A return that a distribution over returns does not know."""
+    support = model.heads.config.support if model.heads is not None else None
+    if support is None:
+        return
+    slack = 1e-6 * (support.high - support.low)
+    for value in objectives.returns_of(text):
+        if not support.low - slack <= value <= support.high + slack:
+            raise QvgptError(
+                f"{name}: its return {value:g} is none that the value heads know, {support.low:g} "
+                f"to {support.high:g}: give fitting heads.low and heads.high, or scale the rewards "
+                "by reward_scale"
+            )
+
+
 def _refuse_options(
     model: ValueModel,
     objectives: Objectives,
@@ -88,6 +105,10 @@ def _refuse_options(
         )
     if model.trunk_is_frozen and options.gradient_checkpointing:
         raise QvgptError("fit.gradient_checkpointing: a frozen trunk keeps no activations anyway")
+    if options.slow_trunk and model.trunk_is_frozen:
+        raise QvgptError("fit.slow_trunk: a frozen trunk does not move: leave it off")
+    if options.slow_trunk and not objectives.needs & {"target_q", "target_q_at_argmax"}:
+        raise QvgptError("fit.slow_trunk: the objectives read no slow Q: leave it off")
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
     if options.keep_best and options.keep_best not in (parts := objectives.parts):

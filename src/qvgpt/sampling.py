@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qvgpt.data.rows import Row, prompt_tokens, read_rows
-from qvgpt.decode.engine import Request, TokenEvent, row_seed, write
+from qvgpt.decode.engine import Request, TokenEvent, row_seed
 from qvgpt.decode.guide import Guide, refuse_other_tokenizer
 from qvgpt.decode.policy import V_ALONE, Guidance
+from qvgpt.decode.rerank import write_best
 from qvgpt.decode.sources import (
     Contrast,
     HeadValues,
@@ -85,6 +86,8 @@ def _values_of(model: ValueModel, directory: str) -> ValueSource:
     values = own_values(model)
     if values is None:
         raise QvgptError(f"value_models: {directory} has no value heads to guide with")
+    if model.info.level == "turn":
+        raise QvgptError(f"value_models: {directory}: its values are of turns and guide no token")
     if isinstance(values, HeadValues) and values.model.heads and values.model.heads.know_v_alone:
         raise QvgptError(f"value_models: {directory}: {V_ALONE}")
     return values
@@ -116,6 +119,39 @@ def check_room(prompts: Sequence[Sequence[int]], model: ValueModel, max_tokens: 
         )
 
 
+def check_values(
+    model: ValueModel,
+    name: str,
+    betas: Iterable[float | None],
+    best_of: int = 1,
+    values: ValueSource | None = None,
+) -> None:
+    """Raise `QvgptError` where the model in `name` has no values to guide or to rank texts by.
+
+    `betas` are strengths of guidance of either kind, β or a budget of KL. Other `values`, where
+    they are given, must guide, and cannot rank.
+    """
+    guided, ranked = any(betas), best_of > 1
+    if best_of < 1:
+        raise QvgptError(f"best_of must be at least 1, not {best_of}")
+    if values is not None and ranked:
+        raise QvgptError("best_of: texts are ranked by the model's own values alone")
+    if values is not None:
+        if not guided:
+            raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
+        return
+    if model.heads is None and (guided or ranked):
+        wanted = "to rank by: best_of must be 1"
+        if guided:
+            wanted = "to guide with: beta must be 0 (in `evaluate` --betas [])"
+        raise QvgptError(f"{name}: has no value heads {wanted}")
+    if guided and model.info.level == "turn":
+        raise QvgptError(
+            f"{name}: its values are of whole turns and guide no token: beta must be 0 (in "
+            "`evaluate` --betas []), and best_of says how many texts they choose from"
+        )
+
+
 def check_references(rows: Iterable[Row], rewards: Iterable[str]) -> None:
     """Raise `DataError` for the first row without the texts that one of the rewards reads."""
     if not any(name.startswith("corpus_") or compares(name) for name in rewards):
@@ -134,9 +170,13 @@ def engine_policy(
     max_tokens: int = 128,
     seed: int = 0,
     max_batch: int = 256,
+    best_of: int = 1,
     values: ValueSource | None = None,
 ) -> Policy:
-    """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers."""
+    """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers.
+
+    With `best_of` each turn is the one of so many candidates whose Q is highest.
+    """
     turns = count()
 
     def act(prompts: list[list[int]]) -> list[Completion]:
@@ -144,7 +184,7 @@ def engine_policy(
             Request(prompt, max_tokens, guidance or Guidance(), row_seed(seed, next(turns)))
             for prompt in prompts
         ]
-        written = write(model, requests, max_batch=max_batch, values=values)
+        written = write_best(model, requests, best_of, max_batch=max_batch, values=values)
         return [Completion(text.tokens, text.terminated) for text in written]
 
     return act

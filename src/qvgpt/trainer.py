@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ from qvgpt.trajectory import Trajectory, centred, scaled
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
 _FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
-          "tokenizer.vocab_size.", "fit.keep_best.", "reward_scale.")  # fmt: skip
+          "tokenizer.vocab_size.", "fit.keep_best.", "fit.slow_trunk.",
+          "reward_scale.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def _train(
             if state.is_main_process and not config.dry_run:
                 _clear(output)
             return json.loads((output / "summary.json").read_text())
-    model = _start(config, objectives, newest_checkpoint(output / "checkpoints"), console)
+    newest = newest_checkpoint(output / "checkpoints")
+    model = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
     if config.centred:
@@ -164,6 +166,7 @@ def _train(
     if scale != 1:
         data, eval_data = scaled(data, scale), scaled(eval_data, scale)
     objectives = objectives.fitted_to(data)
+    model = _equipped(config, model, objectives, [*data, *eval_data], newest, console)
     if objectives.needs_reference:
         _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
@@ -225,10 +228,8 @@ def _say_what_changed(
         console.print(f"goes on with other settings: {', '.join(changed.values())}", soft_wrap=True)
 
 
-def _start(
-    config: TrainConfig, objectives: Objectives, newest: Path | None, console: Console
-) -> ValueModel:
-    """The model to train: that of a checkpoint, a given one, or a new one."""
+def _start(config: TrainConfig, newest: Path | None, console: Console) -> ValueModel:
+    """The model to train: that of a checkpoint, a given one, or a new one; heads may lack yet."""
     torch.manual_seed(config.fit.seed)
     if config.lora is not None and (config.model is None or config.freeze_trunk):
         raise QvgptError("lora: adapts a given model: say which, and leave freeze_trunk off")
@@ -237,15 +238,39 @@ def _start(
     model = _new(config) if source is None else _given(config, source, newest)
     if newest is not None:
         _take_tokenizer(config, model, newest, console)
-    if model.heads is not None and config.heads not in (None, model.heads.config):
-        raise QvgptError(f"heads: {source} has other ones, {model.heads.config}; leave heads out")
+    if model.heads is not None and config.heads is not None:
+        own, given = model.heads.config, config.heads
+        if given.low is None:
+            given = replace(given, low=own.low, high=own.high)
+        if given != own:
+            raise QvgptError(f"heads: {source} has other ones, {own}; leave heads out")
+    return model
+
+
+def _equipped(
+    config: TrainConfig,
+    model: ValueModel,
+    objectives: Objectives,
+    texts: list[Trajectory],
+    newest: Path | None,
+    console: Console,
+) -> ValueModel:
+    """The model with what it lacks: value heads where the objectives learn values, adapters."""
     if model.heads is None and objectives.learns_values:
         if newest is not None and config.lora is None:
             raise QvgptError(
                 f"objectives: {newest} has no value heads and a run cannot gain them; give it as "
                 "--model of a new run"
             )
-        heads = config.heads or HeadsConfig()
+        given = config.heads or HeadsConfig()
+        heads = given
+        if not given.knows_support:
+            returns = [g for t in texts for g in objectives.returns_of(t)]
+            heads = given.fitted_to(returns)
+            console.print(
+                f"heads: the returns of the data lie between {min(returns):g} and "
+                f"{max(returns):g}; the heads know {heads.low:g} to {heads.high:g}"
+            )
         model = ValueModel(model.trunk, heads, model.tokenizer, config.freeze_trunk)
     if config.lora is not None:
         model.trunk.add_lora(config.lora)

@@ -12,6 +12,9 @@ Losses see decisions only, so step k+1 follows step k even across an observation
     reward            0 -1        0  1       of an observation: goes to the decision before it
     ends_turn         0  1        0  1
 
+Utterance-level methods see one decision a turn, the last of it (`ends_whole_turn`): its Q has the
+whole turn in its history, its state is the turn's first, its reward the sum of the turn's.
+
 Truncated is not terminated. Where a text was cut in the middle of a turn, its last state has a
 value to bootstrap from. Where it was cut right after a turn's end token, the next observation was
 never seen, so that decision has no target and is masked.
@@ -24,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -94,6 +98,21 @@ def mean_return(trajectories: Iterable[Trajectory]) -> float:
     return total / max(decisions, 1)
 
 
+def returns_to_go(t: Trajectory, gamma: float = 1.0, per_turn: bool = False) -> list[float]:
+    """The discounted rewards still to come at each decision, first to last; γ is applied after
+    every decision, or after every turn. Rewards only: what a cut text would have earned is left
+    out."""
+    found: list[float] = []
+    to_come = 0.0
+    for i in reversed(range(len(t.tokens))):
+        to_come += t.reward[i]
+        if t.is_action[i]:
+            found.append(to_come)
+            same_turn = i > 0 and t.is_action[i - 1]
+            to_come *= 1.0 if per_turn and same_turn else gamma
+    return found[::-1]
+
+
 @dataclass(frozen=True)
 class TrajectoryBatch:
     """Episodes side by side: tokens in token time, all else in decision time.
@@ -118,6 +137,19 @@ class TrajectoryBatch:
         """The tokens that follow another of their text: all but the first of each."""
         follows = self.text[:, 1:] == self.text[:, :-1]
         return self.attention_mask[:, 1:] & follows
+
+    @property
+    def ends_whole_turn(self) -> Bool[Tensor, "batch steps"]:
+        """The decisions that end a turn and count: one for each turn that was not cut."""
+        return self.mask & self.ends_turn
+
+    def turns(self) -> tuple[Int[Tensor, "batch steps"], Float[Tensor, "batch steps"]]:
+        """Of each decision's turn: the step it began at, and the sum of its rewards."""
+        begins = F.pad(self.ends_turn[:, :-1], (1, 0), value=True)
+        step = torch.arange(begins.size(1), device=begins.device)
+        first = step.where(begins, 0).cummax(dim=1).values
+        total = torch.zeros_like(self.reward).scatter_add(1, first, self.reward)
+        return first, total.gather(1, first)
 
     def to(self, device: torch.device | str) -> "TrajectoryBatch":
         """The same batch on another device."""

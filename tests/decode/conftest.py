@@ -14,6 +14,7 @@ def make_model():
 
     def make(kind="linear", num_q=2, tied=True, heads=True, noise=0.3, **more):
         torch.manual_seed(0)
+        more = {"low": 0.0, "high": 1.0} | more
         trunk = GPT(tokenizer.vocab_size, 16, 2, 2, seq_len=48, tied=tied)
         config = HeadsConfig(kind, rank=5, num_q=num_q, **more) if heads else None
         model = ValueModel(trunk, config, tokenizer).eval()

@@ -13,6 +13,7 @@ EMBED, VOCAB = 8, 11
 
 def make(kind, noise=0.5, **options):
     torch.manual_seed(0)
+    options = {"low": 0.0, "high": 1.0} | options
     heads = ValueHeads(EMBED, VOCAB, HeadsConfig(kind, rank=3, **options))
     with torch.no_grad():
         for p in heads.parameters():
@@ -70,8 +71,28 @@ def test_a_distribution_begins_as_no_guidance_and_learns():
     with pytest.raises(
         QvgptError, match=r"below the model's 8 dimensions, not 8: .* 1,056 numbers"
     ):
-        ValueHeads(EMBED, VOCAB, HeadsConfig("categorical", rank=8, bins=12))
+        ValueHeads(EMBED, VOCAB, HeadsConfig("categorical", 8, bins=12, low=0.0, high=1.0))
     with pytest.raises(QvgptError, match="low must be below high"):
+        HeadsConfig("categorical", low=1.0, high=0.5)
+
+
+def test_the_support_comes_from_the_returns_unless_it_is_given():
+    returns = [0.0, 2.0, -2.0]
+    found = HeadsConfig("categorical").fitted_to(returns)
+    assert (found.low, found.high) == pytest.approx((-2.2, 2.2))
+    alike = HeadsConfig("categorical").fitted_to([3.0, 3.0])
+    assert (alike.low, alike.high) == (2.5, 3.5)
+    for config in (
+        HeadsConfig("categorical", low=0.0, high=1.0),
+        HeadsConfig("categorical", bins=2),
+        HeadsConfig("mlp"),
+    ):
+        assert config.fitted_to(returns) == config
+    two = HeadsConfig("categorical", bins=2).support
+    assert (two.low, two.high) == (0.0, 1.0)
+    with pytest.raises(QvgptError, match="which returns are there"):
+        ValueHeads(EMBED, VOCAB, HeadsConfig("categorical", rank=3))
+    with pytest.raises(QvgptError, match="give low and high, or neither"):
         HeadsConfig("categorical", low=1.0)
 
 

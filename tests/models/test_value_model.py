@@ -1,6 +1,7 @@
 """Trunk and heads together: what objectives read, what it costs, and the artefact on disk."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qvgpt.models import vocab
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
-from qvgpt.objectives import NEEDS
+from qvgpt.objectives import NEEDS, Candidates
 from qvgpt.trajectory import Trajectory, collate
 
 TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz"], "char")
@@ -38,6 +39,52 @@ def make(kind="linear", noise=0.3, freeze=False, tied=True, tokenizer=TOKENIZER,
         for p in model.parameters():
             p.add_(noise * torch.randn_like(p))
     return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("candidates", [Candidates(top_k=3), Candidates(min_p=0.4)])
+def test_the_best_is_sought_among_what_the_language_model_might_say(candidates):
+    model = make("low_rank", noise=0.6)
+    free = model(BATCH)
+    model.candidates = candidates
+    values = model(BATCH)
+    hidden = model.states(model.trunk.hidden(BATCH.tokens), BATCH)
+    logits = hidden @ model.trunk.output_weight.T
+    for row, count in ((0, 4), (1, 3), (2, 2)):
+        for k in range(count):
+            h, there = hidden[row, k][None], logits[row, k]
+            may = there >= there.max() + math.log(candidates.min_p or 1e-30)
+            if candidates.top_k:
+                may = torch.zeros_like(may).index_fill(0, there.topk(3).indices, True)
+            q = torch.stack([head(h)[0] for head in model.heads.q]).mean(0)
+            best = max((q[a].item(), a) for a in range(len(q)) if may[a])
+            assert values.q_max[row, k] == pytest.approx(best[0], abs=1e-5)
+            for i, head in enumerate(model.heads.target_q):
+                expected = head(h)[0, best[1]].item()
+                assert values.target_q_at_argmax[i, row, k] == pytest.approx(expected, abs=1e-5)
+    assert (values.q_max < free.q_max - 1e-3).any()
+    assert (values.q_max <= free.q_max + 1e-6).all()
+
+
+@torch.no_grad()
+def test_slow_heads_read_the_slow_trunk_where_there_is_one():
+    model = make("mlp")
+    model.keep_slow_trunk()
+    before = model(BATCH)
+    for p in model.trunk.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    after, slow = model(BATCH), model.slow
+    for name in ("q", "v", "logprob"):
+        assert not torch.allclose(getattr(after, name), getattr(before, name), atol=1e-2)
+    torch.testing.assert_close(after.target_q, before.target_q)
+    old = {name: x.clone() for name, x in slow.state_dict().items()}
+    slow.update(model.trunk, 0.25)
+    for name, fast in model.trunk.named_parameters():
+        torch.testing.assert_close(slow.state_dict()[name], torch.lerp(old[name], fast, 0.25))
+    assert old.keys() == dict(model.trunk.named_parameters()).keys()
+    assert not any(name.startswith("slow") for name in model.state_dict())
+    model.slow = None
+    assert not torch.allclose(model(BATCH).target_q, before.target_q, atol=1e-2)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qvgpt.categorical import Support
-from qvgpt.objectives import Values
+from qvgpt.objectives import Candidates, Values
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 END, ACTIONS, REPLIES, VOCAB, SIDES = 2, (2, 3, 4), (5, 6), 7, 2
@@ -166,6 +166,35 @@ class Game:
             v[node] = backup([q[node, a] for a in ACTIONS], shares)
         return q, {node: value for node, value in v.items() if node is not None}
 
+    def turns(self, node: int) -> dict[tuple[int, ...], tuple[float, float, list]]:
+        """Every whole turn that may be said at a node: how likely it is, the rewards it may expect,
+        those of the reply included, and where it leads, as (probability, node)."""
+        found: dict[tuple[int, ...], tuple[float, float, list]] = {}
+
+        def say(said, node, share, reward):
+            for action in ACTIONS:
+                outcomes, p = self.outcomes[node, action], share * self.policy[node, action]
+                total = reward + sum(o.probability * o.reward for o in outcomes)
+                if action == END or outcomes[0].node is None:
+                    then = [(o.probability, o.node) for o in outcomes]
+                    found[(*said, action)] = p, total, then
+                else:
+                    say((*said, action), outcomes[0].node, p, total)
+
+        say((), node, 1.0, 0.0)
+        return found
+
+    def solve_turns(self, backup, gamma: float = 1.0):
+        """Q of (node, turn) and V of node where a whole turn is one decision."""
+        q: dict[tuple[int, tuple[int, ...]], float] = {}
+        v: dict[int | None, float] = {None: 0.0}
+        for node in reversed(range(self.nodes)):
+            turns = self.turns(node)
+            for said, (_, reward, then) in turns.items():
+                q[node, said] = reward + gamma * sum(p * v[n] for p, n in then)
+            v[node] = backup([q[node, said] for said in turns], [p for p, _, _ in turns.values()])
+        return q, v
+
     def returns(self, node: int | None, action: int | None = None) -> Counter[float]:
         """The distribution of the undiscounted return under the data policy, exactly."""
         if node is None:
@@ -225,10 +254,15 @@ class Table(nn.Module):
         bins = 2 if support is None else support.bins
         self.returns = nn.Parameter(torch.zeros(heads, rows, VOCAB, bins))
         self.v_returns = nn.Parameter(torch.zeros(rows, bins))
-        shares = [[game.policy.get((n, a), 1.0) for a in range(VOCAB)] for n in range(rows)]
+        shares = [[game.policy.get((n, a), 1e-9) for a in range(VOCAB)] for n in range(rows)]
         self.ref = torch.tensor(shares).log()  # π_ref is the data policy
         self.judged = torch.zeros(rows, VOCAB)
+        self.candidates = Candidates()
         self._at: dict[int, torch.Tensor] = {}
+
+    def where(self, prefix: tuple[int, ...]) -> int:
+        """The row of a text so far: that of its node."""
+        return self.game.walk(prefix)
 
     def at(self, batch: TrajectoryBatch) -> torch.Tensor:
         """The node of each state, [batch, states]."""
@@ -238,7 +272,7 @@ class Table(nn.Module):
             for row, states in zip(tokens, index, strict=True):
                 for i in states:
                     walk.setdefault(tuple(row[: i + 1]), None)
-            walk = {prefix: self.game.walk(prefix) for prefix in walk}
+            walk = {prefix: self.where(prefix) for prefix in walk}
             self._at[id(batch)] = torch.tensor(
                 [[walk[tuple(row[: i + 1])] for i in states]
                  for row, states in zip(tokens, index, strict=True)]
@@ -260,12 +294,16 @@ class Table(nn.Module):
         known = (self.q + only).detach()
         log_pi = self.log_pi()
         ratio = (log_pi - self.ref)[:, list(ACTIONS)].amax(-1).exp().detach()
+
+        def among() -> torch.Tensor:
+            return known.mean(0).masked_fill(~self.candidates.among(self.ref), -math.inf)
+
         found: dict[str, Callable[[], torch.Tensor]] = {
             "q": lambda: q,
             "target_q": q.detach,
             "v": lambda: self.v[at],
-            "q_max": lambda: known.mean(0).amax(-1)[at],
-            "target_q_at_argmax": lambda: known[:, at, known.mean(0).argmax(-1)[at]],
+            "q_max": lambda: among().amax(-1)[at],
+            "target_q_at_argmax": lambda: known[:, at, among().argmax(-1)[at]],
             "expected_q": lambda: (self.judged * self.q).sum(-1).detach()[:, at],
             "q_logsumexp": lambda: (self.q + only).logsumexp(-1)[:, here],
             "return_logits": lambda: self.returns[:, here, action],
@@ -276,6 +314,22 @@ class Table(nn.Module):
             "logprob": lambda: log_pi[here, action].where(batch.mask, 0.0),
         }
         return Values(**{name: found[name]() for name in needs}, support=self.support)
+
+
+class Histories(Table):
+    """A row for every text so far: what a turn has said decides what its end is worth."""
+
+    def __init__(self, game: Game):
+        super().__init__(game)
+        texts = {tuple(t.tokens[:i]) for t in game.texts() for i in range(1, len(t.tokens) + 1)}
+        self.rows = {text: i for i, text in enumerate(sorted(texts))}
+        generator = torch.Generator().manual_seed(0)
+        self.q = nn.Parameter(0.3 * torch.randn(2, len(self.rows), VOCAB, generator=generator))
+        self.v = nn.Parameter(torch.zeros(len(self.rows)))
+
+    def where(self, prefix: tuple[int, ...]) -> int:
+        """Its own."""
+        return self.rows[prefix]
 
 
 def learn(objective, model, batch, steps: int = 600, rate: float = 0.1):

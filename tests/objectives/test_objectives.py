@@ -17,6 +17,7 @@ from qvgpt.objectives import (
     METHODS,
     QSFT,
     SARSA,
+    Candidates,
     ControlledDecoding,
     DoubleQ,
     MonteCarlo,
@@ -74,6 +75,48 @@ def test_ilql_by_hand():
     loss = ILQL(gamma=0.9, expectile=0.8, cql_weight=0.1)(VALUES, TWO_ROWS)
     assert parts(loss) == pytest.approx({"q": q / 3, "v": v / 3, "cql": cql / 3})
     assert loss.total.item() == pytest.approx((q + v + 0.1 * cql) / 3)
+
+
+def test_ilql_of_whole_turns_by_hand():
+    """Two turns of two tokens; one token and then an observation; a turn that was cut."""
+    batch = collate(
+        [
+            Trajectory([0, 1, 2, 7, 1, 3], [False, True, True, False, True, True],
+                       [0.0, 1.0, 0.25, 0.5, 2.0, 4.0], True),
+            Trajectory([0, 2, 7], [False, True, False], [0.0, 3.0, 0.0], False),
+            Trajectory([0, 1, 1], [False, True, True], [0.0, 9.0, 9.0], False),
+        ],
+        end_ids=[2],
+    )  # fmt: skip
+    first, reward = batch.turns()
+    assert first[0].tolist() == [0, 0, 2, 2]
+    assert reward[0].tolist() == [1.75, 1.75, 6.0, 6.0]  # the observation's goes to the first turn
+    assert batch.ends_whole_turn.int().tolist() == [[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    q = torch.arange(12.0).view(1, 3, 4)
+    v = torch.tensor([[1.0, 9.0, 2.0, 9.0, 9.0], [3.0, 4.0, 9.0, 9.0, 9.0], [9.0] * 5])
+    values = Values(q=q, target_q=q, v=v)
+    ilql = ILQL(gamma=0.5, expectile=0.75, cql_weight=0.0, level="turn")
+    assert ilql.per_turn_discount
+    # targets: 1.75 + ½·2 = 2.75;  6;  3 + ½·4 = 5;  Q there: 1, 3, 4;  v: 1, 2, 3
+    loss = ilql(values, batch)
+    expected = {"q": (1.75**2 + 3**2 + 1) / 3, "v": 0.75 * (0 + 1 + 1) / 3}
+    assert parts(loss) == pytest.approx(expected)
+    assert ilql.counted(batch).sum() == 3
+    one = ILQL(gamma=0.5, expectile=0.75, cql_weight=0.0)
+    assert parts(one(values, batch)) != pytest.approx(expected)
+    assert one.counted(batch).sum() == batch.mask.sum() == 7
+
+
+def test_candidates_are_those_of_guidance():
+    logits = torch.tensor([[0.0, -1.0, -2.0, -3.0], [5.0, 5.0, 5.0, 1.0]]).log_softmax(-1)
+    for candidates, expected in (
+        (Candidates(), [[1, 1, 1, 1]] * 2),
+        (Candidates(top_k=2), [[1, 1, 0, 0], [1, 1, 1, 0]]),
+        (Candidates(top_k=9, min_p=0.13), [[1, 1, 1, 0], [1, 1, 1, 0]]),
+        (Candidates(top_k=2, min_p=0.9), [[1, 0, 0, 0], [1, 1, 1, 0]]),
+    ):
+        assert candidates.among(logits).int().tolist() == expected
+    assert Candidates(min_p=0.0).are_all
 
 
 def test_monte_carlo_by_hand():
@@ -432,6 +475,11 @@ def test_objectives_are_read_as_written():
         ([{"ControlledDecoding": {"lambda_": 2.0}}], "lambda_ must lie"),
         ([{"SARSA": {"lambda_": 2.0}}], "lambda_ must lie"),
         ([{"DoubleQ": {"cql_weight": -1.0}}], "cql_weight must be 0 or more"),
+        ([{"DoubleQ": {"top_k": 2.5}}], "top_k is a int, not 2.5"),
+        ([{"DoubleQ": {"top_k": 0}}], "top_k must be at least 1"),
+        ([{"DoubleQ": {"min_p": 2}}], r"min_p must lie in \[0, 1\]"),
+        ([{"ILQL": {"level": "word"}}], "level is 'token' or 'turn'"),
+        ([{"ILQL": {"level": "turn"}}], "cql_weight must be 0 at level 'turn'"),
         ([{"LM": {"top_share": 10}}], r"top_share must lie in \(0, 1\]"),
         ([{"LM": {"top_share": 0.1, "min_return": 1}}], "min_return or top_share, not both"),
         ([{"AWAC": {"temperature": 0.0}}], "temperature must be above 0"),
@@ -441,6 +489,22 @@ def test_objectives_are_read_as_written():
 def test_mistakes_are_named(spec, message):
     with pytest.raises(QvgptError, match=message):
         parse_objectives(spec)
+
+
+def test_objectives_agree_on_what_a_decision_is_and_where_the_best_is_sought():
+    turn = {"ILQL": {"level": "turn", "cql_weight": 0.0}}
+    assert parse_objectives(["LM", turn]).level == "turn"
+    assert parse_objectives(["LM", turn]).discount == (0.99, True)
+    assert parse_objectives(parse_objectives([turn]).as_list()) == parse_objectives([turn])
+    assert parse_objectives(["LM", "ILQL", "AWAC"]).level == "token"
+    for other in ("MonteCarlo", "AWAC", "AWR"):
+        with pytest.raises(QvgptError, match=r"of whole turns .* and of tokens do not mix"):
+            _ = parse_objectives([turn, other]).level
+    restricted = {"DoubleQ": {"top_k": 20}}
+    assert parse_objectives(["LM", restricted]).candidates == Candidates(top_k=20)
+    assert parse_objectives(["LM", "DoubleQ"]).candidates.are_all
+    with pytest.raises(QvgptError, match="several DoubleQ with different top_k"):
+        _ = parse_objectives([restricted, "DoubleQ"]).candidates
 
 
 def test_the_names_of_loss_parts_are_known_before_any_data():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mdp import (
     Game,
+    Histories,
     Table,
     best,
     expectile,
@@ -29,6 +30,7 @@ from qvgpt.objectives import (
     LM,
     QSFT,
     SARSA,
+    Candidates,
     ControlledDecoding,
     DoubleQ,
     MonteCarlo,
@@ -92,6 +94,35 @@ def test_ilql_learns_the_expectile_of_its_data(game, tau):
 
 
 @GAMES
+@pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_ilql_of_whole_turns_learns_the_expectile_over_turns(game, tau):
+    objective = ILQL(gamma=0.8, expectile=tau, cql_weight=0.0, level="turn")
+    model = learn(objective, Histories(game), game.batch(cut=False), steps=800)
+    q, v = game.solve_turns(expectile(tau), 0.8)
+    checked = set()
+    for t in game.texts(cut=False):
+        begins, said = 1, ()
+        for i, token in enumerate(t.tokens):
+            if not t.is_action[i]:
+                begins = i + 1
+                continue
+            said = t.tokens[begins : i + 1]
+            if i + 1 < len(t.tokens) and t.is_action[i + 1]:
+                continue
+            node = game.walk(t.tokens[:begins])
+            checked.add((node, tuple(said)))
+            wanted = torch.tensor(q[node, tuple(said)]).expand(2)
+            found = model.q.detach()[:, model.where(tuple(t.tokens[:i])), token]
+            torch.testing.assert_close(found, wanted, atol=1e-2, rtol=0)
+            state = model.v.detach()[model.where(tuple(t.tokens[:begins]))]
+            assert state.item() == pytest.approx(v[node], abs=1e-2)
+    assert max(len(said) for _, said in checked) > 1
+    assert len({node for node, _ in checked}) > 2
+    if tau == 0.5:  # a mean of means: what the data policy earns, counted by the token
+        assert v[0] == pytest.approx(game.solve(mean, 0.8, per_turn=True)[1][0])
+
+
+@GAMES
 def test_ilql_nears_the_optimum_as_its_expectile_nears_one(game):
     objective = ILQL(gamma=0.9, expectile=0.9995, cql_weight=0.0)
     model = learn(objective, Table(game), game.batch(), steps=1500)
@@ -119,6 +150,30 @@ def test_double_q_finds_the_optimum(game):
     q, v = game.solve(best, 0.9)
     same_q(model, q, game)
     same_v(model, v, game)
+
+
+@GAMES
+def test_double_q_seeks_the_best_of_what_the_base_policy_might_say(game):
+    shares = (0.5, 0.3, 0.2)
+    base = {(s, a): shares[(s + a) % 3] for s, a in game.policy}
+    said = replace(game, policy=base)
+    free, _ = game.solve(best, 0.9)
+    for candidates in (Candidates(top_k=2), Candidates(min_p=0.5), Candidates(min_p=1.0)):
+        least = 0.5 if candidates.min_p == 1.0 else 0.3
+
+        def restricted(q, p, least=least):
+            return max(x for x, share in zip(q, p, strict=True) if share >= least)
+
+        objective = DoubleQ(0.9, 0.0, top_k=candidates.top_k, min_p=candidates.min_p)
+        assert objective.candidates == candidates
+        model = Table(game)
+        model.ref = Table(said).ref
+        model.candidates = objective.candidates
+        learn(objective, model, game.batch())
+        q, v = said.solve(restricted, 0.9)
+        same_q(model, q, game)
+        same_v(model, v, game)
+        assert max(abs(q[pair] - free[pair]) for pair in game.pairs) > 0.1
 
 
 @GAMES

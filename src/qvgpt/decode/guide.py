@@ -103,15 +103,21 @@ class Guide:
             return
         if self.source is None:
             raise QvgptError("this model has no value heads: it can only be run with beta 0")
+        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
+        if any(model.info.level == "turn" for model in asked):
+            raise QvgptError(
+                "these values are of whole turns and guide no token: leave beta 0 and let them "
+                "rank texts, by best_of"
+            )
         if not self._knows_q:
             raise QvgptError(V_ALONE)
-        most, asked = self.source.most_candidates, self.known
+        most, candidates = self.source.most_candidates, self.known
         if guidance.top_k is not None and guidance.candidates == "base":
-            asked = min(asked, guidance.top_k)
-        if most is not None and asked > most:
+            candidates = min(candidates, guidance.top_k)
+        if most is not None and candidates > most:
             raise QvgptError(
-                f"these values are read after each candidate, and there are {asked}: say top_k, "
-                f"at most {most} (20 is usual), with candidates 'base'"
+                f"these values are read after each candidate, and there are {candidates}: say "
+                f"top_k, at most {most} (20 is usual), with candidates 'base'"
             )
 
 

@@ -20,8 +20,8 @@ bin, f(s, z) = P_z·h, for weights of their own for every token and bin would be
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -48,10 +48,11 @@ class HeadsConfig:
     """The head of V, and of the baseline b of Q."""
     bins: int = 51
     """Of a categorical head; 2 for rewards of 0 or 1."""
-    low: float = 0.0
-    """The least return that a categorical head knows; what is below counts as it."""
-    high: float = 1.0
-    """The greatest return that a categorical head knows; what is above counts as it."""
+    low: float | None = None
+    """The least return that a categorical head knows. None, with high: that of the data, and 5 % of
+    their range further; of 2 bins 0 to 1."""
+    high: float | None = None
+    """The greatest return that a categorical head knows."""
     sigma: float = 0.0
     """Of a categorical head: 0 keeps distributions (two-hot targets); more smears them over that
     many bins (HL-Gauss, 0.75), which helps their means and spoils all else."""
@@ -63,14 +64,39 @@ class HeadsConfig:
             raise QvgptError(f"heads: unknown kind in {self}")
         if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank, self.bins)):
             raise QvgptError("heads: num_q, rank and bins must be whole numbers of at least 1")
-        _ = self.support
+        if (self.low is None) != (self.high is None):
+            raise QvgptError("heads: give low and high, or neither: then the data say both")
+        if self.kind == "categorical":
+            _ = self.support if self.knows_support else Support(0.0, 1.0, self.bins, self.sigma)
+
+    @property
+    def knows_support(self) -> bool:
+        """Whether low and high were given, or are not needed."""
+        return self.kind != "categorical" or self.bins == 2 or self.low is not None
 
     @property
     def support(self) -> Support | None:
         """The returns that a categorical head tells apart; None for the other kinds."""
         if self.kind != "categorical":
             return None
-        return Support(self.low, self.high, self.bins, self.sigma)
+        low, high = (0.0, 1.0) if self.bins == 2 and self.low is None else (self.low, self.high)
+        if low is None or high is None:
+            raise QvgptError(
+                "heads: which returns are there? Give low and high, or let `train` take them from "
+                "the data (`HeadsConfig.fitted_to`)"
+            )
+        return Support(low, high, self.bins, self.sigma)
+
+    def fitted_to(self, returns: Sequence[float]) -> "HeadsConfig":
+        """The same with a support that holds these returns, where none was given.
+
+        It is 5 % of their range wider at each end; where all are alike, ½.
+        """
+        if self.knows_support or not returns:
+            return self
+        low, high = min(returns), max(returns)
+        margin = 0.05 * (high - low) or 0.5
+        return replace(self, low=low - margin, high=high + margin)
 
 
 def exact(hidden: Tensor) -> torch.autocast:
@@ -309,17 +335,23 @@ class ValueHeads(nn.Module):
 
     @torch.no_grad()
     def best(
-        self, hidden: Float[Tensor, "rows embed"]
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        slow_hidden: Float[Tensor, "rows embed"],
+        among: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "heads rows"]]:
-        """maxₐ of the heads' mean Q, and what each slow copy says of that action."""
+        """maxₐ of the heads' mean Q, and what each slow copy, which reads `slow_hidden`, says of
+        that action. `among`: hidden states → which tokens are candidates; None: all are."""
         fast: list[Any] = [*self.q]
         slow: list[Any] = [*self.target_q]
 
         def mean(h: Tensor) -> Tensor:
-            return torch.stack([head(h) for head in fast]).mean(0)
+            q = torch.stack([head(h) for head in fast]).mean(0)
+            return q if among is None else q.masked_fill(~among(h), -torch.inf)
 
-        value, token = best(mean, hidden, self.shape[0], tensors=2 * len(fast) + 1)
-        return value, torch.stack([head.of(hidden, token) for head in slow])
+        tensors = 2 * len(fast) + 1 + 3 * (among is not None)
+        value, token = best(mean, hidden, self.shape[0], tensors)
+        return value, torch.stack([head.of(slow_hidden, token) for head in slow])
 
     @torch.no_grad()
     def expected(

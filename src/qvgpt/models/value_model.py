@@ -27,9 +27,9 @@ from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
-from qvgpt.models.reference import Reference
-from qvgpt.models.vocab import entropy, log_prob, wide
-from qvgpt.objectives import NEEDS, Values
+from qvgpt.models.reference import Reference, SlowTrunk
+from qvgpt.models.vocab import entropy, log_prob, logits, wide
+from qvgpt.objectives import NEEDS, Candidates, Values
 from qvgpt.trajectory import TrajectoryBatch
 
 FORMAT_VERSION = 1
@@ -49,6 +49,8 @@ class ValueInfo:
     """Discount the values were learned with."""
     per_turn_discount: bool = False
     """Whether γ applied at the ends of turns only."""
+    level: str = "token"
+    """What a decision was: a token, or a whole turn, whose Q guides no token but ranks texts."""
     centred: bool = False
     """Whether returns were counted from the mean of each prompt's texts."""
     recommended_guidance: Any = None
@@ -77,6 +79,10 @@ class ValueModel(nn.Module):
         self.tokenizer = tokenizer
         self.info = ValueInfo()
         self.reference: Reference | None = None
+        self.slow: SlowTrunk | None = None
+        """What the slow heads read while training; None: the trunk itself."""
+        self.candidates = Candidates()
+        """Among which tokens `q_max` seeks the best."""
         self.judged: Callable[[Tensor], Tensor] | None = None
         """Hidden states [rows, embed] → probabilities [rows, vocab] of the policy that `expected_q`
         is of."""
@@ -130,6 +136,10 @@ class ValueModel(nn.Module):
         kept = as_module(copy.deepcopy(self.trunk) if trunk is None else trunk)
         self.reference = Reference(kept.requires_grad_(False).eval())
 
+    def keep_slow_trunk(self) -> None:
+        """Let the slow heads read a slow copy of the trunk, which begins as the trunk is."""
+        self.slow = SlowTrunk(self.trunk)
+
     def forward(
         self, batch: TrajectoryBatch, needs: Set[str] | None = None, even: bool = True
     ) -> Values:
@@ -163,18 +173,28 @@ class ValueModel(nn.Module):
             dummy = self.dummy if "max_ratio" in needs else None
             found |= self.reference.read(batch, self.trunk, states, needs, dummy)
         if needs - OF_THE_TRUNK:
+            slow = self._slow_states(batch, needs)
             distributions = self.heads is not None and self.heads.config.support is not None
             with exact(hidden) if distributions else nullcontext():
-                found |= self._values(wide(states), wide(taken), action, batch.mask, needs)
+                found |= self._values(wide(states), wide(taken), slow, action, batch.mask, needs)
             if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
                 with exact(hidden):
-                    found |= self._over_actions(wide(states), batch.mask, needs)
+                    found |= self._over_actions(wide(states), slow, batch.mask, needs)
         return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
+
+    def _slow_states(
+        self, batch: TrajectoryBatch, needs: Set[str]
+    ) -> Float[Tensor, "batch states embed"] | None:
+        """What the slow heads read, where that is not what the others do."""
+        if self.slow is None or not needs & {"target_q", "target_q_at_argmax"}:
+            return None
+        return wide(self.states(self.slow.hidden(batch), batch))
 
     def _values(
         self,
         states: Float[Tensor, "batch states embed"],
         taken: Float[Tensor, "rows embed"],
+        slow_states: Float[Tensor, "batch states embed"] | None,
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],
         needs: Set[str],
@@ -193,7 +213,8 @@ class ValueModel(nn.Module):
             found["q"] = torch.stack([scatter(head.of(taken, action), mask) for head in fast])
         if "target_q" in needs:
             with torch.no_grad():
-                q = [scatter(head.of(taken, action), mask) for head in slow]
+                there = taken if slow_states is None else slow_states[:, :-1][mask]
+                q = [scatter(head.of(there, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
             found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
@@ -208,6 +229,7 @@ class ValueModel(nn.Module):
     def _over_actions(
         self,
         states: Float[Tensor, "batch states embed"],
+        slow_states: Float[Tensor, "batch states embed"] | None,
         mask: Bool[Tensor, "batch steps"],
         needs: Set[str],
     ) -> dict[str, Tensor]:
@@ -216,7 +238,9 @@ class ValueModel(nn.Module):
         used = used_states(mask)
         rows, found = states[used], {}
         if needs & {"q_max", "target_q_at_argmax"}:
-            value, slow = self.heads.best(rows)
+            among = None if self.candidates.are_all else self._among
+            slow_rows = rows if slow_states is None else slow_states[used]
+            value, slow = self.heads.best(rows, slow_rows, among)
             found = {"q_max": scatter(value, used)}
             found["target_q_at_argmax"] = torch.stack([scatter(x, used) for x in slow])
         if "expected_q" in needs:
@@ -225,6 +249,14 @@ class ValueModel(nn.Module):
             means = self.heads.expected(rows, self.judged)
             found["expected_q"] = torch.stack([scatter(x, used) for x in means])
         return {name: x for name, x in found.items() if name in needs}
+
+    def _among(self, hidden: Float[Tensor, "rows embed"]) -> Bool[Tensor, "rows vocab"]:
+        """Which tokens the language model might say, of those that the tokenizer knows."""
+        weight = self.trunk.output_weight
+        found = logits(hidden.to(weight.dtype), weight, self.trunk.softcap)
+        if self.tokenizer is not None:
+            found[:, self.tokenizer.vocab_size :] = -math.inf
+        return self.candidates.among(found)
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.

@@ -10,6 +10,7 @@ from qvgpt.categorical import Support
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.objectives.base import (
     NEEDS,
+    Candidates,
     Loss,
     Objective,
     Values,
@@ -21,7 +22,7 @@ from qvgpt.objectives.distributional import FUDGE, ControlledDecoding, ReturnDis
 from qvgpt.objectives.lm import AWAC, AWR, LM
 from qvgpt.objectives.logits_as_q import QSFT, PathConsistency
 from qvgpt.objectives.offline import FQE, ILQL, SARSA, DoubleQ, MonteCarlo
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate, returns_to_go
 
 __all__ = [
     "AWAC",
@@ -33,6 +34,7 @@ __all__ = [
     "NEEDS",
     "QSFT",
     "SARSA",
+    "Candidates",
     "ControlledDecoding",
     "DoubleQ",
     "Loss",
@@ -113,6 +115,38 @@ class Objectives:
         return min(found)
 
     @property
+    def candidates(self) -> Candidates:
+        """Among which tokens a best one is sought: the same for all that seek one."""
+        found = {o.candidates for _, o in self.terms if isinstance(o, DoubleQ)}
+        if len(found) > 1:
+            raise QvgptError("objectives: several DoubleQ with different top_k or min_p")
+        return found.pop() if found else Candidates()
+
+    @property
+    def level(self) -> str:
+        """What a decision is: a token, or a whole turn; the same for all that read values."""
+        reads = [o for _, o in self.terms if o.needs & {"q", "v", "target_q", "v_return_logits"}]
+        found = {getattr(o, "level", "token") for o in reads}
+        if len(found) > 1:
+            raise QvgptError(
+                "objectives: values of whole turns (level 'turn') and of tokens do not mix, nor do "
+                "AWAC and AWR weigh tokens by them"
+            )
+        return found.pop() if found else "token"
+
+    def returns_of(self, t: Trajectory) -> list[float]:
+        """The returns that a text teaches; none where it was cut, for then they were not seen."""
+        taught = [o for _, o in self.terms if teaches_values(o) and t.terminated]
+        found: list[float] = []
+        for o in taught:
+            if isinstance(o, FUDGE):  # all prefixes learn of the whole text's
+                found.append(t.total_reward)
+            else:
+                turns = getattr(o, "per_turn_discount", False)
+                found += returns_to_go(t, getattr(o, "gamma", 1.0), turns)
+        return found
+
+    @property
     def parts(self) -> list[str]:
         """The names a log will have: those that one decision gives, all its values being 0."""
         text = Trajectory([0, 0], [False, True], [0.0, 0.0], True)
@@ -171,26 +205,22 @@ def _parse_objective(entry: Any) -> tuple[float, Objective]:
     if not isinstance(options, Mapping | None):
         raise QvgptError(f"objectives: {name}: options were expected, not {options!r}")
     method = METHODS[name]
-    defaults = {"weight": 1.0} | {f.name: f.default for f in fields(method)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(method)}  # type: ignore[arg-type]
     given = {}
     for option, value in (options or {}).items():
-        if option not in defaults:
-            hint = nearest(str(option), defaults)
+        if option != "weight" and option not in known:
+            hint = nearest(str(option), [*known, "weight"])
             raise QvgptError(f"objectives: {name} has no option {option!r}{hint}")
-        given[option] = _like(defaults[option], value, f"objectives: {name}: {option}")
+        default = 1.0 if option == "weight" else known[option].default
+        if default is None and value is not None:  # unless given
+            default = 0 if known[option].type == int | None else 0.0
+        given[option] = _like(default, value, f"objectives: {name}: {option}")
     weight = given.pop("weight", 1.0)
     return weight, method(**given)
 
 
 def _like(default: Any, value: Any, where: str) -> Any:
-    """The value, if it is of the default's type; whole numbers do for fractions.
-
-    An option that is None unless given is a number.
-    """
-    if default is None:
-        if value is None:
-            return None
-        default = 0.0
+    """The value, if it is of the default's type; whole numbers do for fractions."""
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):

@@ -4,6 +4,7 @@ One frozen dataclass per method: its fields are the hyper-parameters, its call i
 No tensor here has a vocabulary axis; `models/` has already reduced it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
@@ -31,7 +32,8 @@ class Values:
     q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
     """log Σₐ exp Q(s, a)."""
     q_max: Float[Tensor, "batch states"] | None = None
-    """maxₐ of the heads' mean Q(s, a), over the whole vocabulary, without gradient."""
+    """maxₐ of the heads' mean Q(s, a), over the vocabulary or the model's `candidates`, without
+    gradient."""
     target_q_at_argmax: Float[Tensor, "heads batch states"] | None = None
     """Q by the slow copy of the action that `q_max` is of, without gradient."""
     expected_q: Float[Tensor, "heads batch states"] | None = None
@@ -69,6 +71,36 @@ class Values:
 
 
 NEEDS = frozenset(Values.__dataclass_fields__) - {"support"}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that a language model might say, as `Guidance` takes them from the base."""
+
+    top_k: int | None = None
+    """The k likeliest; None: all."""
+    min_p: float | None = None
+    """At least this likely, relative to the likeliest; None: all."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.top_k is not None and self.top_k < 1:
+            raise QvgptError(f"candidates: top_k must be at least 1, not {self.top_k}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise QvgptError(f"candidates: min_p must lie in [0, 1], not {self.min_p}")
+
+    @property
+    def are_all(self) -> bool:
+        """Whether nothing is left out."""
+        return self.top_k is None and not self.min_p
+
+    def among(self, logits: Float[Tensor, "rows vocab"]) -> Bool[Tensor, "rows vocab"]:
+        """Which tokens are candidates; of equally likely ones at the edge of top_k all are."""
+        floor = logits.amax(-1, keepdim=True)
+        floor = floor + (math.log(self.min_p) if self.min_p else -math.inf)
+        if self.top_k is not None and self.top_k < logits.size(-1):
+            floor = floor.maximum(logits.topk(self.top_k, dim=-1).values[:, -1:])
+        return logits >= floor
 
 
 @dataclass(frozen=True)

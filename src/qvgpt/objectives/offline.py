@@ -4,9 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
 
 from qvgpt.losses import expectile_loss
-from qvgpt.objectives.base import Loss, Values, check_options, discount, weighted_loss
+from qvgpt.objectives.base import (
+    Candidates,
+    Loss,
+    Values,
+    check_options,
+    discount,
+    weighted_loss,
+)
 from qvgpt.returns import lambda_returns
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -17,6 +26,13 @@ class ILQL:
 
     L_Q = Σᵢ (r + γ v′ − Qᵢ)²,  L_V = expectile loss of v against minᵢ Q̄ᵢ,
     L_CQL = Σᵢ (log Σₐ exp Qᵢ(s, a) − Qᵢ(s, a_taken)).
+
+    At level "turn" a whole turn is one decision (their per-utterance form): v of the state it
+    begins in, Q of its last token, which has all of it in its history, r the sum of its rewards,
+    v′ where the next turn begins, γ once a turn. Turns that were cut do not count (where those are
+    the long ones, v is of the short ones). No token alone is then an action: such values rank whole
+    turns (`decode.rerank`) and guide no token, and the conservative term, which compares tokens,
+    has no meaning.
     """
 
     gamma: float = 0.99
@@ -27,6 +43,8 @@ class ILQL:
     """Weight of the conservative term; at 0.1 and more Q turns into a copy of the logits."""
     per_turn_discount: bool = False
     """Apply γ at the ends of turns only."""
+    level: str = "token"
+    """token: every token is a decision. turn: every turn is one (then cql_weight is 0)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"q", "target_q", "v", "q_logsumexp"})
 
@@ -36,26 +54,39 @@ class ILQL:
             "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
             "expectile must lie in (0, 1)": 0 < self.expectile < 1,
             "cql_weight must be 0 or more": self.cql_weight >= 0,
+            "level is 'token' or 'turn'": self.level in ("token", "turn"),
+            "cql_weight must be 0 at level 'turn', where no token alone is an action": (
+                self.level != "turn" or self.cql_weight == 0
+            ),
         }
         check_options(self, checks)
         if self.cql_weight == 0:
             object.__setattr__(self, "needs", self.needs - {"q_logsumexp"})
+        if self.level == "turn":
+            object.__setattr__(self, "per_turn_discount", True)
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Q regresses on r + γ v′; v regresses on the expectile of the slow Q."""
         assert values.q is not None
         assert values.target_q is not None
         assert values.v is not None
-        v, next_v = values.v[:, :-1], values.v[:, 1:].detach()
+        v, next_v, reward = values.v[:, :-1], values.v[:, 1:].detach(), batch.reward
+        if self.level == "turn":
+            first, reward = batch.turns()
+            v = v.gather(1, first)
         gamma = discount(batch, self.gamma, self.per_turn_discount)
-        target = lambda_returns(batch.reward, gamma, next_v, batch.mask, lambda_=0.0)
+        target = lambda_returns(reward, gamma, next_v, batch.mask, lambda_=0.0)
         terms = {
             "q": (1.0, (values.q - target).square().sum(dim=0)),
             "v": (1.0, expectile_loss(v, values.target_q.amin(dim=0), self.expectile)),
         }
         if values.q_logsumexp is not None and self.cql_weight:
             terms["cql"] = (self.cql_weight, (values.q_logsumexp - values.q).sum(dim=0))
-        return weighted_loss(batch.mask, **terms)
+        return weighted_loss(self.counted(batch), **terms)
+
+    def counted(self, batch: TrajectoryBatch) -> Bool[Tensor, "batch steps"]:
+        """All decisions, or the last one of every whole turn."""
+        return batch.ends_whole_turn if self.level == "turn" else batch.mask
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,11 @@ class DoubleQ:
     L_CQL = Σᵢ (log Σₐ exp Qᵢ(s, a) − Qᵢ(s, a_taken))  (Kumar et al., 2020); v regresses on
     minⱼ Q̄ⱼ(s, a*). The best is sought among all tokens, seen or not: only the conservative term
     keeps those never seen from being it, so leave it on unless the data hold every action.
+
+    With top_k or min_p it is sought among what the language model might say, as the guided policy
+    will do that is sampled with the same options. With min_p that is discrete BCQ (Fujimoto et al.,
+    2019): its threshold, too, is relative to the likeliest. π₀ must then be a clone of the data:
+    learn LM along, or freeze such a trunk.
     """
 
     gamma: float = 0.99
@@ -156,6 +192,10 @@ class DoubleQ:
     """Weight of the conservative term; 0 trusts Q of tokens that the data never took."""
     per_turn_discount: bool = False
     """Apply γ at the ends of turns only."""
+    top_k: int | None = None
+    """Seek the best among the k likeliest tokens of the language model; none: among all."""
+    min_p: float | None = None
+    """Seek it among those at least this likely, relative to the likeliest; none: among all."""
 
     needs: ClassVar[frozenset[str]] = frozenset(
         {"q", "v", "q_max", "target_q_at_argmax", "q_logsumexp"}
@@ -167,9 +207,15 @@ class DoubleQ:
             "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
             "cql_weight must be 0 or more": self.cql_weight >= 0,
         }
+        _ = self.candidates
         check_options(self, checks)
         if self.cql_weight == 0:
             object.__setattr__(self, "needs", self.needs - {"q_logsumexp"})
+
+    @property
+    def candidates(self) -> Candidates:
+        """Among what the best is sought."""
+        return Candidates(self.top_k, self.min_p)
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Q regresses on r + γ Q̄(s′, a*), v on Q̄(s, a*).
