@@ -29,6 +29,8 @@ from qvgpt import Guidance, HeadsConfig, QvgptError, ValueModel, generate
 from qvgpt.bootstrap import spearman
 from qvgpt.decode.policy import next_token
 from qvgpt.decode.score import score
+from qvgpt.decode.sources import Contrast, PrefixValues, own_values
+from qvgpt.export import export_hf
 from qvgpt.fit_options import learning_rate_factor, parameter_groups
 from qvgpt.fqe import evaluate_offline
 from qvgpt.models.lora import LoraConfig
@@ -55,8 +57,17 @@ def test_every_method_trains_and_what_it_learned_guides(config, base, method):  
     assert learnt.info.objectives[1].keys() == {method}
     assert not learnt.heads.are_fresh
     prompt = TOKENIZER.encode_prompt("c")
+    values = None
+    if method == "PathConsistency":  # its policy is what it learned: log π/π₀ guides others
+        with pytest.raises(QvgptError, match="as contrast with its base"):
+            generate(learnt, [prompt], Guidance(2.0), max_tokens=5)
+        values = Contrast(learnt, ValueModel.from_pretrained(base))
+    elif method in ("FUDGE", "ControlledDecoding"):
+        assert own_values(learnt) == PrefixValues(learnt, log=method == "FUDGE")
+        with pytest.raises(QvgptError, match="know V and no Q"):
+            export_hf(config.output, Path(config.output) / "exported", beta=2.0)
     for guidance in (Guidance(2.0), Guidance(2.0, top_k=4)):
-        assert generate(learnt, [prompt], guidance, max_tokens=5)[0].tokens
+        assert generate(learnt, [prompt], guidance, max_tokens=5, values=values)[0].tokens
     if method == "ReturnDistribution":
         soft = Guidance(2.0, functional="soft", top_k=4)
         assert generate(learnt, [prompt], soft, max_tokens=5)[0].tokens

@@ -19,12 +19,20 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.sources import ValueSource
 from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import alone_in, check_run, open_run, write_json
-from qvgpt.sampling import TextProgress, check_references, check_values, load_prompts
+from qvgpt.sampling import (
+    TextProgress,
+    check_guidance,
+    check_references,
+    check_values,
+    load_prompts,
+    load_values,
+)
 
 _KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
@@ -51,9 +59,19 @@ class CollectConfig:
     length_penalty: float = 1.0
     """Of the beam search: 0 ranks by likelihood, 1 by that of the average token, more: longer."""
     beta: float = 0.0
-    """Strength of guidance, if the model has values already."""
+    """Strength of guidance, if there are values already."""
     best_of: int = 1
     """Each sample is the one of so many texts whose last token's Q is highest."""
+    kl_budget: float | None = None
+    """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
+    value_models: list[str] = field(default_factory=list)
+    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
+    model's own; those of several are added up."""
+    contrast: list[str] = field(default_factory=list)
+    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
+    tuning, DExperts); beside value_models it is added to them."""
+    weights: list[float] = field(default_factory=list)
+    """Of each of value_models, then of the contrast; none: 1 each."""
     top_k: int | None = None
     """Keep the k likeliest tokens."""
     top_p: float | None = None
@@ -101,8 +119,10 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         return _collect(config, *task, started)
 
 
-def prepare(config: CollectConfig) -> tuple[ValueModel, list[Row], list[list[int]], Metric]:
-    """Model, rows, prompts and reward of a collection.
+def prepare(
+    config: CollectConfig,
+) -> tuple[ValueModel, ValueSource | None, list[Row], list[list[int]], Metric]:
+    """Model, other values that guide it, rows, prompts and reward of a collection.
 
     Raises `QvgptError` for all that could only fail later; writes nothing.
     """
@@ -119,7 +139,11 @@ def prepare(config: CollectConfig) -> tuple[ValueModel, list[Row], list[list[int
         raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
     if config.compare_with == "samples" and config.samples < 2:
         raise QvgptError("collect: compare_with samples needs at least 2 samples")
-    check_values(model, config.model, [config.beta], config.best_of)
+    values = load_values(
+        model, config.model, config.value_models, config.contrast, config.weights,
+        dtype=config.dtype, device_map=config.device_map,
+    )  # fmt: skip
+    check_values(model, config.model, [config.beta, config.kl_budget], config.best_of, values)
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     reward = get_reward(config.reward)
     if config.include_references:
@@ -127,14 +151,15 @@ def prepare(config: CollectConfig) -> tuple[ValueModel, list[Row], list[list[int
             _own_completion(row)
     if config.compare_with == "row":
         check_references(rows, [config.reward])
-    for temperature in config.temperatures:
-        _guidance(config, temperature)  # refuses what is senseless
-    return model, rows, prompts, reward
+    guidances = [_guidance(config, temperature) for temperature in config.temperatures]
+    check_guidance(model, guidances, prompts, config.max_tokens, values)
+    return model, values, rows, prompts, reward
 
 
 def _collect(
     config: CollectConfig,
     model: ValueModel,
+    values: ValueSource | None,
     rows: list[Row],
     prompts: list[list[int]],
     reward: Metric,
@@ -150,7 +175,7 @@ def _collect(
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
-            groups = _written(model, prompts, chunk, config, progress)
+            groups = _written(model, values, prompts, chunk, config, progress)
             found = [
                 _collected(rows[i], group, reward, model, config)
                 for i, group in zip(chunk, groups, strict=True)
@@ -188,11 +213,13 @@ def _guidance(config: CollectConfig, temperature: float = 1.0) -> Guidance:
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
+        kl_budget=config.kl_budget,
     )
 
 
 def _written(
     model: ValueModel,
+    values: ValueSource | None,
     prompts: Sequence[Sequence[int]],
     chunk: range,
     config: CollectConfig,
@@ -201,19 +228,23 @@ def _written(
     """The texts of each prompt of a chunk: samples, then beams."""
     requests = [r for i in chunk for r in _requests(prompts[i], i, config)]
     texts = write_best(
-        model, requests, config.best_of, max_batch=config.max_batch, on_step=progress.step
-    )
+        model, requests, config.best_of,
+        max_batch=config.max_batch, on_step=progress.step, values=values,
+    )  # fmt: skip
     groups = [texts[k * config.samples :][: config.samples] for k in range(len(chunk))]
     if not config.beams:
         return groups
-    beams = _beams(model, [prompts[i] for i in chunk], config)
+    beams = _beams(model, values, [prompts[i] for i in chunk], config)
     tokens = sum(len(text.tokens) for found in beams for text in found)
     progress.add(config.beams * len(chunk), tokens)
     return [a + b for a, b in zip(groups, beams, strict=True)]
 
 
 def _beams(
-    model: ValueModel, prompts: Sequence[Sequence[int]], config: CollectConfig
+    model: ValueModel,
+    values: ValueSource | None,
+    prompts: Sequence[Sequence[int]],
+    config: CollectConfig,
 ) -> list[list[Text]]:
     """What a beam search ends with, best first."""
     assert model.tokenizer is not None
@@ -221,7 +252,7 @@ def _beams(
     decode = model.tokenizer.decode_completion
     return [
         [Text(h.tokens, decode(h.tokens), h.terminated) for h in found]
-        for found in search(model, prompts, _guidance(config)).texts
+        for found in search(model, prompts, _guidance(config), values).texts
     ]
 
 

@@ -18,14 +18,23 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
+from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
-from qvgpt.sampling import TextProgress, check_room, check_values, load_prompts
+from qvgpt.sampling import (
+    TextProgress,
+    check_guidance,
+    check_room,
+    check_values,
+    load_prompts,
+    load_values,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ class GenerateConfig:
     data: str | None = None
     """A file of rows with prompts: JSONL is written."""
     beta: float | None = None
-    """Strength of guidance; none: what the model recommends, as for all options down to alpha."""
+    """Strength of guidance; none: what the model recommends, as for all options down to
+    beta_max. Where value_models or contrast are given nothing is recommended."""
     temperature: float | None = None
     """0 is greedy."""
     top_k: int | None = None
@@ -101,6 +111,22 @@ class GenerateConfig:
     """What is read as Q from a distribution of returns: mean, soft (Q♯, η = 1 / beta) or cvar."""
     alpha: float | None = None
     """Of cvar: the share of returns that are the worst."""
+    beta_end: float | None = None
+    """Where beta goes in a straight line over beta_tokens tokens, to stay there."""
+    beta_tokens: int | None = None
+    """The token, counted from 0, that has beta_end."""
+    kl_budget: float | None = None
+    """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
+    beta_max: float | None = None
+    """The greatest beta that a kl_budget may lead to."""
+    value_models: list[str] = field(default_factory=list)
+    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
+    model's own; those of several are added up."""
+    contrast: list[str] = field(default_factory=list)
+    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
+    tuning, DExperts); beside value_models it is added to them."""
+    weights: list[float] = field(default_factory=list)
+    """Of each of value_models, then of the contrast; none: 1 each."""
     max_tokens: int | None = None
     """Longest text; none: what the context holds, at most 256."""
     n: int = 1
@@ -128,22 +154,32 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     model = ValueModel.from_pretrained(
         config.model, dtype=config.dtype, device_map=config.device_map
     )
-    if config.values and model.heads is None:
+    values = load_values(
+        model, config.model, config.value_models, config.contrast, config.weights,
+        dtype=config.dtype, device_map=config.device_map,
+    )  # fmt: skip
+    if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
-    guidance = _guidance(model, config)
-    check_values(model, config.model, [guidance.beta], config.best_of)
+    guidance = _guidance(model, config, values)
+    strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
+    check_values(model, config.model, strengths, config.best_of, values)
     texts, prompts = _prompts(model, config)
-    most = [min(config.max_tokens or 256, model.trunk.seq_len - len(p)) for p in prompts]
+    check_guidance(model, [guidance], prompts, config.max_tokens or 1, values)
+    context = Guide.of(model, values).context
+    most = [min(config.max_tokens or 256, context - len(p)) for p in prompts]
     requests = [
         Request(prompt, room, guidance, row_seed(config.seed, i * config.n + k))
         for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
         for k in range(config.n)
     ]
     output = _claim(config.output, "generate", config)
-    print(_said(model, guidance, config), file=sys.stderr)
+    print(_said(model, guidance, config, values), file=sys.stderr)
     started = time.perf_counter()
     streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
-    written = [_stream(model, requests[0])] if streamed else _write(model, requests, config)
+    if streamed:
+        written = [_stream(model, requests[0], values)]
+    else:
+        written = _write(model, requests, config, values)
     seconds = time.perf_counter() - started
     rows = [_row(texts[i // config.n], text) for i, text in enumerate(written)]
     if config.data is not None or output is not None:
@@ -164,15 +200,23 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     return summary
 
 
-def _guidance(model: ValueModel, config: GenerateConfig) -> Guidance:
-    """The recommended guidance, with what was said put over it."""
+def _guidance(model: ValueModel, config: GenerateConfig, values: ValueSource | None) -> Guidance:
+    """The recommended guidance, with what was said put over it; other values have none."""
     said = {n: value for n in vars(Guidance()) if (value := getattr(config, n)) is not None}
     if said.get("top_k") == 0:
         said["top_k"] = None
-    return replace(recommended(model.info, config.model) or Guidance(), **said)
+    start = recommended(model.info, config.model) if values is None else None
+    start = start or Guidance()
+    if config.kl_budget is not None and config.beta is None:  # else two would say how much
+        start = replace(start, beta=0.0, beta_end=None, beta_tokens=0)
+    if config.beta is not None and config.kl_budget is None:
+        start = replace(start, kl_budget=None)
+    return replace(start, **said)
 
 
-def _said(model: ValueModel, guidance: Guidance, config: GenerateConfig) -> str:
+def _said(
+    model: ValueModel, guidance: Guidance, config: GenerateConfig, values: ValueSource | None
+) -> str:
     """The guidance in use in one line, so that a model with values is not unguided in silence."""
     standard = vars(Guidance())
     shown = [f"temperature {guidance.temperature:g}"]
@@ -182,11 +226,18 @@ def _said(model: ValueModel, guidance: Guidance, config: GenerateConfig) -> str:
         if name not in ("beta", "temperature") and value != standard[name]
     ]
     options = [name for name in standard if getattr(config, name) is not None]
-    if model.info.recommended_guidance is not None and len(options) < len(standard):
+    recommends = values is None and model.info.recommended_guidance is not None
+    if recommends and len(options) < len(standard):
         but = f" but for {', '.join(options)}" if options else ""
         shown[-1] += f" (recommended by the model{but})"
-    if guidance.beta:
-        return f"guidance: beta {guidance.beta:g}, {', '.join(shown)}"
+    if guidance.guides:
+        strength = [] if guidance.kl_budget is not None else [f"beta {guidance.beta:g}"]
+        source = values or own_values(model)
+        own_q = values is None and isinstance(source, HeadValues)
+        whose = "" if own_q or source is None else f"; values: {describe(source)}"
+        if values is not None:
+            whose += f", from {', '.join([*config.value_models, *config.contrast])}"
+        return f"guidance: {', '.join(strength + shown)}{whose}"
     if config.best_of > 1:
         return f"guidance: none (beta 0), best of {config.best_of} by Q, {', '.join(shown)}"
     way = "--best_of" if model.info.level == "turn" else "--beta"
@@ -209,7 +260,7 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
     return [config.prompt], prompts
 
 
-def _stream(model: ValueModel, request: Request) -> Text:
+def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> Text:
     """Print a text while it is written."""
     tokenizer, written, shown = model.tokenizer, [], ""
     assert tokenizer is not None
@@ -222,17 +273,19 @@ def _stream(model: ValueModel, request: Request) -> Text:
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    [text] = write(model, [request], report=True, on_step=show)
+    [text] = write(model, [request], report=True, on_step=show, values=values)
     print(text.text[len(shown) :])
     return text
 
 
-def _write(model: ValueModel, requests: list[Request], config: GenerateConfig) -> list[Text]:
+def _write(
+    model: ValueModel, requests: list[Request], config: GenerateConfig, values: ValueSource | None
+) -> list[Text]:
     """All texts in batches, with a progress bar; printed where there is one prompt."""
     with TextProgress("generate", len(requests) * config.best_of) as progress:
         texts = write_best(
             model, requests, config.best_of,
-            max_batch=config.max_batch, report=True, on_step=progress.step,
+            max_batch=config.max_batch, report=True, on_step=progress.step, values=values,
         )  # fmt: skip
     for text in texts if config.prompt is not None or config.values else ():
         _show(model, text) if config.values else print(text.text)
@@ -261,9 +314,10 @@ def _show(model: ValueModel, written: Text) -> None:
         weak = round(255 * (1 - abs(advantage) / most))
         colour = f"rgb({weak},255,{weak})" if advantage >= 0 else f"rgb(255,{weak},{weak})"
         text.append(piece, style=f"black on {colour}")
-        figures = (report.q, report.v, advantage)
+        figures = (report.q, report.v, report.advantage)
         chances = (math.exp(report.base_logprob), math.exp(report.logprob))
-        cells = [f"{x:+.3f}" for x in figures if x is not None] + [f"{p:.3f}" for p in chances]
+        cells = ["–" if x is None else f"{x:+.3f}" for x in figures]
+        cells += [f"{p:.3f}" for p in chances]
         table.add_row(Coloured(repr(piece)[1:-1]), *cells)
     console.print(text)
     console.print(table)

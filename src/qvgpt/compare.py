@@ -18,6 +18,7 @@ from qvgpt.decode.engine import OnStep, Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import choice_kl, write_best
 from qvgpt.decode.score import sequence_kl
+from qvgpt.decode.sources import HeadValues, ValueSource, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
@@ -84,6 +85,7 @@ class Row:
         return {
             "method": self.method,
             "beta": self.guidance.beta,
+            "kl_budget": self.guidance.kl_budget,
             "temperature": self.guidance.temperature,
             "best_of": self.best_of,
             **_estimate_dict(self.score, "mean"),
@@ -110,6 +112,7 @@ def compare(
     metrics: Mapping[str, Score] | None = None,
     best_of: Mapping[str, int] | None = None,
     on_step: OnStep | None = None,
+    values: ValueSource | None = None,
 ) -> list[Row]:
     """Write texts by every guidance from the same prompts and seeds, and compare their scores.
 
@@ -117,18 +120,24 @@ def compare(
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
     tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `best_of` says of
     which methods each text is the one of so many that `model` gives the highest Q; their KL is a
-    bound (`decode.rerank.choice_kl`).
+    bound (`decode.rerank.choice_kl`). `values` guide instead of the model's own; KL is then to the
+    model itself.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
         raise QvgptError("a comparison needs prompts and guidances")
     if base is not None:
         refuse_other_tokens(model, base)
+        if values is not None or not isinstance(own_values(model), HeadValues | None):
+            raise QvgptError(
+                "base: KL to another model is known only where the model's own Q guides; without "
+                "it the base is the model itself, unguided"
+            )
     of = dict.fromkeys(guidances, 1) | dict(best_of or {})
-    valued = {n for n, g in guidances.items() if g.beta or of[n] > 1}
+    valued = {n for n, g in guidances.items() if g.guides or of[n] > 1}
     writers = {n: model if base is None or n in valued else base for n in guidances}
     written = {
-        name: _write(writers[name], prompts, score, guidance, options, of[name], on_step)
+        name: _write(writers[name], prompts, score, guidance, options, of[name], on_step, values)
         for name, guidance in guidances.items()
     }
     for name in valued:
@@ -141,7 +150,7 @@ def compare(
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
         for name, samples in written.items()
     }
-    seconds = _time(writers, prompts, guidances, options, of)
+    seconds = _time(writers, prompts, guidances, options, of, values)
     rows: list[Row] = []
     for name, samples in written.items():
         baseline = _baseline(name, guidances)
@@ -204,6 +213,7 @@ def _write(
     options: CompareOptions,
     best_of: int,
     on_step: OnStep | None,
+    values: ValueSource | None,
 ) -> list[Sample]:
     """Every prompt's samples, measured and scored."""
     owners, requests = _requests(prompts, guidance, options)
@@ -216,6 +226,7 @@ def _write(
         report=True,
         keep_reports=shown,
         on_step=on_step,
+        values=values,
     )
     scores = score([text.text for text in texts], owners)
     return [Sample(i, t, float(s)) for i, t, s in zip(owners, texts, scores, strict=True)]
@@ -241,6 +252,7 @@ def _time(
     guidances: Mapping[str, Guidance],
     options: CompareOptions,
     best_of: Mapping[str, int],
+    values: ValueSource | None,
 ) -> dict[str, float]:
     """Seconds per token of each method, the best of several rounds taken in turn: what else the
     machine does only ever slows decoding down."""
@@ -249,7 +261,10 @@ def _time(
         for name, guidance in guidances.items():
             requests = _requests(prompts, guidance, options)[1][: options.timing]
             started = time.perf_counter()
-            texts = write_best(writers[name], requests, best_of[name], max_batch=options.max_batch)
+            guide = values if guidance.guides else None  # the base pays for no other model
+            texts = write_best(
+                writers[name], requests, best_of[name], max_batch=options.max_batch, values=guide
+            )
             rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
             best[name] = min(rate, best.get(name, rate))
     return best
@@ -257,7 +272,7 @@ def _time(
 
 def _baseline(name: str, guidances: Mapping[str, Guidance]) -> str:
     temperature = guidances[name].temperature
-    plain = (n for n, g in guidances.items() if g.beta == 0 and g.temperature == temperature)
+    plain = (n for n, g in guidances.items() if not g.guides and g.temperature == temperature)
     return next(plain, next(iter(guidances)))
 
 

@@ -20,6 +20,7 @@ from qvgpt.compare import (
     refuse_other_tokens,
 )
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import HeadValues, PrefixValues, describe, own_values
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
@@ -30,10 +31,12 @@ from qvgpt.report_page import side_by_side
 from qvgpt.run import check_run, open_run, output_console, read_log, write_json
 from qvgpt.sampling import (
     TextProgress,
+    check_guidance,
     check_references,
     check_room,
     check_values,
     load_prompts,
+    load_values,
 )
 from qvgpt.trajectory import Trajectory
 from qvgpt.value_report import learning_section, value_charts, values_text, watched_section
@@ -63,6 +66,17 @@ class EvaluateConfig:
     """Strengths of guidance, beside the base (0)."""
     best_of: int = 1
     """Beside them: of so many of the base's texts the one whose last token's Q is highest."""
+    kl_budgets: list[float] = field(default_factory=list)
+    """Methods whose strength is found at each token: the KL to the base, in nats, that it may take;
+    need top_k."""
+    value_models: list[str] = field(default_factory=list)
+    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
+    model's own; those of several are added up."""
+    contrast: list[str] = field(default_factory=list)
+    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
+    tuning, DExperts); beside value_models it is added to them."""
+    weights: list[float] = field(default_factory=list)
+    """Of each of value_models, then of the contrast; none: 1 each."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Each is run with the base and with every beta; 0 is greedy."""
     top_k: int | None = None
@@ -113,10 +127,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _refuse(config)
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
-    check_values(model, config.model, config.betas, config.best_of)
+    values = load_values(
+        model, config.model, config.value_models, config.contrast, config.weights, **kept
+    )
+    strengths = [*config.betas, *config.kl_budgets]
+    check_values(model, config.model, strengths, config.best_of, values)
+    guidances = guidances_of(config)
+    if config.recommend and values is not None:
+        raise QvgptError("recommend: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
         raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
+    if config.base is not None and (values or isinstance(own_values(model), PrefixValues)):
+        raise QvgptError(
+            "base: KL to another model is known only where the model's own Q guides; leave base out"
+        )
     base = None
     if config.base is not None:
         base = ValueModel.from_pretrained(config.base, **kept)
@@ -125,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
     judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
-    score, guidances = _judge(config.reward, fields), guidances_of(config)
+    score = _judge(config.reward, fields)
     best_of = dict.fromkeys((n for n in guidances if n.startswith("best of")), config.best_of)
     options = CompareOptions(
         samples=config.samples,
@@ -140,28 +166,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
-            base=base, metrics=judges, best_of=best_of, on_step=progress.step,
+            base=base, metrics=judges, best_of=best_of, on_step=progress.step, values=values,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
-    values = None
-    if model.heads is not None and model.info.level == "token":  # else tokens are not judged
-        values = value_diagnostics(model, _logged(model, prompts, fields, rows, config))
+    judged, right = values or own_values(model), None
+    if isinstance(judged, HeadValues) and judged.model.info.level == "token":
+        right = value_diagnostics(judged.model, _logged(model, prompts, fields, rows, config))
     summary = {
         "metric": config.reward,
         "model": config.model,
         "base": config.base,
+        "guided_by": None if judged is None else describe(judged),
         "data": config.data,
         "prompts": len(prompts),
         "samples": config.samples,
         "rows": [row.as_dict() for row in rows],
-        "values": values,
+        "values": right,
         "recommended": _recommend(model, rows, config) if config.recommend else None,
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
-    sections = _sections(config, model, prompts, rows, values)
+    sections = _sections(config, model, prompts, rows, right)
     write_report(output / "report.html", f"Evaluation of {config.model}", sections)
-    _show(rows, config.reward, values, output)
+    _show(rows, config.reward, right, output)
     return summary
 
 
@@ -178,7 +205,7 @@ def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> st
     """Let the best method be what the model recommends: its name. The base is none to recommend."""
     alone = [row for row in rows if row.best_of == 1]  # a guidance is all that can be written down
     best = max(alone, key=lambda row: (row.score.value, -row.guidance.beta))
-    guided = best.guidance.beta > 0
+    guided = best.guidance.beta > 0 or best.guidance.kl_budget is not None
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
     model.save_config(config.model)
     return best.method
@@ -201,6 +228,9 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
         for beta in dict.fromkeys([0.0, *config.betas]):
             name = f"guided, β = {beta:g}" if beta else "base"
             found[f"{name}, {how}"] = replace(common, beta=beta, temperature=temperature)
+        for budget in dict.fromkeys(config.kl_budgets):
+            guidance = replace(common, kl_budget=budget, temperature=temperature)
+            found[f"guided, KL ≤ {budget:g} a token, {how}"] = guidance
         if config.best_of > 1 and temperature > 0:
             name = f"best of {config.best_of} by Q, {how}"
             found[name] = replace(common, temperature=temperature)
@@ -238,7 +268,7 @@ def _logged(
 ) -> list[Trajectory]:
     """The base's samples at the first temperature above 0 as trajectories with rewards."""
     assert model.tokenizer is not None
-    plain = [row for row in rows if row.guidance.beta == 0]
+    plain = [row for row in rows if not row.guidance.guides]
     samples = next((row for row in plain if row.guidance.temperature > 0), plain[0]).samples
     tokens = [s.written.tokens for s in samples]
     if config.shaped:
@@ -320,7 +350,7 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
     series = []
     for temperature in dict.fromkeys(row.guidance.temperature for row in rows):
         group = [row for row in rows if row.guidance.temperature == temperature]
-        group.sort(key=lambda row: row.guidance.beta)
+        group.sort(key=lambda row: (row.guidance.beta, row.guidance.kl_budget or 0.0))
         series.append(
             Series(
                 "greedy" if temperature == 0 else f"T = {temperature:g}",
@@ -328,14 +358,18 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
                 [row.score.value for row in group],
                 [row.score.ci95[0] for row in group],
                 [row.score.ci95[1] for row in group],
-                [
-                    f"β = {r.guidance.beta:g}" if r.best_of == 1 else f"best of {r.best_of}"
-                    for r in group
-                ],
+                [_strength(row) for row in group],
             )
         )
     title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
     return line_chart(series, title=title, x_label=x_label, y_label=metric, style="both")
+
+
+def _strength(row: Row) -> str:
+    if row.best_of > 1:
+        return f"best of {row.best_of}"
+    budget = row.guidance.kl_budget
+    return f"β = {row.guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
 
 
 def _rows_table(rows: list[Row], metric: str) -> str:
@@ -360,7 +394,7 @@ def _rows_table(rows: list[Row], metric: str) -> str:
 def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
     """The first prompts: the base's text beside that of the best guided method."""
     columns = [rows[0]]
-    guided = [row for row in rows if row.guidance.beta or row.best_of > 1]
+    guided = [row for row in rows if row.guidance.guides or row.best_of > 1]
     if guided:
         best = max(guided, key=lambda row: row.score.value)
         columns = [next(r for r in rows if r.method == best.baseline), best]

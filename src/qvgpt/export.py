@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvgpt.checkpoint import replace_directory
 from qvgpt.decode.engine import generate
-from qvgpt.decode.policy import Guidance, fold, next_token, recommended
+from qvgpt.decode.policy import Guidance, fold, next_token, recommended, refuse_v_alone
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.value_model import ValueModel
@@ -98,7 +98,13 @@ def _guidance(
         raise QvgptError(f"{model_dir}: its values are of whole turns: no token's Q can be folded")
     if model.trunk.softcap is not None:
         raise QvgptError(f"{model_dir}: its logits are capped: no LM head can hold guidance")
+    refuse_v_alone(model.heads)
     said = recommended(model.info, model_dir)
+    if beta is None and said is not None and not said.fixed:
+        raise QvgptError(
+            f"{model_dir}: recommends a beta of each token (kl_budget or beta_end), which weights "
+            "cannot hold; say which beta to export"
+        )
     if beta is None and (said is None or "beta" not in (model.info.recommended_guidance or {})):
         raise QvgptError(f"{model_dir}: recommends no beta; say which one to export")
     said = said or Guidance()

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from qvgpt.bootstrap import Estimate, mean_ci
-from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.policy import Guidance, next_token, refuse_v_alone
+from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
 from qvgpt.models.heads import HeadsConfig
@@ -37,6 +38,10 @@ def evaluate_offline(
     The model stays as it is. At temperature 0 the greedy policy is judged. The interval is over the
     sample of prompts; how wrong the fit is it does not know. Raises as `fit` does.
     """
+    if guidance.guides:
+        refuse_v_alone(model.heads)
+    if guidance.beta_end is not None:
+        raise QvgptError("beta_end: the policy to be judged must be one of the state alone")
     learns = [p for p in model.trunk.parameters() if p.requires_grad]
     was_training = model.training
     judge = ValueModel(model.trunk, heads, model.tokenizer, freeze_trunk=True).to(model.device)

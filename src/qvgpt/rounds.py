@@ -28,7 +28,18 @@ from qvgpt.trainer import TrainConfig, train
 COLLECT, TRAIN = CollectConfig("", "", "", ""), TrainConfig([], "")
 """The options of `collect` and `train` as they are unless said otherwise."""
 _OURS = {
-    "collect": ("model", "data", "reward", "output", "beta", "resume"),
+    "collect": (
+        "model",
+        "data",
+        "reward",
+        "output",
+        "beta",
+        "kl_budget",
+        "value_models",
+        "contrast",
+        "weights",
+        "resume",
+    ),
     "train": ("data", "output", "model", "resume", "accept_changes", "dry_run"),
 }
 
@@ -206,7 +217,7 @@ def _refuse(config: RoundsConfig) -> None:
 
 def _refuse_reading(config: RoundsConfig) -> None:
     """The same of what lies in files: model, prompts, references."""
-    model, rows, _, _ = prepare(_collecting(config, 1))
+    model, _, rows, _, _ = prepare(_collecting(config, 1))
     check_references(rows, [config.reward])
     if config.eval_data:
         read, _ = load_prompts(config.eval_data, model, config.collect.max_tokens)

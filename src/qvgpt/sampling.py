@@ -1,14 +1,24 @@
-"""What all that write texts share: prompts out of data rows, a policy for games, a progress bar."""
+"""What all that write texts share: prompts out of data rows, the values that guide, a policy for
+games, a progress bar."""
 
 import time
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from qvgpt.data.rows import Row, prompt_tokens, read_rows
 from qvgpt.decode.engine import Request, TokenEvent, row_seed
-from qvgpt.decode.policy import Guidance
+from qvgpt.decode.guide import Guide, refuse_other_tokenizer
+from qvgpt.decode.policy import V_ALONE, Guidance
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.sources import (
+    Contrast,
+    HeadValues,
+    ValueSource,
+    WeightedSum,
+    own_values,
+)
 from qvgpt.envs.env import Policy
 from qvgpt.envs.rewards import compares, references
 from qvgpt.errors import QvgptError
@@ -34,6 +44,69 @@ def load_prompts(
     return rows, prompts
 
 
+def load_values(
+    model: ValueModel,
+    model_dir: str,
+    value_models: Sequence[str],
+    contrast: Sequence[str],
+    weights: Sequence[float] = (),
+    **options: Any,
+) -> ValueSource | None:
+    """What guides besides the model's own heads, from directories; None where none is named.
+
+    The values of each of `value_models`, then log π₊ − log π₋ of the two of `contrast`, each times
+    its weight. `options` are those of `ValueModel.from_pretrained`. Raises `QvgptError`, naming
+    option and directory, for another tokenizer, a model without values, and weights that do not
+    match.
+    """
+    if contrast and len(contrast) != 2:
+        raise QvgptError(f"contrast: two directories, PLUS and MINUS, not {len(contrast)}")
+    count = len(value_models) + bool(contrast)
+    if weights and len(weights) != count:
+        raise QvgptError(f"weights: {len(weights)} for {count} sources of values")
+    read = {Path(model_dir).resolve(): model}
+
+    def load(directory: str) -> ValueModel:
+        place = Path(directory).resolve()
+        if place not in read:
+            read[place] = ValueModel.from_pretrained(directory, **options)
+            refuse_other_tokenizer(model, read[place], directory)
+        return read[place]
+
+    found = [_values_of(load(directory), directory) for directory in value_models]
+    if contrast:
+        plus, minus = map(load, contrast)
+        found.append(Contrast(plus, minus))
+    if len(found) == 1 and not weights:
+        return found[0]
+    return WeightedSum(tuple(zip(weights or [1.0] * count, found, strict=True))) if found else None
+
+
+def _values_of(model: ValueModel, directory: str) -> ValueSource:
+    values = own_values(model)
+    if values is None:
+        raise QvgptError(f"value_models: {directory} has no value heads to guide with")
+    if model.info.level == "turn":
+        raise QvgptError(f"value_models: {directory}: its values are of turns and guide no token")
+    if isinstance(values, HeadValues) and values.model.heads and values.model.heads.know_v_alone:
+        raise QvgptError(f"value_models: {directory}: {V_ALONE}")
+    return values
+
+
+def check_guidance(
+    model: ValueModel,
+    guidances: Iterable[Guidance],
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    values: ValueSource | None = None,
+) -> None:
+    """Raise `QvgptError` for what the engine would refuse, before anything is written."""
+    guide = Guide.of(model, values)
+    for guidance in dict.fromkeys(guidances):
+        for prompt in sorted(prompts, key=len)[-1:]:
+            guide.refuse(prompt, max_tokens, guidance)
+
+
 def check_room(prompts: Sequence[Sequence[int]], model: ValueModel, max_tokens: int) -> None:
     """Raise `QvgptError` where prompts leave less than `max_tokens` in the model's context."""
     context = model.trunk.seq_len
@@ -46,11 +119,27 @@ def check_room(prompts: Sequence[Sequence[int]], model: ValueModel, max_tokens: 
         )
 
 
-def check_values(model: ValueModel, name: str, betas: Iterable[float], best_of: int = 1) -> None:
-    """Raise `QvgptError` where the model in `name` has no values to guide or to rank texts by."""
+def check_values(
+    model: ValueModel,
+    name: str,
+    betas: Iterable[float | None],
+    best_of: int = 1,
+    values: ValueSource | None = None,
+) -> None:
+    """Raise `QvgptError` where the model in `name` has no values to guide or to rank texts by.
+
+    `betas` are strengths of guidance of either kind, β or a budget of KL. Other `values`, where
+    they are given, must guide, and cannot rank.
+    """
     guided, ranked = any(betas), best_of > 1
     if best_of < 1:
         raise QvgptError(f"best_of must be at least 1, not {best_of}")
+    if values is not None and ranked:
+        raise QvgptError("best_of: texts are ranked by the model's own values alone")
+    if values is not None:
+        if not guided:
+            raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
+        return
     if model.heads is None and (guided or ranked):
         wanted = "to rank by: best_of must be 1"
         if guided:
@@ -82,6 +171,7 @@ def engine_policy(
     seed: int = 0,
     max_batch: int = 256,
     best_of: int = 1,
+    values: ValueSource | None = None,
 ) -> Policy:
     """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers.
 
@@ -94,7 +184,7 @@ def engine_policy(
             Request(prompt, max_tokens, guidance or Guidance(), row_seed(seed, next(turns)))
             for prompt in prompts
         ]
-        written = write_best(model, requests, best_of, max_batch=max_batch)
+        written = write_best(model, requests, best_of, max_batch=max_batch, values=values)
         return [Completion(text.tokens, text.terminated) for text in written]
 
     return act

@@ -109,3 +109,26 @@ def test_kl_to_another_model_is_the_sum_over_the_whole_vocabulary(make_model, gu
                 if logprob > float("-inf"):
                     total += (logprob.exp() * (logprob - plain[at, token].log())).item()
         assert found == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["FUDGE", "ControlledDecoding"])
+def test_where_only_v_is_known_a_token_is_worth_v_after_it(make_model, objective):
+    model = make_model("categorical", num_q=1, bins=2)
+    with torch.no_grad():
+        for head in (*model.heads.q, *model.heads.target_q):
+            head.weight.zero_()
+    model.info.objectives = [{objective: {}}]
+    requests = [Request(p, 6, Guidance(), seed=i) for i, p in enumerate(PROMPTS)]
+    written = write(model, requests, report=True)
+    texts = [as_trajectory(p, text) for p, text in zip(PROMPTS, written, strict=True)]
+    for found, text in zip(score(model, texts), written, strict=True):
+        torch.testing.assert_close(
+            as_tensor(found.reports), as_tensor(text.reports), atol=1e-5, rtol=0
+        )
+        # what each token adds sums up to what the text is worth less what the prompt was
+        total = found.reports[-1].q - found.reports[0].v
+        assert found.advantage == pytest.approx(total, abs=1e-5)
+        assert total != 0
+    for call in (lambda g: score(model, texts, g), lambda g: sequence_kl(model, g, model, texts)):
+        with pytest.raises(QvgptError, match="know V and no Q"):
+            call(Guidance(beta=1.0))

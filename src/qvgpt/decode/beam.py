@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.engine import read_prompts, refuse_request
+from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import NEG_INF, Guidance, fold, folds, next_token
+from qvgpt.decode.reading import Reading
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 
@@ -43,7 +45,7 @@ class Found:
     texts: list[list[Hypothesis]]
     """Up to `beams` of each prompt, best first."""
     forward_tokens: int
-    """Tokens the trunk has read, prompts included."""
+    """Tokens that any trunk has read, prompts and tried candidates included."""
 
     @property
     def best(self) -> list[Hypothesis]:
@@ -72,18 +74,21 @@ class BeamSearch:
 
     @torch.no_grad()
     def __call__(
-        self, model: ValueModel, prompts: Sequence[Sequence[int]], guidance: Guidance | None = None
+        self,
+        model: ValueModel,
+        prompts: Sequence[Sequence[int]],
+        guidance: Guidance | None = None,
+        values: ValueSource | None = None,
     ) -> Found:
-        """Search for the texts of each prompt.
+        """Search for the texts of each prompt; `values` guide instead of the model's own.
 
         Guidance's temperature is ignored: π is that of temperature 1. Raises `QvgptError` for a
         prompt that does not fit, and for guidance that the model cannot give.
         """
-        model.eval()
-        guidance = guidance or Guidance()
+        guidance, guide = guidance or Guidance(), Guide.of(model, values)
         for prompt in prompts:
-            refuse_request(model, prompt, self.max_tokens, guidance)
-        heads, folded = model.heads, None
+            guide.refuse(prompt, self.max_tokens, guidance)
+        heads, folded = guide.heads, None
         if heads is not None and folds(heads, guidance, model.trunk.softcap):
             folded = fold(model.trunk.output_weight, heads, guidance.beta)
         texts: list[list[Hypothesis]] = [[] for _ in prompts]
@@ -92,10 +97,10 @@ class BeamSearch:
         size = max(1, self.max_batch // self.beams)
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            search = _Search(self, model, [prompts[i] for i in part], guidance, folded)
+            search = _Search(self, guide, [prompts[i] for i in part], guidance, folded)
             for i, several in zip(part, search.run(), strict=True):
                 texts[i] = several
-            forward_tokens += search.forward_tokens
+            forward_tokens += sum(search.reading.counts)
         return Found(texts, forward_tokens)
 
 
@@ -105,22 +110,21 @@ class _Search:
     def __init__(
         self,
         how: BeamSearch,
-        model: ValueModel,
+        guide: Guide,
         prompts: Sequence[Sequence[int]],
         guidance: Guidance,
         folded: Tensor | None,
     ):
-        self.how, self.model, self.guidance, self.folded = how, model, guidance, folded
+        self.how, self.guide, self.guidance, self.folded = how, guide, guidance, folded
+        self.prompts, model = prompts, guide.model
         device = model.device
         template = model.tokenizer.template if model.tokenizer else None
         self.end_ids = torch.tensor(sorted(template.end_ids) if template else [], device=device)
         self.finished: list[list[Hypothesis]] = [[] for _ in prompts]
         self.alive = list(range(len(prompts)))
-        self.forward_tokens = sum(len(p) - 1 for p in prompts)
-        room = max(map(len, prompts)) + how.max_tokens
-        read = read_prompts(model, [p[:-1] for p in prompts], min(room, model.trunk.seq_len))
-        each = torch.arange(len(prompts), device=device).repeat_interleave(how.beams)
-        self.cache = read.select(each)
+        room = min(max(map(len, prompts)) + how.max_tokens, guide.context)
+        read = Reading.of(guide.trunks, [p[:-1] for p in prompts], room)
+        self.reading = read.select(torch.arange(len(prompts)).repeat_interleave(how.beams))
         last = torch.tensor([p[-1] for p in prompts], device=device)
         self.last = last[:, None].expand(-1, how.beams)
         self.logprob = torch.full((len(prompts), how.beams), NEG_INF, device=device)
@@ -138,9 +142,16 @@ class _Search:
     def step(self, length: int) -> None:
         """Let every text grow by one token, to `length` of them."""
         k = self.how.beams
-        hidden = self.model.trunk.hidden(self.last.reshape(-1, 1), cache=self.cache)[:, 0]
-        self.forward_tokens += len(hidden)
-        picked = next_token(self.model, hidden, self._at_one(), self.folded)
+        model, guidance, beta = self.guide.model, self._at_one(), None
+        states = self.reading.read(self.last.reshape(-1), None, self._texts)
+        hidden = states.of(model.trunk)
+        if guidance.beta_end is not None:
+            beta = torch.full_like(hidden[:, 0], guidance.beta_at(length - 1))
+
+        def values(tokens: Tensor | None) -> Tensor:
+            return self.guide.values(states, tokens, guidance)
+
+        picked = next_token(model, hidden, guidance, self.folded, values, beta)
         grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(len(self.alive), -1)
         each = picked.tokens.size(1)
         top = grown.topk(min(k * (1 + len(self.end_ids)), grown.size(1)), dim=1)
@@ -151,6 +162,10 @@ class _Search:
         # the best of those that go on; where candidates run out, a text of probability 0
         logprob, place = top.values.masked_fill(ends, NEG_INF).topk(min(k, top.values.size(1)))
         self._go_on(logprob, source.gather(1, place), token.gather(1, place), length)
+
+    def _texts(self) -> list[list[int]]:
+        both = zip(self.alive, self.written.tolist(), strict=True)
+        return [[*self.prompts[i], *text] for i, beams in both for text in beams]
 
     def _at_one(self) -> Guidance:
         return Guidance(**{**vars(self.guidance), "temperature": 1.0})
@@ -207,7 +222,7 @@ class _Search:
         on = [row for row, value in enumerate(best) if not self._is_done(row, value)]
         kept = torch.tensor(on, dtype=torch.long, device=logprob.device)
         rows = (kept[:, None] * k + source[kept]).reshape(-1)
-        self.cache.reorder(rows)
+        self.reading.reorder(rows)
         self.logprob, self.last, self.written = logprob[kept], token[kept], self.written[kept]
         self.alive = [self.alive[row] for row in on]
 

@@ -5,7 +5,8 @@
     while engine.busy:
         for event in engine.step(): ...
 
-`write` is this loop over a list of requests, `generate` over a list of prompts.
+`write` is this loop over a list of requests, `generate` over a list of prompts. `values` says
+what guides (`sources.py`), by default the model's own heads; each model read has its own cache.
 """
 
 import random
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from qvgpt.decode.policy import Guidance, NextToken, fold, folds, joined_q, next_token
+from qvgpt.decode.guide import Guide
+from qvgpt.decode.policy import Guidance, NextToken, fold, folds, next_token
+from qvgpt.decode.reading import Reading, States
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
-from qvgpt.models.backbone import Cache
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Completion
 
@@ -57,6 +59,10 @@ class TokenReport:
     """Expected return of the text continued with this token."""
     v: float | None
     """Expected return of the text so far."""
+    beta: float | None = None
+    """β of this token, where guidance has not one for all."""
+    spent: float | None = None
+    """What it took of the `kl_budget`: KL(π ‖ π₀) over the candidates at temperature 1, in nats."""
 
     @property
     def advantage(self) -> float | None:
@@ -110,20 +116,31 @@ class _Row:
 class Engine:
     """A batched token loop over a model. With `report`, every event carries a `TokenReport`."""
 
-    def __init__(self, model: ValueModel, max_batch: int = 64, report: bool = False):
+    def __init__(
+        self,
+        model: ValueModel,
+        max_batch: int = 64,
+        report: bool = False,
+        values: ValueSource | None = None,
+    ):
         if max_batch < 1:
             raise QvgptError(f"max_batch must be at least 1, not {max_batch}")
-        self.model = model.eval()
+        self.model, self.guide = model, Guide.of(model, values)
         self.max_batch, self.report = max_batch, report
         tokenizer = model.tokenizer
         self.end_ids = frozenset(tokenizer.template.end_ids) if tokenizer else frozenset()
-        self.forward_tokens = 0
-        """Tokens the trunk has read, prompts included: the cost in forwards."""
+        self.counts = [0 for _ in self.guide.trunks]
+        """Tokens that each trunk has read, prompts and tried candidates included; ours first."""
         self._waiting: deque[tuple[int, Request]] = deque()
         self._slots: list[_Row | None] = []
-        self._cache: Cache | None = None
+        self._reading: Reading | None = None
         self._folded: dict[float, Tensor] = {}
         self._next_id = 0
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that were read by any trunk: the cost in forwards."""
+        return sum(self.counts)
 
     @property
     def busy(self) -> bool:
@@ -132,7 +149,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id. Raises `QvgptError` if it cannot be served."""
-        refuse_request(self.model, request.tokens, request.max_tokens, request.guidance)
+        self.guide.refuse(request.tokens, request.max_tokens, request.guidance)
         self._next_id += 1
         self._waiting.append((self._next_id, request))
         return self._next_id
@@ -148,32 +165,30 @@ class Engine:
         self._admit()
         if not any(self._slots):
             return []
-        assert self._cache is not None
-        device = self.model.device
+        assert self._reading is not None
         last = [(row.written or row.request.tokens)[-1] if row else 0 for row in self._slots]
-        tokens = torch.tensor(last, device=device)[:, None]
-        mask = torch.tensor([row is not None for row in self._slots], device=device)[:, None]
-        self._cache.longest = max(row.length for row in self._slots if row) - 1
-        hidden = self.model.trunk.hidden(tokens, mask, cache=self._cache)[:, 0]
-        self.forward_tokens += sum(row is not None for row in self._slots)
+        at_work = torch.tensor([row is not None for row in self._slots])
+        self._reading.expect(max(row.length for row in self._slots if row) - 1)
+        states = self._reading.read(torch.tensor(last), at_work, self._texts)
         events: list[TokenEvent] = []
         for guidance in dict.fromkeys(row.request.guidance for row in self._slots if row):
             slots = [i for i, r in enumerate(self._slots) if r and r.request.guidance == guidance]
-            states = hidden if len(slots) == len(hidden) else hidden[slots]
-            events += self._write(slots, states, guidance)
+            some = states if len(slots) == len(states) else states.take(slots)
+            events += self._write(slots, some, guidance)
         self._shrink()
         return events
 
-    def _write(
-        self, slots: list[int], hidden: Float[Tensor, "rows embed"], guidance: Guidance
-    ) -> list[TokenEvent]:
+    def _texts(self) -> list[list[int]]:
+        return [[*row.request.tokens, *row.written] if row else [] for row in self._slots]
+
+    def _write(self, slots: list[int], states: States, guidance: Guidance) -> list[TokenEvent]:
         """Sample a token for each of the slots, which all share one guidance."""
         rows = [row for i in slots if (row := self._slots[i])]
-        picked = self._distribution(hidden, guidance)
+        picked = self._distribution(states, guidance, [len(row.written) for row in rows])
         numbers = [row.random.random() for row in rows]
-        uniform = torch.tensor(numbers, dtype=torch.float64, device=hidden.device)
+        uniform = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
         token, place = picked.sample(uniform)
-        reports = self._reports(hidden, guidance, picked, token, place) if self.report else None
+        reports = self._reports(states, guidance, picked, token, place) if self.report else None
         events = []
         for i, (slot, row, t) in enumerate(zip(slots, rows, token.tolist(), strict=True)):
             row.written.append(t)
@@ -184,28 +199,34 @@ class Engine:
             events.append(TokenEvent(row.request_id, t, finished, report))
         return events
 
-    def _distribution(self, hidden: Tensor, guidance: Guidance) -> NextToken:
-        heads, beta = self.model.heads, guidance.beta
-        if self.report or heads is None or not folds(heads, guidance, self.model.trunk.softcap):
-            return next_token(self.model, hidden, guidance)
-        if beta not in self._folded:
-            self._folded[beta] = fold(self.model.trunk.output_weight, heads, beta)
-        return next_token(self.model, hidden, guidance, self._folded[beta])
+    def _distribution(self, states: States, guidance: Guidance, positions: list[int]) -> NextToken:
+        trunk, heads, strength = self.model.trunk, self.guide.heads, guidance.beta
+        hidden = states.of(trunk)
+        if heads is not None and not self.report and folds(heads, guidance, trunk.softcap):
+            if strength not in self._folded:
+                self._folded[strength] = fold(trunk.output_weight, heads, strength)
+            return next_token(self.model, hidden, guidance, self._folded[strength])
+        beta = None
+        if guidance.beta_end is not None:
+            beta = torch.tensor(list(map(guidance.beta_at, positions)), device=hidden.device)
+
+        def values(tokens: Tensor | None) -> Tensor:
+            return self.guide.values(states, tokens, guidance)
+
+        return next_token(self.model, hidden, guidance, None, values, beta)
 
     def _reports(
-        self, hidden: Tensor, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor
+        self, states: States, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor
     ) -> list[TokenReport]:
         at = place[:, None]
         columns = [
             picked.base_logprob.gather(1, at)[:, 0].tolist(),
             picked.logprob.gather(1, at)[:, 0].tolist(),
             picked.kl().tolist(),
+            *self.guide.report(states, token, guidance.twins),
         ]
-        if self.model.heads is None:
-            columns += [[None] * len(token)] * 2
-        else:
-            q = joined_q(self.model, hidden, token[:, None], guidance.twins)[:, 0]
-            columns += [q.tolist(), self.model.heads.state_value(hidden.float()).tolist()]
+        for of_budget in (picked.beta, picked.spent):
+            columns.append([None] * len(at) if of_budget is None else of_budget.tolist())
         return [TokenReport(*values) for values in zip(*columns, strict=True)]
 
     def _finished(self, row: _Row, token: int) -> Literal["end", "length", "stop"] | None:
@@ -222,7 +243,7 @@ class Engine:
         if not self._waiting:
             return
         self._make_room()
-        assert self._cache is not None
+        assert self._reading is not None
         free = [i for i, row in enumerate(self._slots) if row is None]
         admitted = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         if not admitted:
@@ -233,15 +254,12 @@ class Engine:
         # samples of one prompt are read once
         prompts = list(dict.fromkeys(tuple(request.tokens[:-1]) for _, request in admitted))
         which = [prompts.index(tuple(request.tokens[:-1])) for _, request in admitted]
-        device = self.model.device
         longest = max(len(p) for p in prompts)
         if longest == 0:
-            self._cache.clear(torch.tensor(free, device=device))
+            self._reading.clear(torch.tensor(free))
             return
-        read = read_prompts(self.model, prompts, longest)
-        self.forward_tokens += sum(map(len, prompts))
-        copies = read.select(torch.tensor(which, device=device))
-        self._cache.insert(torch.tensor(free, device=device), copies)
+        read = Reading.of(self.guide.trunks, prompts, longest, self.counts)
+        self._reading.insert(torch.tensor(free), read.select(torch.tensor(which)))
 
     def _make_room(self) -> None:
         """A slot for everyone who waits, up to `max_batch`, each as long as the longest needs."""
@@ -249,19 +267,20 @@ class Engine:
         size = min(self.max_batch, len(active) + len(self._waiting))
         capacity = max(len(r.tokens) + r.max_tokens for _, r in self._waiting)
         if active:
-            assert self._cache is not None
+            assert self._reading is not None
             if len(active) == self.max_batch:
                 return
-            if size <= len(self._slots) and capacity <= self._cache.capacity:
+            if size <= len(self._slots) and capacity <= self._reading.capacity:
                 return
-            capacity = max(capacity, self._cache.capacity)
+            capacity = max(capacity, self._reading.capacity)
         # a cache holds whole buckets, so that its capacity may exceed the context
-        larger = self.model.trunk.new_cache(size, min(capacity, self.model.trunk.seq_len))
+        capacity = min(capacity, self.guide.context)
+        larger = Reading.new(self.guide.trunks, size, capacity, self.counts)
         if active:
-            assert self._cache is not None
-            kept = self._cache.select(torch.tensor(active, device=self.model.device))
-            larger.insert(torch.arange(len(active), device=self.model.device), kept)
-        self._cache = larger
+            assert self._reading is not None
+            kept = self._reading.select(torch.tensor(active))
+            larger.insert(torch.arange(len(active)), kept)
+        self._reading = larger
         self._slots = [self._slots[i] for i in active] + [None] * (size - len(active))
 
     def _shrink(self) -> None:
@@ -269,44 +288,9 @@ class Engine:
         active = [i for i, row in enumerate(self._slots) if row]
         if self._waiting or not active or 2 * len(active) > len(self._slots):
             return
-        assert self._cache is not None
-        self._cache = self._cache.select(torch.tensor(active, device=self.model.device))
+        assert self._reading is not None
+        self._reading = self._reading.select(torch.tensor(active))
         self._slots = [self._slots[i] for i in active]
-
-
-def read_prompts(model: ValueModel, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
-    """A cache with room for `capacity` tokens a row that holds the prompts."""
-    longest = max(map(len, prompts))
-    cache = model.trunk.new_cache(len(prompts), capacity)
-    if longest:
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-            mask[i, : len(prompt)] = True
-        model.trunk.hidden(tokens.to(model.device), mask.to(model.device), cache=cache)
-    return cache
-
-
-def refuse_request(
-    model: ValueModel, tokens: Sequence[int], max_tokens: int, guidance: Guidance
-) -> None:
-    """Raise `QvgptError` for what the model cannot write: no room, no prompt, no values."""
-    limit = model.trunk.seq_len
-    if not tokens:
-        raise QvgptError("an empty prompt: a token must stand before the first action")
-    if max_tokens < 1 or len(tokens) + max_tokens > limit:
-        raise QvgptError(
-            f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
-            f"do not fit the context of {limit}"
-        )
-    if guidance.beta and model.heads is None:
-        raise QvgptError("this model has no value heads: it can only be run with beta 0")
-    if guidance.beta and model.info.level == "turn":
-        raise QvgptError(
-            "these values are of whole turns and guide no token: leave beta 0 and let them rank "
-            "texts, by best_of"
-        )
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -323,6 +307,7 @@ def generate(
     seed: int = 0,
     max_batch: int = 64,
     stop: Sequence[str] = (),
+    values: ValueSource | None = None,
 ) -> list[Completion]:
     """Write one completion per prompt, in their order; row i is seeded with `row_seed(seed, i)`."""
     guidance = guidance or Guidance()
@@ -330,7 +315,8 @@ def generate(
         Request(prompt, max_tokens, guidance, row_seed(seed, i), stop)
         for i, prompt in enumerate(prompts)
     ]
-    return [Completion(t.tokens, t.terminated) for t in write(model, requests, max_batch=max_batch)]
+    texts = write(model, requests, max_batch=max_batch, values=values)
+    return [Completion(t.tokens, t.terminated) for t in texts]
 
 
 def write(
@@ -341,13 +327,15 @@ def write(
     report: bool = False,
     keep_reports: Collection[int] | None = None,
     on_step: OnStep | None = None,
+    values: ValueSource | None = None,
 ) -> list[Text]:
     """One text per request, in their order.
 
     `report` has every token reported on, which is slower and gives `kl`; the reports themselves
-    are kept for the requests whose index is in `keep_reports` (None: for all).
+    are kept for the requests whose index is in `keep_reports` (None: for all). `values` guide
+    instead of the model's own. Raises `QvgptError` for what cannot be served.
     """
-    engine = Engine(model, max_batch, report)
+    engine = Engine(model, max_batch, report, values)
     place = {engine.submit(request): i for i, request in enumerate(requests)}
     texts = [Text() for _ in requests]
     while engine.busy:

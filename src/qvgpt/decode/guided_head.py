@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qvgpt.decode.policy import NEG_INF, Guidance, distribution, fold, folds, recommended
+from qvgpt.decode.policy import (
+    NEG_INF,
+    Guidance,
+    distribution,
+    fold,
+    folds,
+    own_q,
+    recommended,
+    refuse_v_alone,
+)
 from qvgpt.errors import QvgptError
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
@@ -45,7 +54,8 @@ class GuidedHead(nn.Module):
         """The guided log-probabilities of the next token after each state."""
         rows = hidden.reshape(-1, hidden.size(-1))
         weight: Any = self.weight
-        picked = distribution(weight, self.heads, rows, self.guidance, self.folded)  # type: ignore[arg-type]
+        values = own_q(self.heads, rows, self.guidance)
+        picked = distribution(weight, rows, self.guidance, values, self.folded)  # type: ignore[arg-type]
         logits = picked.logprob
         if picked.tokens.size(1) < weight.size(0):  # only the candidates were looked at
             everything = logits.new_full((len(rows), weight.size(0)), NEG_INF)
@@ -69,8 +79,10 @@ def guide(hf_model: Any, values: ValueModel | ValueHeads, guidance: Guidance) ->
         raise QvgptError(
             "this model caps its logits after the LM head, so that none there can guide it"
         )
-    if heads is None and guidance.beta:
-        raise QvgptError("this model has no value heads: it can only be run with beta 0")
+    if guidance.guides:
+        refuse_v_alone(heads)
+        if guidance.beta_end is not None:
+            raise QvgptError("beta_end: `generate` of transformers does not say which token it is")
     if heads is not None and heads.shape != tuple(head.weight.shape):
         raise QvgptError(
             f"value heads for {heads.shape} tokens and dimensions do not fit "

@@ -4,9 +4,11 @@
 
 V(s) is the same for every next token, so it cancels: only Q is added. Candidates (top_k, top_p,
 min_p) are taken from the base distribution, so that values choose among what the model might
-say; `candidates="guided"` truncates afterwards, as stock engines must.
+say; `candidates="guided"` truncates afterwards, as stock engines must. Where the values come from
+(these heads, another model, two language models …) changes nothing of it: see `sources.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +18,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.categorical import Functional
+from qvgpt.decode.budget import MOST_UNDER_BUDGET, solve_beta
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models import vocab
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueInfo, ValueModel
 
 NEG_INF = float("-inf")
+V_ALONE = (
+    "these value heads know V and no Q: they cannot guide here (while writing, V is read after "
+    "each candidate where FUDGE or ControlledDecoding taught it; a model of PathConsistency is the "
+    "better policy itself, and guides another as contrast with its base)"
+)
+
+Values = Callable[[Int[Tensor, "rows candidates"] | None], Float[Tensor, "rows candidates"]]
+"""Candidates of each state (None: every token) → their values."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,16 @@ class Guidance:
     return. soft: η·log E exp(return / η), η = 1 / beta (Q♯). cvar: mean of the worst returns."""
     alpha: float = 0.1
     """Of cvar: the share of returns that are the worst."""
+    beta_end: float | None = None
+    """Where beta goes in a straight line over `beta_tokens` tokens, to stay there."""
+    beta_tokens: int = 0
+    """The token, counted from 0, that has `beta_end`."""
+    kl_budget: float | None = None
+    """In the place of `beta`: the largest KL(π ‖ π₀) of a token in nats, both over the candidates
+    at temperature 1. β is solved for at each token, from 0 to `beta_max`. Needs a top_k of at most
+    64, from the base."""
+    beta_max: float = 1000.0
+    """The greatest β that a `kl_budget` may lead to."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -60,10 +81,40 @@ class Guidance:
             "functional is 'mean', 'soft' or 'cvar'": self.functional in ("mean", "soft", "cvar"),
             "alpha must lie in (0, 1]": 0 < self.alpha <= 1,
             "beta must be finite": abs(self.beta) < float("inf"),
+            "beta_end must be finite": abs(self.beta_end or 0.0) < float("inf"),
+            "beta_end and beta_tokens (1 or more) belong together": (
+                self.beta_tokens >= 1 if self.beta_end is not None else self.beta_tokens == 0
+            ),
+            "kl_budget must be above 0": self.kl_budget is None or self.kl_budget > 0,
+            "beta_max must be above 0 and finite": 0 < self.beta_max < float("inf"),
+            "kl_budget finds beta: leave beta and beta_end out": (
+                self.kl_budget is None or (self.beta == 0 and self.beta_end is None)
+            ),
+            f"kl_budget needs a top_k of at most {MOST_UNDER_BUDGET} with candidates 'base'": (
+                self.kl_budget is None
+                or (1 <= (self.top_k or 0) <= MOST_UNDER_BUDGET and self.candidates == "base")
+            ),
+            "functional 'soft' needs one fixed beta": self.functional != "soft" or self.fixed,
         }
         for message, holds in checks.items():
             if not holds:
                 raise QvgptError(f"guidance: {message}, not as in {self}")
+
+    @property
+    def guides(self) -> bool:
+        """Whether values change anything."""
+        return bool(self.beta or self.beta_end) or self.kl_budget is not None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every token has the same β."""
+        return self.beta_end is None and self.kl_budget is None
+
+    def beta_at(self, position: int) -> float:
+        """β of the token that is written at this place, from 0 (unless there is a `kl_budget`)."""
+        if self.beta_end is None:
+            return self.beta
+        return self.beta + (self.beta_end - self.beta) * min(position / self.beta_tokens, 1.0)
 
     @property
     def truncates(self) -> bool:
@@ -86,6 +137,8 @@ def recommended(info: ValueInfo, model_dir: str | Path) -> Guidance | None:
         "beta": (float, int), "temperature": (float, int), "top_k": (int, type(None)),
         "top_p": (float, int, type(None)), "min_p": (float, int, type(None)),
         "candidates": (str,), "twins": (str,), "functional": (str,), "alpha": (float, int),
+        "beta_end": (float, int, type(None)), "beta_tokens": (int,),
+        "kl_budget": (float, int, type(None)), "beta_max": (float, int),
     }  # fmt: skip
     for key, value in found.items():
         if key not in kinds:
@@ -108,6 +161,10 @@ class NextToken:
     """What is sampled from: guided, truncated, tempered, normalised; −inf where cut."""
     base_logprob: Float[Tensor, "rows candidates"]
     """Of the whole vocabulary at temperature 1. Meaningless on the folded path."""
+    beta: Float[Tensor, "rows"] | None = None
+    """β of each row, where it is not the guidance's one for all."""
+    spent: Float[Tensor, "rows"] | None = None
+    """What each row takes of a `kl_budget`: KL over the candidates, both at temperature 1."""
 
     def sample(
         self, uniform: Float[Tensor, "rows"]
@@ -136,6 +193,8 @@ class NextToken:
             self.tokens.gather(1, place),
             torch.zeros_like(place, dtype=self.logprob.dtype),
             self.base_logprob.gather(1, place),
+            self.beta,
+            self.spent,
         )
 
 
@@ -143,16 +202,18 @@ def guided_logprob(
     base_logprob: Float[Tensor, "rows candidates"],
     q: Float[Tensor, "rows candidates"] | None,
     guidance: Guidance,
+    beta: Float[Tensor, "rows"] | None = None,
 ) -> Float[Tensor, "rows candidates"]:
     """log π over the given candidates: truncation, guidance and temperature in their order.
 
-    At temperature 0 that of temperature 1: its mode is what greedy decoding picks.
+    `beta` says that of each row; None: the guidance's. At temperature 0 that of temperature 1: its
+    mode is what greedy decoding picks.
     """
     logits = base_logprob
     if guidance.candidates == "base":
         logits = _truncate(logits, guidance)
-    if q is not None and guidance.beta:
-        logits = logits + guidance.beta * q
+    if q is not None and (beta is not None or guidance.beta):
+        logits = logits + (guidance.beta if beta is None else beta[:, None]) * q
     if guidance.candidates == "guided":
         logits = _truncate(logits.log_softmax(-1), guidance)
     if guidance.temperature not in (0.0, 1.0):
@@ -165,29 +226,35 @@ def next_token(
     hidden: Float[Tensor, "rows embed"],
     guidance: Guidance,
     folded: Float[Tensor, "vocab embed"] | None = None,
+    values: Values | None = None,
+    beta: Float[Tensor, "rows"] | None = None,
 ) -> NextToken:
     """The guided distribution after each hidden state.
 
     Three ways, same result: with `folded` (LM head + β·Q as one matrix) it costs what the plain
     model costs but knows no base log-probs; with base top-k only the candidates' rows of the
     heads are read; else Q of the whole vocabulary is formed. Greedy has one candidate left.
+    `values` takes the place of the model's own Q, `beta` (of each row) that of `guidance.beta`.
     """
     trunk, known = model.trunk, None
     if model.tokenizer is not None and model.tokenizer.vocab_size < trunk.vocab_size:
         known = model.tokenizer.vocab_size
+    if values is None and guidance.guides and folded is None:
+        values = own_q(model.heads, hidden, guidance)
     return distribution(
-        trunk.output_weight, model.heads, hidden, guidance, folded, trunk.softcap, known
+        trunk.output_weight, hidden, guidance, values, folded, trunk.softcap, known, beta
     )
 
 
 def distribution(
     weight: Float[Tensor, "vocab embed"],
-    heads: ValueHeads | None,
     hidden: Float[Tensor, "rows embed"],
     guidance: Guidance,
+    values: Values | None,
     folded: Float[Tensor, "vocab embed"] | None = None,
     softcap: float | None = None,
     known: int | None = None,
+    beta: Float[Tensor, "rows"] | None = None,
 ) -> NextToken:
     """`next_token` of any LM head `weight`, whose trunk need not be ours.
 
@@ -197,14 +264,25 @@ def distribution(
     if known is not None:
         logits[:, known:] = NEG_INF
     base = logits.log_softmax(-1)
-    tokens, gathered, q = _everything(base), None, None
+    tokens, gathered, q, spent = _everything(base), None, None, None
     if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
         base, tokens = base.topk(guidance.top_k, dim=-1)
         gathered = tokens
-    if guidance.beta and folded is None:
-        q = slow_q(heads, hidden, gathered, guidance.twins, guidance)
-    picked = NextToken(tokens, guided_logprob(base, q, guidance), base)
+    if guidance.guides and folded is None:
+        assert values is not None
+        q = values(gathered)
+        if guidance.kl_budget is not None:
+            among = _truncate(base, guidance)
+            beta, spent = solve_beta(among, q, guidance.kl_budget, guidance.beta_max)
+    picked = NextToken(tokens, guided_logprob(base, q, guidance, beta), base, beta, spent)
     return picked.greedy() if guidance.temperature == 0 else picked
+
+
+def own_q(
+    heads: ValueHeads | None, hidden: Float[Tensor, "rows embed"], guidance: Guidance
+) -> Values:
+    """Q of heads that read the very hidden states."""
+    return lambda tokens: slow_q(heads, hidden, tokens, guidance.twins, guidance)
 
 
 def joined_q(
@@ -230,7 +308,7 @@ def slow_q(
     """
     if heads is None:
         raise QvgptError("this model has no value heads: it can only be run with beta 0")
-    h, how = hidden.float(), {} if guidance is None else _functional(heads, guidance)
+    h, how = hidden.float(), {} if guidance is None else functional_options(heads, guidance)
     q = [
         head(h, **how) if tokens is None else head.of_many(h, tokens, **how)  # type: ignore[operator]
         for head in heads.target_q
@@ -239,8 +317,22 @@ def slow_q(
     return stacked.mean(0) if twins == "mean" else stacked.amin(0)
 
 
-def _functional(heads: ValueHeads, guidance: Guidance) -> dict[str, Any]:
-    """What heads are told to read; nothing where it is the mean."""
+def refuse_v_alone(heads: ValueHeads | None) -> None:
+    """Raise `QvgptError` where there is no Q to be guided by.
+
+    Looks through the heads' weights: once a run, not once a token.
+    """
+    if heads is None:
+        raise QvgptError("this model has no value heads: it can only be run with beta 0")
+    if heads.know_v_alone:
+        raise QvgptError(V_ALONE)
+
+
+def functional_options(heads: ValueHeads, guidance: Guidance) -> dict[str, Any]:
+    """What `read_distribution` is told for these heads; nothing where it is the mean.
+
+    Raises `QvgptError` for heads that know no distribution of returns.
+    """
     if guidance.functional == "mean":
         return {}
     if heads.config.support is None or heads.config.sigma:
@@ -249,14 +341,14 @@ def _functional(heads: ValueHeads, guidance: Guidance) -> dict[str, Any]:
             f"{'smeared heads keep' if heads.config.sigma else 'these value heads know'} only the "
             "mean: train categorical heads with sigma 0"
         )
-    eta = heads.reward_scale / guidance.beta
+    eta = heads.reward_scale / guidance.beta if guidance.functional == "soft" else 1.0
     return {"functional": guidance.functional, "eta": eta, "alpha": guidance.alpha}
 
 
 def folds(heads: ValueHeads | None, guidance: Guidance, softcap: float | None = None) -> bool:
     """Whether LM head and guidance are one matrix: linear features, mean of twins, no base set,
-    logits that nothing caps."""
-    if heads is None or guidance.beta == 0 or softcap is not None:
+    one β, logits that nothing caps."""
+    if heads is None or guidance.beta == 0 or not guidance.fixed or softcap is not None:
         return False
     free = guidance.candidates == "guided" or not guidance.truncates
     joined = guidance.twins == "mean" or heads.config.num_q == 1

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from qvgpt.decode.engine import OnStep, Request, Text, write
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 
@@ -23,18 +24,21 @@ def write_best(
     report: bool = False,
     keep_reports: Collection[int] | None = None,
     on_step: OnStep | None = None,
+    values: ValueSource | None = None,
 ) -> list[Text]:
     """One text per request, the best of `best_of`; of one, what `write` gives.
 
     The first candidate is the text that `write` would give. `kl` of a text is that of the sampling:
-    what the choice adds to it is not known, see `choice_kl`. Raises `QvgptError` where there are no
-    values.
+    what the choice adds to it is not known, see `choice_kl`. Guided by other `values` there is no
+    choice. Raises `QvgptError` where there are no values.
     """
     if best_of == 1:
         return write(
             model, requests, max_batch=max_batch, report=report, keep_reports=keep_reports,
-            on_step=on_step,
+            on_step=on_step, values=values,
         )  # fmt: skip
+    if values is not None:
+        raise QvgptError("best_of: texts are ranked by the model's own values alone")
     if best_of < 1 or model.heads is None:
         what = "this model has no value heads to rank texts by" if best_of > 1 else "at least 1"
         raise QvgptError(f"best_of: {what}")

@@ -4,15 +4,24 @@ It serves to judge and rank candidates, to draw the lens, and to sum the exact K
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.policy import NEG_INF, Guidance, NextToken, joined_q, next_token
+from qvgpt.decode.policy import (
+    NEG_INF,
+    Guidance,
+    NextToken,
+    joined_q,
+    next_token,
+    refuse_v_alone,
+)
+from qvgpt.decode.sources import PrefixValues, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.value_model import ValueModel
@@ -61,11 +70,14 @@ def score(
 ) -> list[TextScore]:
     """One `TextScore` per trajectory, in their order; rewards are not looked at.
 
-    Texts of like length share a forward. Raises `QvgptError` for a text longer than the context,
-    and as `collate` does.
+    Texts of like length share a forward. Values are the model's own; where its heads know V alone
+    (FUDGE, ControlledDecoding), q is V after the token, and they cannot guide here. Raises
+    `QvgptError` for a text longer than the context, and as `collate` does.
     """
     guidance = guidance or Guidance()
     _refuse_long(trajectories, model)
+    if guidance.guides:
+        refuse_v_alone(model.heads)
     model.eval()
     scores: dict[int, TextScore] = {}
     for chosen in _batches(trajectories, batch_size):
@@ -92,6 +104,8 @@ def sequence_kl(
         raise QvgptError(
             f"the base knows {base.trunk.vocab_size} tokens, the model {model.trunk.vocab_size}"
         )
+    if guidance.guides:
+        refuse_v_alone(model.heads)
     for reader in (model, base):
         _refuse_long(texts, reader)
         reader.eval()
@@ -101,9 +115,10 @@ def sequence_kl(
         batch = collate([texts[i] for i in chosen]).to(model.device)
         ours = _states(model, batch)[:, :-1][batch.mask]
         theirs = _states(base, batch.to(base.device))[:, :-1][batch.mask.to(base.device)]
-        steps: list[float] = []
+        betas, steps = _betas(batch, guidance), list[float]()
         for h, g in zip(ours.split(size), theirs.split(size), strict=True):
-            policy = next_token(model, h, guidance)
+            beta = None if betas is None else betas[len(steps) :][: len(h)]
+            policy = next_token(model, h, guidance, beta=beta)
             logprob = next_token(base, g, Guidance()).base_logprob
             logprob = logprob.to(h.device).gather(1, policy.tokens)
             steps += NextToken(policy.tokens, policy.logprob, logprob).kl().tolist()
@@ -128,6 +143,18 @@ def _batches(texts: Sequence[Trajectory], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def _betas(batch: TrajectoryBatch, guidance: Guidance) -> Float[Tensor, "rows"] | None:
+    """β of each decision that counts, by its place within its turn; None: one for all."""
+    if guidance.beta_end is None:
+        return None
+    step = torch.arange(batch.mask.size(1), device=batch.mask.device).expand_as(batch.mask)
+    begins = F.pad(batch.ends_turn[:, :-1], (1, 0), value=True)
+    place = step - (step * begins).cummax(1).values
+    return torch.tensor(
+        [guidance.beta_at(i) for i in place[batch.mask].tolist()], device=batch.mask.device
+    )
+
+
 def _states(model: ValueModel, batch: TrajectoryBatch) -> Float[Tensor, "batch states embed"]:
     """The hidden state of every decision, and of the end of each text."""
     return model.states(model.trunk.hidden(batch.tokens), batch)
@@ -137,11 +164,20 @@ def _score_batch(
     model: ValueModel, trajectories: Sequence[Trajectory], guidance: Guidance
 ) -> list[TextScore]:
     batch = collate(trajectories).to(model.device)
-    states = _states(model, batch)
+    hidden = model.trunk.hidden(batch.tokens)
+    states, values = model.states(hidden, batch), own_values(model)
     flat, action = states[:, :-1][batch.mask], batch.action[batch.mask]
     size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
-    chunks = zip(flat.split(size), action.split(size), strict=True)
-    reports = (r for h, a in chunks for r in _reports(model, h, a, guidance))
+    pieces, betas = flat.split(size), _betas(batch, guidance)
+    each = [None] * len(pieces) if betas is None else betas.split(size)
+    chunks = zip(pieces, action.split(size), each, strict=True)
+    found = [r for h, a, beta in chunks for r in _reports(model, h, a, guidance, beta)]
+    if isinstance(values, PrefixValues):
+        at = batch.row[:, None] * hidden.size(1) + batch.state_index[:, :-1] + 1
+        after = hidden.flatten(0, 1)[at[batch.mask]]
+        both = zip(values.read(after).tolist(), values.read(flat).tolist(), strict=True)
+        found = [replace(r, q=q, v=v) for r, (q, v) in zip(found, both, strict=True)]
+    reports = iter(found)
     ends: list[float | None] = [None] * len(trajectories)
     if model.heads is not None:
         last = states[torch.arange(len(states)), batch.mask.sum(1)]
@@ -156,9 +192,10 @@ def _reports(
     hidden: Float[Tensor, "rows embed"],
     action: Int[Tensor, "rows"],
     guidance: Guidance,
+    beta: Float[Tensor, "rows"] | None,
 ) -> list[TokenReport]:
     """Reports on the given next tokens, which need not be candidates."""
-    policy = next_token(model, hidden, guidance)
+    policy = next_token(model, hidden, guidance, beta=beta)
     taken = policy.tokens == action[:, None]
     base = policy.base_logprob
     if base.size(1) < model.trunk.vocab_size:  # candidates only
@@ -173,4 +210,6 @@ def _reports(
     else:
         q = joined_q(model, hidden, action[:, None], guidance.twins)[:, 0]
         columns += [q.tolist(), model.heads.state_value(hidden.float()).tolist()]
+    for of_budget in (policy.beta, policy.spent):
+        columns.append([None] * len(action) if of_budget is None else of_budget.tolist())
     return [TokenReport(*values) for values in zip(*columns, strict=True)]

@@ -304,9 +304,14 @@ class ValueHeads(nn.Module):
 
     @property
     def know_q(self) -> bool:
-        """Whether Q tells any token from another."""
+        """Whether Q tells any token from another. Looks no further than the first that it does."""
         heads: list[Any] = [*self.q]
-        return any(bool(head.weight.any()) for head in heads)
+        return any(bool(part.any()) for head in heads for part in head.weight.split(1024))
+
+    @property
+    def know_v_alone(self) -> bool:
+        """Whether V was learned and Q was not."""
+        return not self.know_q and not self.are_fresh
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:

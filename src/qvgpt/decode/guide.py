@@ -1,0 +1,132 @@
+"""A model and what guides it, side by side: which trunks read, and what they can do together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qvgpt.decode.policy import V_ALONE, Guidance
+from qvgpt.decode.reading import States
+from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
+from qvgpt.errors import QvgptError
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.value_model import ValueModel
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A source beside the model that it guides: what both can do together, checked once."""
+
+    model: ValueModel
+    source: ValueSource | None
+
+    @classmethod
+    def of(cls, model: ValueModel, source: ValueSource | None = None) -> "Guide":
+        """None: the model's own values. Raises `QvgptError` for a source of another tokenizer."""
+        for other in () if source is None else source.models:
+            refuse_other_tokenizer(model, other)
+            other.eval()
+        return cls(model.eval(), own_values(model) if source is None else source)
+
+    @property
+    def trunks(self) -> list[Any]:
+        """That of the model first; each once, whoever reads it."""
+        others = [m.trunk for m in self.source.models] if self.source is not None else []
+        every = [self.model.trunk, *others]
+        return [t for i, t in enumerate(every) if not any(t is other for other in every[:i])]
+
+    @property
+    def heads(self) -> ValueHeads | None:
+        """The model's own heads where their Q is what guides: that may fold into its LM head."""
+        own = isinstance(self.source, HeadValues) and self.source.model is self.model
+        return self.model.heads if own else None
+
+    @property
+    def context(self) -> int:
+        """The longest text that every trunk holds."""
+        return min(trunk.seq_len for trunk in self.trunks)
+
+    @property
+    def known(self) -> int:
+        """How many tokens exist: of a padded vocabulary the first ones."""
+        size = self.model.trunk.vocab_size
+        return min(size, self.model.tokenizer.vocab_size) if self.model.tokenizer else size
+
+    def values(
+        self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance
+    ) -> Float[Tensor, "rows candidates"]:
+        """The source's values of candidates, or (None) of the model's whole vocabulary."""
+        assert self.source is not None
+        # what pads a vocabulary may be a candidate, of probability 0; other models lack it
+        asked = None if tokens is None else tokens.clamp(max=self.known - 1)
+        if tokens is None and self.source.most_candidates is not None:
+            asked = torch.arange(self.known).expand(len(states), -1)
+        found = self.source(states, asked, guidance).to(self.model.device)
+        if tokens is None:  # there 0 does
+            size = self.model.trunk.vocab_size
+            found = F.pad(found[:, :size], (0, max(0, size - found.size(1))))
+        return found
+
+    def report(
+        self, states: States, token: Int[Tensor, "rows"], twins: Literal["mean", "min"]
+    ) -> tuple[list[float | None], list[float | None]]:
+        """q of the given tokens and v of the states, None where they are unknown."""
+        if self.source is None:
+            return [None] * len(states), [None] * len(states)
+        q = self.source(states, token[:, None], Guidance(twins=twins))[:, 0].tolist()
+        v = self.source.state_value(states)
+        return q, [None] * len(states) if v is None else v.tolist()
+
+    @cached_property
+    def _knows_q(self) -> bool:
+        """Whether all heads that are asked for Q know it: weights are looked through but once."""
+        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
+        return not any(heads_of(model).know_v_alone for model in asked)
+
+    def refuse(self, tokens: Sequence[int], max_tokens: int, guidance: Guidance) -> None:
+        """Raise `QvgptError` for what cannot be written: no room, no prompt, no values."""
+        limit = self.context
+        if not tokens:
+            raise QvgptError("an empty prompt: a token must stand before the first action")
+        if max_tokens < 1 or len(tokens) + max_tokens > limit:
+            whose = "" if limit == self.model.trunk.seq_len else " of the model of the values"
+            raise QvgptError(
+                f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
+                f"do not fit the context of {limit}{whose}"
+            )
+        if not guidance.guides:
+            return
+        if self.source is None:
+            raise QvgptError("this model has no value heads: it can only be run with beta 0")
+        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
+        if any(model.info.level == "turn" for model in asked):
+            raise QvgptError(
+                "these values are of whole turns and guide no token: leave beta 0 and let them "
+                "rank texts, by best_of"
+            )
+        if not self._knows_q:
+            raise QvgptError(V_ALONE)
+        most, candidates = self.source.most_candidates, self.known
+        if guidance.top_k is not None and guidance.candidates == "base":
+            candidates = min(candidates, guidance.top_k)
+        if most is not None and candidates > most:
+            raise QvgptError(
+                f"these values are read after each candidate, and there are {candidates}: say "
+                f"top_k, at most {most} (20 is usual), with candidates 'base'"
+            )
+
+
+def refuse_other_tokenizer(model: ValueModel, other: ValueModel, what: str = "") -> None:
+    """Raise `QvgptError` where two models do not read the same tokens, by the tokenizers' hash."""
+    ours, theirs = (m.tokenizer.sha256 if m.tokenizer else None for m in (model, other))
+    same_size = model.trunk.vocab_size == other.trunk.vocab_size
+    if ours != theirs or (ours is None and not same_size):
+        raise QvgptError(
+            f"{what + ': ' if what else ''}another tokenizer than that of the model to be guided: "
+            "its values are of other tokens"
+        )
