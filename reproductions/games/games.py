@@ -124,6 +124,8 @@ class Setting:
     """Of the soft methods: what a nat away from the logs' policy costs, in units of `scale`."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By objective."""
+    reads: Literal["q", "prefix"] = "q"
+    """What guides: Q(s, a), or V(s + a) read after each candidate."""
     scale: float = 1.0
     """Rewards are divided by it before training, so that values are of order 1; β counts in it."""
     trunk: Literal["gpt", "llama"] = "gpt"
@@ -186,9 +188,10 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
         "random_walk": Setting(random_walk, 1000, fit, options=best),
         "star_graph": Setting(
             lambda seed, episodes: star_graph(seed, episodes, graphs),
-            100_000,
-            replace(fit, max_steps=6000, batch_size=64),
+            200_000,
+            replace(fit, max_steps=3000, batch_size=128),
             options=best,
+            reads="prefix",
             trunk="llama",
             num_layers=3,
         ),

@@ -34,6 +34,7 @@ from games import METHODS, Setting, quick_settings, settings
 from training import drawn, objectives_of, train
 
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import PrefixValues
 from qvgpt.envs.games import play, row_return, score
 from qvgpt.envs.wordle import Wordle
 from qvgpt.errors import QvgptError
@@ -130,9 +131,17 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     model, seconds = train(task, setting, method, seed, work / name)
+    prefix = setting.reads == "prefix" and METHODS[method].has_q
+    policy = engine_policy(
+        model,
+        guided(setting, method),
+        max_tokens=task.max_tokens,
+        seed=seed,
+        values=PrefixValues(model) if prefix else None,
+    )
     outcome = play(
         [task.new() for _ in range(setting.evaluations)],
-        engine_policy(model, guided(setting, method), max_tokens=task.max_tokens, seed=seed),
+        policy,
         task.tokenizer,
         seeds=range(setting.evaluations * seed, setting.evaluations * (seed + 1)),
         max_turns=task.max_turns,
