@@ -1,6 +1,5 @@
 """How benchmarks measure: candidates take turns, ratios within a turn, peaks of memory."""
 
-import ctypes
 import gc
 import json
 import os
@@ -8,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from qvgpt.memory import begin_peak, held_memory, peak_memory, return_freed
 
 
 def interleaved(
@@ -57,18 +57,12 @@ def extra_peak(step: Callable[[], Any]) -> int:
         step()
         synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
-    before = _resident("VmRSS")
+    here = torch.device("cpu")
+    return_freed()
+    before = held_memory(here)
+    begin_peak(here)
     step()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {name} in /proc/self/status")
+    return peak_memory(here) - before
 
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}

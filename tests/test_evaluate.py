@@ -11,9 +11,10 @@ import sacrebleu
 import torch
 
 from qvgpt.bootstrap import calibration, corpus_bleu_ci, corpus_chrf_ci, mean_ci, ranks, spearman
-from qvgpt.compare import CompareOptions, compare, value_diagnostics
+from qvgpt.compare import CompareOptions, compare
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.policy import Guidance
+from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate
 from qvgpt.models.gpt import GPT

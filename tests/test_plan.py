@@ -13,8 +13,9 @@ from qvgpt import GPT, HeadsConfig, QvgptError, Tokenizer, Trajectory, ValueMode
 from qvgpt import plan as planning
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
+from qvgpt.memory import available_memory, held_memory
 from qvgpt.objectives import parse_objectives
-from qvgpt.plan import MIB, available_memory, plan
+from qvgpt.plan import MIB, plan
 
 TOKENIZER = Tokenizer.train(["abc"], "char")
 BOTH = parse_objectives(["LM", {"ILQL": {"gamma": 1.0}}])
@@ -129,7 +130,7 @@ def test_what_is_certain_is_counted():
 
 @pytest.mark.parametrize("room", [0.5, 0.99])
 def test_what_does_not_fit_comes_with_advice(monkeypatch, room):
-    now = planning._now(CPU)
+    now = held_memory(CPU)
     monkeypatch.setattr(planning, "available_memory", lambda _: int(now * room))
     monkeypatch.setattr(planning, "_try", lambda *_: pytest.fail("it is tried nevertheless"))
     found, said = planned()
@@ -175,7 +176,7 @@ def test_advice_is_sorted_by_what_it_saves():
 
 def test_available_memory_is_no_more_than_a_limit(monkeypatch):
     assert 2**20 < available_memory(CPU) < 2**60
-    monkeypatch.setattr(planning, "_cgroup_limit", lambda: 12345)
+    monkeypatch.setattr("qvgpt.memory._cgroup_limit", lambda: 12345)
     assert available_memory(CPU) == 12345
 
 

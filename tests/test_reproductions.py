@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
+from qvgpt.trajectory import collate
 
 GAMES = {
     "random_walk", "star_graph", "maze_full", "maze_partial", "wordle", "wordle_adversarial",
@@ -41,7 +43,8 @@ def games(monkeypatch):
     """The names of the script of the games."""
     script = REPRODUCTIONS / "games" / "run.py"
     monkeypatch.syspath_prepend(str(script.parent))
-    return runpy.run_path(str(script), run_name="games_run")
+    names = runpy.run_path(str(script), run_name="games_run")
+    return runpy.run_path(str(script.with_name("training.py"))) | names
 
 
 def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
@@ -72,4 +75,21 @@ def test_figures_of_the_games_by_hand(games):
     rows = [{"prompt": "", "completion": "", "reward": float(i)} for i in range(10)]
     setting = games["quick_settings"]()["maze_full"]
     assert games["objectives_of"](setting, "filtered_BC", rows) == [{"LM": {"min_return": 0.8}}]
-    assert games["objectives_of"](setting, "ILQL", rows)[1]["ILQL"]["expectile"] == 0.95
+    assert [*games["objectives_of"](setting, "ILQL", rows)[0]] == ["ILQL"]  # on a frozen trunk
+    assert [*games["objectives_of"](setting, "ILQL_joint", rows)[0]] == ["LM"]
+    assert games["objectives_of"](setting, "ILQL_joint", rows)[1]["ILQL"]["expectile"] == 0.9
+
+
+@torch.no_grad()
+def test_a_frozen_trunk_looks_up_what_it_would_compute(games):
+    setting = games["quick_settings"]()["maze_full"]
+    tokenizer, texts = games["encoded"](setting, 0)
+    trunk = games["new_trunk"](games["drawn"](setting.task, 0, setting.episodes), setting, 0)
+    batch = collate(texts[:9], tokenizer.template.pad, packed=True)
+    computed = trunk.hidden(batch.tokens, positions=batch.positions)
+    games["freeze"](trunk, games["states"](trunk, texts))
+    found = trunk.hidden(batch.tokens, positions=batch.positions)
+    real = batch.attention_mask
+    assert not torch.equal(real, torch.ones_like(real))
+    torch.testing.assert_close(found[real], computed[real], atol=1e-5, rtol=0)
+    assert not any(p.requires_grad for p in trunk.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qvgpt.errors import QvgptError
-from qvgpt.trajectory import Trajectory, centred, collate, fingerprint, mean_return
+from qvgpt.trajectory import Trajectory, _pack, centred, collate, fingerprint, mean_return
 
 END = 99
 
@@ -139,7 +139,7 @@ def test_a_fingerprint_sees_every_part_of_a_text():
     assert fingerprint([base]) == fingerprint([replace(base)])
 
 
-def test_packed_texts_share_rows_no_longer_than_the_longest():
+def test_packed_texts_share_rows():
     texts = [
         Trajectory([1, 10, 11], actions(0, 1, 1), [0.0, 1.0, 2.0], True),
         Trajectory([2] * 6 + [12], actions(*[0] * 6, 1), [0.0] * 6 + [3.0], True),
@@ -148,22 +148,33 @@ def test_packed_texts_share_rows_no_longer_than_the_longest():
     ]
     batch, plain = collate(texts, packed=True), collate(texts)
     assert batch.tokens.tolist() == [
-        [2, 2, 2, 2, 2, 2, 12],
-        [3, 13, 14, 15, 1, 10, 11],
-        [4, 16, 0, 0, 0, 0, 0],
+        [2, 2, 2, 2, 2, 2, 12, 4, 16],
+        [3, 13, 14, 15, 1, 10, 11, 0, 0],
     ]
-    assert batch.attention_mask.sum(1).tolist() == [7, 7, 2]
-    assert batch.row.tolist() == [1, 0, 1, 2]
+    assert batch.attention_mask.sum(1).tolist() == [9, 7]
+    assert batch.row.tolist() == [1, 0, 1, 0]
     assert batch.positions is not None
-    assert batch.positions[1].tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.text.tolist() == [[1] * 7, [2] * 4 + [0] * 3, [3] * 7]
-    assert batch.state_index.tolist() == [[4, 5, 6, 0], [5, 6, 0, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.positions[1].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 0]
+    assert batch.text.tolist() == [[1] * 7 + [3] * 2, [2] * 4 + [0] * 5]
+    assert batch.state_index.tolist() == [[4, 5, 6, 0], [5, 6, 0, 0], [0, 1, 2, 3], [7, 8, 0, 0]]
     assert batch.predicted.tolist() == [
-        actions(1, 1, 1, 1, 1, 1),
-        actions(1, 1, 1, 0, 1, 1),
-        actions(1, 0, 0, 0, 0, 0),
+        actions(1, 1, 1, 1, 1, 1, 0, 1),
+        actions(1, 1, 1, 0, 1, 1, 0, 0),
     ]
     assert plain.positions is None
     assert plain.predicted.tolist() == plain.attention_mask[:, 1:].tolist()
     for name in ("action", "reward", "nonterminal", "ends_turn", "mask"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
+
+
+def test_packed_rows_are_nearly_full_and_hold_every_text_once():
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 5, 32):
+        for _ in range(20):
+            length = torch.randint(2, 250, (count,), generator=generator).tolist()
+            rows = _pack(length)
+            assert sorted(i for row in rows for i in row) == list(range(count))
+            filled = [sum(length[i] for i in row) for row in rows]
+            assert all(rows)
+            assert max(filled) <= 2 * max(length)
+            assert count < 32 or sum(length) > 0.95 * len(rows) * max(filled)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from qvgpt import GPT, HeadsConfig, Trajectory, ValueModel, loop
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
+from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.lora import LoraConfig
 from qvgpt.models.sharded import whole
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress
@@ -59,11 +62,29 @@ def texts():
     return found
 
 
-def learned(dtype, steps, packed=False, tied=True):
-    """The weights after some steps, the first step's gradients, and the last losses."""
+def gpt(tied=True, **heads):
+    trunk = GPT(40, 16, 2, 2, seq_len=32, tied=tied)
+    return ValueModel(trunk, HeadsConfig(**{"kind": "low_rank", "rank": 4, **heads}))
+
+
+def adapted():
+    """A Qwen3 in bfloat16 with adapters that are no longer at their start."""
+    sys.path.append(str(Path(__file__).parent / "models"))
+    from tiny_hf import make_hf
+
+    trunk = CausalLM(make_hf("qwen3", vocab_size=40).bfloat16())
+    trunk.add_lora(LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, p in trunk.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return ValueModel(trunk, HeadsConfig("low_rank", rank=4))
+
+
+def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, packed=False):
+    """The weights after some steps, the first step's gradients, the last losses and figures."""
     torch.manual_seed(3)
-    gpt = GPT(40, 16, 2, 2, seq_len=32, tied=tied)
-    model = ValueModel(gpt, HeadsConfig("low_rank", rank=4)).to(dtype)
+    model = make() if dtype is None else make().to(dtype)
     gradients = {}
 
     def keep(optimizer, *_):
@@ -76,12 +97,13 @@ def learned(dtype, steps, packed=False, tied=True):
     options = FitOptions(
         batch_size=5, micro_batch_size=2, max_steps=steps, epochs=9, dropout=0.0, packed=packed
     )
-    objectives = parse_objectives(["LM", "ILQL"])
+    objectives = parse_objectives(list(said))
     found = fit(model, texts(), objectives, options, eval_data=texts()[:5], console=QUIET)
     hook.remove()
     weights = {f"weight.{k}": whole(v).clone() for k, v in model.state_dict().items()}
     losses = {f"loss.{k}": torch.tensor(v) for k, v in found["eval"].items()}
-    return weights | gradients | losses
+    figures = {f"value.{k}": torch.tensor(v) for k, v in found["values"].items()}
+    return weights | gradients | losses | figures
 
 
 def resumed(folder, way):
@@ -113,9 +135,22 @@ def endless(folder):
 
 def main(folder):
     cases = {
-        "float64": {"dtype": torch.float64, "steps": 20},
-        "fp32": {"dtype": torch.float32, "steps": 1},
-        "packed": {"dtype": torch.float64, "steps": 6, "packed": True, "tied": False},
+        "float64": {"make": gpt, "steps": 20},
+        "fp32": {"make": gpt, "dtype": torch.float32, "steps": 1},
+        "packed": {"make": partial(gpt, tied=False), "steps": 6, "packed": True},
+        "reference": {"make": gpt, "steps": 6, "said": ["PathConsistency"]},
+        "categorical": {
+            "make": partial(gpt, kind="categorical", bins=5, low=0.0, high=2.0),
+            "steps": 6,
+            "said": ["LM", "ReturnDistribution"],
+        },
+        "lora": {"make": adapted, "dtype": None, "steps": 1},
+        "lora-reference": {
+            "make": adapted,
+            "dtype": None,
+            "steps": 1,
+            "said": ["PathConsistency"],
+        },
     }
     ways = ["plain", "fsdp2"] if "RANK" in os.environ else ["plain"]
     for way in ways:

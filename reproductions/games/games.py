@@ -27,7 +27,7 @@ class Method:
     learns: str | Mapping[str, Any]
     """The objective: `LM`, or one of values."""
     joint: bool = False
-    """Trunk and values learn together, also where the other methods' trunk is a clone."""
+    """Trunk and values learn together, also where the other methods' trunk is frozen."""
     functional: Functional = "mean"
     """What is read of a distribution of returns."""
     shares: str | None = None
@@ -50,14 +50,13 @@ class Method:
 METHODS = {
     "BC": Method("LM"),
     "filtered_BC": Method({"LM": {"min_return": TOP}}, goes_on=True),
-    "MonteCarlo": Method("MonteCarlo"),
+    "MonteCarlo": Method("MonteCarlo", joint=True),
     "MC_categorical": Method("ReturnDistribution"),
     "Qsharp": Method("ReturnDistribution", functional="soft", shares="MC_categorical"),
     "SARSA": Method("SARSA"),
     "ILQL": Method("ILQL"),
     "CQL": Method("DoubleQ"),
     "soft_Q": Method("PathConsistency", goes_on=True),
-    "MonteCarlo_joint": Method("MonteCarlo", joint=True),
     "ILQL_joint": Method("ILQL", joint=True),
 }
 WORDS = (
@@ -118,7 +117,7 @@ class Setting:
     fit: FitOptions
     """How a trunk learns, alone or together with values."""
     heads_fit: FitOptions | None = None
-    """How values learn on the frozen trunk of `BC`; None: all methods are `joint`."""
+    """How values learn on the frozen trunk of `MonteCarlo`; None: all methods are `joint`."""
     guidance: Guidance = field(default_factory=lambda: Guidance(beta=64.0, min_p=0.1))
     """Methods without values take the same candidates, at β = 0."""
     eta: float = 0.1
@@ -178,10 +177,11 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
     fit = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
     whole = {"gamma": 1.0}
     best = {"ILQL": {**whole, "expectile": 0.95, "cql_weight": 0.0}, "DoubleQ": whole}
+    by_turns = {"ILQL": {**best["ILQL"], "expectile": 0.9, "bootstrap": "turn"}, "DoubleQ": whole}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
     # a game's length is its return here: batches of similar lengths would be batches of one return
     turns = replace(fit, max_steps=1200, batch_size=16, packed=True)
-    on_clone = replace(turns, max_steps=600)
+    heads_alone = replace(turns, max_steps=2000)
     games = {
         "random_walk": Setting(random_walk, 1000, fit, options=best),
         "star_graph": Setting(
@@ -198,8 +198,8 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
             1000,
             turns,
-            on_clone,
-            options=best,
+            heads_alone,
+            options=by_turns,
             scale=10.0,
             trunk="llama",
             evaluations=120,
@@ -210,8 +210,8 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
                 lambda seed, episodes, players=players: wordle(seed, episodes, words, players),
                 20_000,
                 replace(turns, max_steps=2500, batch_size=64, bf16=True),
-                replace(on_clone, max_steps=1500, batch_size=64),
-                options=best,
+                replace(heads_alone, batch_size=64),
+                options=by_turns,
                 scale=4.0,
                 trunk="llama",
                 embed_dim=128,
@@ -236,8 +236,13 @@ def quick_settings() -> dict[str, Setting]:
         name: replace(
             setting,
             **{"episodes": 100, "evaluations": 10, "embed_dim": 32} | small.get(name, {}),
-            fit=replace(setting.fit, max_steps=100 if name == "random_walk" else 8, lr=3e-3),
-            heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=8),
+            fit=replace(
+                setting.fit,
+                max_steps=100 if name == "random_walk" else 4,
+                batch_size=min(32, setting.fit.batch_size),
+                lr=3e-3,
+            ),
+            heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=4),
         )
         for name, setting in games.items()
     }

@@ -8,10 +8,12 @@ FILE holds Wordle's words, one a line; without --answers the two Wordle games ar
 script goes on where it stopped, in the middle of a training too. A seed is that of the game, of
 its logs, of the training and of the texts. games.py says how each game is set.
 
-Where a game says so, BC's trunk is frozen and its states are kept: the other methods learn values
-on those alone. Filtered cloning and soft Q-learning go on with that trunk instead, and the rows
-named `joint` learn trunk and values together from scratch, as all do where a game clones no trunk.
-Seconds include BC's where its trunk is used.
+MonteCarlo learns trunk and values together, from scratch. Where a game says so that trunk is frozen
+then and its states are kept, and the other methods learn values on those alone; those named
+`joint` learn all from scratch again, as every method does where a game freezes nothing. (A trunk
+that learned to clone alone will not do: amid a move it need not know what the move is worth.)
+Filtered cloning and soft Q-learning go on with the trunk of BC. Seconds include what a row is built
+on.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself, with what --games and
@@ -79,7 +81,8 @@ def table(
     """The figures of every game and method, over all seeds."""
     results = {}
     for name, setting in games.items():
-        rows = [m for m in methods if setting.heads_fit or not METHODS[m].joint]  # else said twice
+        # where nothing is frozen, ILQL is joint anyway
+        rows = [m for m in methods if setting.heads_fit or m != "ILQL_joint"]
         cells: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
         for seed in range(seeds):
             for method in rows:

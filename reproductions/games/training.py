@@ -1,4 +1,4 @@
-"""How a game's methods are trained: trunks from scratch, or values alone on a cloned one."""
+"""How a game's methods are trained: trunks from scratch, or values alone on a frozen one."""
 
 import io
 import json
@@ -45,14 +45,14 @@ def train(
         return ValueModel.from_pretrained(directory), json.loads(done.read_text())
     tokenizer, texts = encoded(setting, seed)
     if how.goes_on:
-        trunk, spent = clone(setting, seed, work)
+        trunk, spent = trunk_of("BC", setting, seed, work)
         options = setting.further_fit
     elif setting.heads_fit is None or how.joint or method == "BC":
         trunk = new_trunk(task, setting, seed)
     else:
-        trunk, spent = clone(setting, seed, work)
+        trunk, spent = trunk_of("MonteCarlo", setting, seed, work)
         options = setting.heads_fit
-        freeze(trunk, clone_states(setting, seed, work))
+        freeze(trunk, known_states(setting, seed, work))
     torch.manual_seed(seed)
     heads = None if how.is_text else heads_of(setting, method, texts)
     model = ValueModel(trunk, heads, tokenizer)
@@ -130,21 +130,21 @@ def heads_of(setting: Setting, method: str, texts: Sequence[Trajectory]) -> Head
     return HeadsConfig("categorical", setting.embed_dim // 2, bins=bins, low=low, high=high)
 
 
-def clone(setting: Setting, seed: int, work: Path) -> tuple[Backbone, float]:
-    """BC's trunk, and the seconds it took."""
+def trunk_of(method: str, setting: Setting, seed: int, work: Path) -> tuple[Backbone, float]:
+    """A method's trunk, and the seconds it took."""
     task = drawn(setting.task, seed, setting.episodes)
-    model, seconds = train(task, setting, "BC", seed, work)
+    model, seconds = train(task, setting, method, seed, work)
     return model.trunk, seconds
 
 
 _states: dict[tuple[Path, int], States] = {}
 
 
-def clone_states(setting: Setting, seed: int, work: Path) -> States:
-    """What BC's trunk makes of the logs; that of the last seed asked for is kept."""
+def known_states(setting: Setting, seed: int, work: Path) -> States:
+    """What MonteCarlo's trunk makes of the logs; that of the last seed asked for is kept."""
     if (work, seed) not in _states:
         _states.clear()
-        trunk, _ = clone(setting, seed, work)
+        trunk, _ = trunk_of("MonteCarlo", setting, seed, work)
         _states[work, seed] = states(trunk, encoded(setting, seed)[1])
     return _states[work, seed]
 

@@ -97,11 +97,18 @@ def spearman(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
 def calibration(
     predicted: Float[np.ndarray, "n"], actual: Float[np.ndarray, "n"], bins: int = 10
 ) -> list[dict[str, float | int]]:
-    """Mean prediction and mean outcome of each tenth of the predictions, ascending."""
-    order = np.argsort(predicted, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
+    """Mean prediction and mean outcome of each tenth of the predictions, ascending.
+
+    Equal predictions share a bin, so that a right value for each of a few states has no error.
+    """
+    which = (bins * (ranks(predicted) + 0.5) / max(len(predicted), 1)).astype(int)
+    parts = [which == k for k in np.unique(which)]
     return [
-        {"predicted": float(predicted[p].mean()), "actual": float(actual[p].mean()), "n": len(p)}
+        {
+            "predicted": float(predicted[p].mean()),
+            "actual": float(actual[p].mean()),
+            "n": int(p.sum()),
+        }
         for p in parts
     ]
 

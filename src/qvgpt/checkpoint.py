@@ -45,6 +45,8 @@ class TrainState:
     seconds: float = 0.0
     eval: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
+    values: dict[str, float] = field(default_factory=dict)
+    """What it found of the values: see `diagnostics.Watch`."""
     data_sha256: str = ""
     """Of the texts trained on, as tokens with their rewards."""
     eval_sha256: str = ""

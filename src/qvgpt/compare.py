@@ -1,4 +1,4 @@
-"""Methods side by side, over the same prompts and the same random numbers; and: are values right?
+"""Methods side by side, over the same prompts and the same random numbers.
 
     rows = compare(model, prompts, score, {"base": Guidance(), "guided": Guidance(beta=4)})
 
@@ -6,17 +6,14 @@ Intervals are bootstrapped over prompts (samples of one prompt are not independe
 differences are paired. To have single texts as the unit, give a prompt once for each of them.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
-from qvgpt.bootstrap import Estimate, calibration, mean_ci, pearson, spearman
+from qvgpt.bootstrap import Estimate, mean_ci
 from qvgpt.decode.engine import OnStep, Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import choice_kl, write_best
@@ -24,8 +21,7 @@ from qvgpt.decode.score import sequence_kl
 from qvgpt.decode.sources import HeadValues, ValueSource, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
-from qvgpt.returns import lambda_returns
-from qvgpt.trajectory import Trajectory, collate
+from qvgpt.trajectory import Trajectory
 
 Score = Callable[[list[str], list[int]], list[float]]
 """Completions and the index of the prompt each belongs to → one score each."""
@@ -207,128 +203,6 @@ def _measure_kl(
     ]
     for sample, kl in zip(samples, sequence_kl(model, guidance, base, texts), strict=True):
         sample.written.kl = kl
-
-
-def value_diagnostics(
-    model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int = 64
-) -> dict[str, Any]:
-    """How well Q and V foretell what came, on logged texts; JSON-ready, None where undefined.
-
-    Over all decisions: correlation of q and v with the return still to come (discounted as the
-    values are), of A = q − v with what v did not foretell, mean squared errors beside that of
-    predicting the mean, and calibration by tenths. Across prompts all of it can look well where
-    guidance does nothing, so the figures to watch are `within_prompt`: rank correlations among
-    the samples of one prompt, averaged over the prompts whose samples differ in return.
-    Q is the mean of the slow heads, as in decoding.
-    """
-    texts = _foretell(model, trajectories, batch_size)
-    pairs = [(t.prompt, x) for t, x in zip(trajectories, texts, strict=True) if len(x["q"])]
-    if not pairs:
-        raise QvgptError("no decision that counts to diagnose the values on")
-    texts = [text for _, text in pairs]
-    flat = {k: np.concatenate([text[k] for text in texts]) for k in ("q", "v", "to_come")}
-    first = {k: np.array([text[k][0] for text in texts]) for k in ("v", "to_come")}
-    q, v, to_come = flat["q"], flat["v"], flat["to_come"]
-    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for prompt, text in pairs:
-        groups.setdefault(prompt, []).append(text)
-    several = [group for group in groups.values() if len(group) > 1]
-    return {
-        "texts": len(texts),
-        "decisions": len(q),
-        "gamma": model.info.gamma,
-        "per_turn_discount": model.info.per_turn_discount,
-        "q": _fit(q, to_come),
-        "v": _fit(v, to_come),
-        "v_at_prompt": _fit(first["v"], first["to_come"]),
-        "advantage": _correlations(q - v, to_come - v),
-        "within_prompt": {
-            "v_middle": _within(several, lambda t: t["v"][t["middle"]], _middle_to_come),
-            "total_middle": _within(several, lambda t: _total_at(t, t["middle"]), _total),
-            "total_last": _within(several, lambda t: _total_at(t, -1), _total),
-            "advantage_sum": _within(several, lambda t: (t["q"] - t["v"]).sum(), _total),
-        },
-    }
-
-
-@torch.no_grad()
-def _foretell(
-    model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int
-) -> list[dict[str, Any]]:
-    """Per text q, v and the return still to come at each of its decisions, and its middle."""
-    if model.heads is None:
-        raise QvgptError("this model has no value heads: there is nothing to diagnose")
-    model.eval()
-    template = model.tokenizer.template if model.tokenizer else None
-    pad, ends = (template.pad, template.end_ids) if template else (0, ())
-    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens))
-    found: list[dict[str, Any]] = [{} for _ in order]
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = collate([trajectories[i] for i in indices], pad, ends).to(model.device)
-        values = model(batch, frozenset({"target_q", "v"}))
-        gamma = torch.full_like(batch.reward, model.info.gamma)
-        if model.info.per_turn_discount:
-            gamma = gamma.where(batch.ends_turn, 1.0)
-        so_far = torch.cat([torch.ones_like(gamma[:, :1]), gamma.cumprod(1)[:, :-1]], 1)
-        nothing = torch.zeros_like(batch.reward)
-        every = torch.ones_like(batch.mask)  # the padding's reward is 0
-        to_come = lambda_returns(batch.reward, gamma, nothing, every, lambda_=1.0)
-        q, v = values.target_q.mean(0), values.v[:, :-1]
-        columns = {name: x / model.heads.reward_scale for name, x in (("q", q), ("v", v))}
-        columns["to_come"] = to_come
-        columns["so_far"] = so_far  # the discount from the first decision to each
-        for row, i in enumerate(indices):
-            real = batch.mask[row]
-            text = {k: x[row][real].double().cpu().numpy() for k, x in columns.items()}
-            found[i] = text | {"middle": int(real.sum()) // 2}
-    return found
-
-
-def _total(text: dict[str, Any]) -> float:
-    """The return from the first decision."""
-    return text["to_come"][0]
-
-
-def _total_at(text: dict[str, Any], decision: int) -> float:
-    """That return as foretold at a later decision: what came before is known."""
-    at = range(len(text["v"]))[decision]
-    return text["to_come"][0] + text["so_far"][at] * (text["v"][at] - text["to_come"][at])
-
-
-def _middle_to_come(text: dict[str, Any]) -> float:
-    return text["to_come"][text["middle"]]
-
-
-def _within(
-    groups: list[list[dict[str, Any]]],
-    foretold: Callable[[dict[str, Any]], float],
-    came: Callable[[dict[str, Any]], float],
-) -> dict[str, Any]:
-    """Mean Spearman correlation within groups; a constant prediction counts as 0."""
-    found: list[float] = []
-    for group in groups:
-        actual = np.array([came(text) for text in group])
-        if np.ptp(actual) > 0:
-            correlation = spearman(np.array([foretold(text) for text in group]), actual)
-            found.append(0.0 if math.isnan(correlation) else correlation)
-    if not found:
-        return {"mean": None, "ci95": None, "groups": 0}
-    estimate = mean_ci(found)
-    return {"mean": estimate.value, "ci95": list(estimate.ci95), "groups": len(found)}
-
-
-def _fit(predicted: Float[np.ndarray, "n"], actual: Float[np.ndarray, "n"]) -> dict[str, Any]:
-    return _correlations(predicted, actual) | {
-        "mse": float(np.square(predicted - actual).mean()),
-        "mse_of_mean": float(actual.var()),
-        "calibration": calibration(predicted, actual),
-    }
-
-
-def _correlations(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> dict[str, float | None]:
-    found = {"pearson": pearson(x, y), "spearman": spearman(x, y)}
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _write(

@@ -36,6 +36,7 @@ from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart,
 from qvgpt.report import table as html_table
 from qvgpt.report_page import side_by_side
 from qvgpt.run import read_log, write_json
+from qvgpt.value_report import watched_section
 
 OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}}]
 HEADS = HeadsConfig(kind="mlp")
@@ -115,16 +116,18 @@ def learn(
 ) -> ValueModel:
     """Train a small GPT with Q and V on the logged walks, from scratch."""
     tokenizer = Tokenizer.train(walks.letters, "char")
-    data = [
-        t
-        for i, row in enumerate(rows, 1)
-        for t in row_to_trajectories(Row(f"walk {i}", row), tokenizer)
-    ]
+    held_out = walks.logged_walks(max(1, config.walks // 4), config.seed + 1)
+    data, eval_data = (
+        [t for row in some for t in row_to_trajectories(Row("walk", row), tokenizer)]
+        for some in (rows, held_out)
+    )
     torch.manual_seed(config.seed)
     gpt = GPT(tokenizer.vocab_size, embed_dim=64, num_heads=4, num_layers=2, seq_len=16)
     model = ValueModel(gpt, HEADS, tokenizer)
-    options = FitOptions(**{**asdict(FIT), "max_steps": config.steps, "seed": config.seed})
-    fit(model, data, parse_objectives(OBJECTIVES), options, output=output, console=console)
+    own = {"max_steps": config.steps, "seed": config.seed, "eval_every": -(-config.steps // 8)}
+    options = FitOptions(**{**asdict(FIT), **own})
+    objectives = parse_objectives(OBJECTIVES)
+    fit(model, data, objectives, options, eval_data=eval_data, output=output, console=console)
     model.info.recommended_guidance = asdict(GUIDANCE)
     model.save(output)
     return model
@@ -222,6 +225,7 @@ def _report(output: Path, summary: dict[str, Any], model: ValueModel, walks: Ran
             _coloured_walks(model, walks),
         ),
     ]
+    sections[-1:-1] = watched_section(log)
     write_report(output / "report.html", "qvgpt demo: random walks", sections)
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from rich.table import Table
@@ -19,10 +18,10 @@ from qvgpt.compare import (
     Score,
     compare,
     refuse_other_tokens,
-    value_diagnostics,
 )
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import HeadValues, PrefixValues, describe, own_values
+from qvgpt.diagnostics import value_diagnostics
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
@@ -40,11 +39,10 @@ from qvgpt.sampling import (
     load_values,
 )
 from qvgpt.trajectory import Trajectory
+from qvgpt.value_report import learning_section, value_charts, values_text, watched_section
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
-_CURVE_POINTS = 200
-_NO_LOSS = ("step", "grad_norm", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -308,7 +306,7 @@ def _show(rows: list[Row], metric: str, values: dict[str, Any] | None, output: P
     console = output_console()
     console.print(shown)
     if values is not None:
-        console.print(_values_text(values), highlight=False)
+        console.print(values_text(values), highlight=False)
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -333,7 +331,7 @@ def _sections(
         )
     ]
     if values is not None:
-        found.append(Section("Are the values right?", _values_text(values), _value_charts(values)))
+        found.append(Section("Are the values right?", values_text(values), value_charts(values)))
     shown = min(config.texts, rows[0].n)
     if shown:
         found.append(
@@ -344,10 +342,8 @@ def _sections(
                 _texts(model, prompts, rows, shown),
             )
         )
-    curves = _learning_curves(Path(config.model) / "log.jsonl")
-    if curves:
-        found.append(Section("Learning curves", "As logged in training.", curves))
-    return found
+    log = read_log(Path(config.model) / "log.jsonl")
+    return [*found, *learning_section(log), *watched_section(log)]
 
 
 def _reward_chart(rows: list[Row], metric: str) -> str:
@@ -395,36 +391,6 @@ def _rows_table(rows: list[Row], metric: str) -> str:
     return table(lines, best=dict.fromkeys((metric, *rows[0].metrics), "max"))
 
 
-def _values_text(values: dict[str, Any]) -> str:
-    def number(x: float | None) -> str:
-        return "undefined" if x is None else f"{x:.3f}".replace("-", "−")
-
-    within = values["within_prompt"]["total_middle"]
-    return (
-        f"On {values['texts']} texts of the base. Rank correlation with the return: Q "
-        f"{number(values['q']['spearman'])}, V {number(values['v']['spearman'])}; of the advantage "
-        f"with what V did not foretell: {number(values['advantage']['spearman'])}; among the "
-        f"samples of one prompt, half-way through: {number(within['mean'])} "
-        f"({within['groups']} prompts). Only the last two say what guidance can use."
-    )
-
-
-def _value_charts(values: dict[str, Any]) -> str:
-    series = []
-    for name, key in (("V at the prompt", "v_at_prompt"), ("Q of tokens", "q")):
-        points = values[key]["calibration"]
-        predicted, actual = ([p[k] for p in points] for k in ("predicted", "actual"))
-        series.append(Series(name, predicted, actual))
-    return line_chart(
-        series,
-        title="Calibration, by tenths of the predictions",
-        x_label="predicted return",
-        y_label="actual return",
-        style="both",
-        diagonal=True,
-    )
-
-
 def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
     """The first prompts: the base's text beside that of the best guided method."""
     columns = [rows[0]]
@@ -454,24 +420,3 @@ def _tokens(model: ValueModel, prompt: Sequence[int], sample: Sample) -> list[To
         base, guided = math.exp(r.base_logprob), math.exp(r.logprob)
         found.append(TokenValue(piece, r.advantage, r.q, r.v, base, guided))
     return found
-
-
-def _learning_curves(log: Path) -> str:
-    """One chart for each loss part that was evaluated, else for each that was logged."""
-    lines = read_log(log)
-    names = dict.fromkeys(name for line in lines for name in line if name not in _NO_LOSS)
-    tested = [n.removeprefix("eval/") for n in names if n.startswith("eval/")]
-    charts = []
-    for name in tested or names:
-        series = []
-        for label, key in (("training", name), ("evaluation", f"eval/{name}")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            size = max(1, len(points) // _CURVE_POINTS)
-            means = [
-                [fmean(column) for column in zip(*points[i : i + size], strict=True)]
-                for i in range(0, len(points), size)
-            ]
-            if means:
-                series.append(Series(label, [m[0] for m in means], [m[1] for m in means]))
-        charts.append(line_chart(series, title=name, x_label="step", y_label="loss"))
-    return "".join(charts)

@@ -29,8 +29,8 @@ from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups
 from qvgpt.models.disk import writing
 from qvgpt.models.sharded import whole
 from qvgpt.models.value_model import ValueInfo, ValueModel
-from qvgpt.objectives import Objectives, counted
-from qvgpt.processes import accelerator, others_there
+from qvgpt.objectives import Objectives, Values, counted
+from qvgpt.processes import accelerator, gathered_rows, others_there, sums
 from qvgpt.refusals import refuse
 from qvgpt.run import Interruption, RunProgress
 from qvgpt.trajectory import (
@@ -41,6 +41,7 @@ from qvgpt.trajectory import (
     mean_return,
     nothing_counts,
 )
+from qvgpt.watch import Watch
 
 _SECONDS_BETWEEN_SAVES = 60.0  # unless save_every says otherwise
 
@@ -91,6 +92,10 @@ class Training:
         size = 2 * (options.micro_batch_size or options.batch_size)
         order = sorted(range(len(eval_data)), key=lambda i: len(eval_data[i].tokens))
         self.eval_batches = self.my_batches(eval_data, order, size) if eval_data else []
+        watched = eval_data and model.heads is not None and objectives.teaches_values
+        watched = watched and objectives.level == "token"  # else tokens are not judged
+        parts = self.my_parts(order, size)
+        self.watch = Watch(model, objectives, eval_data, parts, data) if watched else None
         self.state = TrainState(data_sha256=fingerprint(data), eval_sha256=fingerprint(eval_data))
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.checkpoints = output / "checkpoints" if output else None
@@ -134,7 +139,7 @@ class Training:
                 overdue = time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES
                 # the clocks of processes differ, and a signal may reach one of them only
                 overdue = overdue and self.accelerator.is_main_process
-                asked, overdue = self.sums([interruption.asked is not None, overdue])
+                asked, overdue = sums(self.accelerator, [interruption.asked is not None, overdue])
                 if options.save_every:
                     due = state.step % options.save_every == 0
                 else:
@@ -187,17 +192,21 @@ class Training:
         share, size = indices[mine::processes], size or most
         return [share[start : start + size] for start in range(0, most, size)]
 
-    def measure(self, micro_batches: Sequence[TrajectoryBatch], learn: bool) -> dict[str, float]:
+    def measure(
+        self, micro_batches: Sequence[TrajectoryBatch], learn: bool, watch: Watch | None = None
+    ) -> dict[str, float]:
         """The loss and its parts, over all micro-batches as if they were one; with gradients.
 
         Every decision weighs the same, however a batch is split; so does every token where an
-        objective counts those.
+        objective counts those. `watch` is shown the values.
         """
         objectives = [o for _, o in self.objectives.terms]
         counts = [[int(counted(o, b).sum()) for o in objectives] for b in micro_batches]
         sizes = [sum(int(b.mask.sum()) for b in micro_batches)]
         sizes.append(sum(int(b.attention_mask.sum()) for b in micro_batches))
-        *totals, decisions, tokens = self.sums([*map(sum, zip(*counts, strict=True)), *sizes])
+        *totals, decisions, tokens = sums(
+            self.accelerator, [*map(sum, zip(*counts, strict=True)), *sizes]
+        )
         self.state.tokens += int(tokens) * learn
         if not any(totals) and not decisions:
             raise QvgptError(f"step {self.state.step + 1}: no decision in the whole batch counts")
@@ -206,32 +215,32 @@ class Training:
             shares = [unit / max(total, 1) for unit, total in zip(units, totals, strict=True)]
             whole = not learn or n == len(micro_batches)  # gradients go around once a step
             with nullcontext() if whole else self.accelerator.no_sync(self.model):
-                loss, found = self.loss(batch.to(self.accelerator.device), shares)
+                batch = batch.to(self.accelerator.device)
+                values = self.values(batch, watch.needs(n - 1) if watch else frozenset())
+                loss, found = self.loss(values, batch, shares)
                 for name, value in found.items():
                     parts[name] = parts.get(name, 0.0) + value
                 if learn:
                     # processes average their gradients, where the loss is a sum over all of them
                     self.accelerator.backward(loss * self.accelerator.num_processes)
-        parts = dict(zip(parts, self.sums(list(parts.values())), strict=True))
+                if watch:
+                    watch.see(n - 1, values, batch)
+        parts = dict(zip(parts, sums(self.accelerator, list(parts.values())), strict=True))
         self.stop_if_not_finite(parts)
         return parts
 
-    def sums(self, numbers: Sequence[float | int]) -> list[float]:
-        """Each number summed over all processes; as they are where there is one."""
-        if self.accelerator.num_processes == 1:
-            return [float(n) for n in numbers]
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
-        total: Any = self.accelerator.reduce(mine, "sum")
-        return total.tolist()
-
-    def loss(
-        self, batch: TrajectoryBatch, shares: list[float]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Σ weight · share · loss, and its parts times their share."""
+    def values(self, batch: TrajectoryBatch, more: frozenset[str]) -> Values:
+        """What the objectives read, and more."""
+        needs = self.objectives.needs | more
         # not Accelerator(mixed_precision=...): that is global to the process and set once
         kind = self.accelerator.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bf16):
-            values = self.model(batch, self.objectives.needs, even=not self.objectives.weighs)
+            return self.model(batch, needs, even=not self.objectives.weighs)
+
+    def loss(
+        self, values: Values, batch: TrajectoryBatch, shares: list[float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Σ weight · share · loss, and its parts times their share."""
         total = torch.zeros((), device=batch.tokens.device)
         parts: dict[str, torch.Tensor] = {}
         for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):
@@ -276,8 +285,11 @@ class Training:
     def evaluate(self, progress: RunProgress) -> None:
         """Loss parts over the evaluation data, and what follows from them."""
         self.model.eval()
-        found = self.state.eval = self.measure(self.eval_batches, learn=False)
+        found = self.state.eval = self.measure(self.eval_batches, learn=False, watch=self.watch)
         progress.log(self.state.step, {f"eval/{k}": v for k, v in found.items()}, show=True)
+        if self.watch is not None:
+            rows = gathered_rows(self.accelerator, self.watch.seen())
+            self.watch.report(rows, self.state, progress)
         name = self.options.keep_best
         if name is None:
             return
@@ -398,6 +410,7 @@ def fit(
         "seconds": round(state.seconds, 2),
         "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
         "eval": state.eval,
+        "values": state.values,
         "best": state.best,
         "best_step": state.best_step if state.best is not None else None,
     }

@@ -7,15 +7,9 @@ on a GPU what torch's allocator reserved. What is certain beforehand is told apa
     peak = program + weights (+ slow trunk) + gradients + optimizer state + activations
 """
 
-import ctypes
-import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +19,7 @@ from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
+from qvgpt.memory import available_memory, begin_peak, held_memory, peak_memory, return_freed
 from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives
@@ -50,7 +45,7 @@ def plan(
     those of one text times the tokens.
     """
     console = console or Console(stderr=True)
-    loaded = _peak(torch.device("cpu"))  # reading data may need more than training on them
+    loaded = peak_memory(torch.device("cpu"))  # reading data may need more than training on them
     training = Training(model, data, objectives, options, eval_data)
     device = training.accelerator.device
     available = available_memory(device)
@@ -168,11 +163,11 @@ def _try_one_text(training: Training, indices: Sequence[int]) -> tuple[int, floa
     text = next((b for b in of_one if bool(b.mask.any())), training.collate([training.data[0]]))
     training.learn([text])
     static = _static(training)
-    _return_freed()
-    before = _now(device)
-    _begin_peak(device)
+    return_freed()
+    before = held_memory(device)
+    begin_peak(device)
     training.learn([text])
-    one_text = max(0, _peak(device) - before - static["gradients"]) / _padded(text)
+    one_text = max(0, peak_memory(device) - before - static["gradients"]) / _padded(text)
     there = sum(size for name, size in static.items() if name != "gradients")
     program = max(0, before - there)
     return program, one_text, static
@@ -181,7 +176,7 @@ def _try_one_text(training: Training, indices: Sequence[int]) -> tuple[int, floa
 def _try(training: Training, micro_batches: list[TrajectoryBatch]) -> tuple[int, float, float]:
     """Peak of two steps and an evaluation; seconds of a step and of all evaluation batches."""
     device = training.accelerator.device
-    _begin_peak(device)
+    begin_peak(device)
     started = 0.0
     for _ in range(2):
         started = time.perf_counter()
@@ -196,7 +191,7 @@ def _try(training: Training, micro_batches: list[TrajectoryBatch]) -> tuple[int,
             training.measure([heaviest], learn=False)
         share = sum(map(_padded, training.eval_batches)) / _padded(heaviest)
         eval_seconds = (time.perf_counter() - started) * share
-    return _peak(device), seconds, eval_seconds
+    return peak_memory(device), seconds, eval_seconds
 
 
 def _static(training: Training) -> dict[str, int]:
@@ -225,83 +220,6 @@ def _parameters(model: ValueModel) -> dict[str, dict[str, int]]:
         }
         for name, part in parts.items()
     }
-
-
-# ── memory ───────────────────────────────────────────────────────────────────────────────────
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes this process may hold in all: what is free, and what it holds already."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    limits = [_cgroup_limit()]
-    try:
-        limits.append(_from_proc("/proc/meminfo", "MemAvailable") + _now(device))
-    except (OSError, KeyError):  # no Linux
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits)
-
-
-def _cgroup_limit() -> int:
-    """The least limit that a container or scheduler sets, of either version of cgroups."""
-    places, limits = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")], [sys.maxsize]
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return sys.maxsize
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds in ("", "memory"):
-            own = places[bool(kinds)] / path.lstrip("/")
-            places += [own, *own.parents]
-    for place in places:
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            try:
-                limits.append(int((place / name).read_text()))
-            except (OSError, ValueError):  # not there, or "max"
-                continue
-    return min(limits)
-
-
-def _return_freed() -> None:
-    """Let the resident set be what is in use: else a second step hides in what the first freed."""
-    with suppress(AttributeError, OSError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _begin_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # no Linux: then the peak is that since the process began
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set begins anew
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    try:
-        return _from_proc("/proc/self/status", "VmHWM")
-    except (OSError, KeyError):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-
-
-def _now(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
-    try:
-        return _from_proc("/proc/self/status", "VmRSS")
-    except (OSError, KeyError):
-        return _peak(device)
-
-
-def _from_proc(file: str, name: str) -> int:
-    """A line such as `VmHWM:  1234 kB`, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
 
 
 # ── advice ───────────────────────────────────────────────────────────────────────────────────

@@ -1,11 +1,14 @@
 """Several processes of one training, by Accelerate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from jaxtyping import Float
+from torch import Tensor
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
@@ -28,6 +31,29 @@ def processes() -> PartialState:
     alone there.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def sums(accelerator: Accelerator, numbers: Sequence[float | int]) -> list[float]:
+    """Each number summed over all processes; as they are where there is one."""
+    if accelerator.num_processes == 1:
+        return [float(n) for n in numbers]
+    mine = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
+    total: Any = accelerator.reduce(mine, "sum")
+    return total.tolist()
+
+
+def gathered_rows(
+    accelerator: Accelerator, rows: Float[Tensor, "mine columns"]
+) -> Float[Tensor, "all columns"]:
+    """The rows of all processes, of which each may have another number."""
+    if accelerator.num_processes == 1:
+        return rows
+    counts: Any = accelerator.gather(torch.tensor([len(rows)], device=rows.device))
+    most = int(counts.max())
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.size(1))])
+    everything: Any = accelerator.gather(padded)
+    parts = zip(everything.split(most), counts.tolist(), strict=True)
+    return torch.cat([part[:count] for part, count in parts])
 
 
 @contextmanager

@@ -15,12 +15,13 @@ def lambda_returns(
     discount: Float[Tensor, "batch steps"],
     next_value: Float[Tensor, "batch steps"],
     mask: Bool[Tensor, "batch steps"],
-    lambda_: float,
+    lambda_: float | Float[Tensor, "batch steps"],
 ) -> Float[Tensor, "batch steps"]:
     """Multi-step targets Gₖ = rₖ + γₖ [(1 − λ) vₖ₊₁ + λ Gₖ₊₁]  (Sutton & Barto, ch. 12).
 
     λ = 0 is the one-step TD target, λ = 1 the Monte-Carlo return. `discount` is γ where
-    the episode goes on and 0 where it ended; at the last unmasked step Gₖ₊₁ is vₖ₊₁.
+    the episode goes on and 0 where it ended; at the last unmasked step Gₖ₊₁ is vₖ₊₁. λ may be
+    one for each step k.
     A backward scan: no power of γ is ever formed, so none underflows.
     """
     has_next = F.pad(mask[:, 1:], (0, 1))

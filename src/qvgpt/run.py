@@ -247,14 +247,17 @@ class RunProgress:
     def log(self, step: int, values: dict[str, float], show: bool = False) -> None:
         """Append to log.jsonl (and TensorBoard); `show` prints it too."""
         if show:
-            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-            self.console.print(f"step {step}/{self.total}  {text}", soft_wrap=True)
+            self.say(step, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if self.file is not None:
             with writing(Path(self.file.name), "go on with --resume"):
                 self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def say(self, step: int, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(f"step {step}/{self.total}  {text}", soft_wrap=True)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -176,9 +176,9 @@ def collate(
     """Make a batch of a list of episodes, a row each, or `packed` into as few rows as will do.
 
     `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
-    cut in the middle of it. No row is longer than the longest text. Raises `QvgptError` for a
-    text without an action, one whose first token is an action, or a reward before the first
-    decision.
+    cut in the middle of it. Packed rows may be up to twice as long as the longest text. Raises
+    `QvgptError` for a text without an action, one whose first token is an action, or a reward
+    before the first decision.
     """
     if not trajectories:
         raise QvgptError("an empty batch: there is no trajectory to learn from")
@@ -217,7 +217,14 @@ def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
 
 
 def _pack(length: Sequence[int]) -> list[list[int]]:
-    """Which texts share a row no longer than the longest of them (first fit, longest first)."""
+    """Which texts share a row: of rows up to twice the longest text those that waste least."""
+    most = max(length)
+    ways = [_first_fit(length, room) for room in range(most, 2 * most + 1, max(1, most // 16))]
+    return min(ways, key=lambda rows: len(rows) * max(sum(length[i] for i in r) for r in rows))
+
+
+def _first_fit(length: Sequence[int], most: int) -> list[list[int]]:
+    """Longest first, each text to the first row that then holds no more than `most` tokens."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(length)), key=lambda i: -length[i]):
@@ -225,7 +232,7 @@ def _pack(length: Sequence[int]) -> list[list[int]]:
         if fits is None:
             fits = len(rows)
             rows.append([])
-            room.append(max(length))
+            room.append(most)
         rows[fits].append(i)
         room[fits] -= length[i]
     return rows

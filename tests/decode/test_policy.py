@@ -175,8 +175,13 @@ def test_guidance_reads_the_slow_heads(make_model):
     before = next_token(model, states(model), guidance).logprob
     with torch.no_grad():
         for p in model.heads.q.parameters():
-            p.add_(1.0)
+            p.add_(torch.randn_like(p))  # not alike for all tokens: that is no advantage
     torch.testing.assert_close(next_token(model, states(model), guidance).logprob, before)
+    with torch.no_grad():
+        for p in model.heads.target_q.parameters():
+            p.add_(torch.randn_like(p))
+    after = next_token(model, states(model), guidance).logprob
+    assert not torch.allclose(after, before, atol=1e-2)
 
 
 FUNCTIONALS = pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvgpt.models.attention import _additive, _ShortAttention, attention
+from qvgpt.models.attention import Packed, _additive, _ShortAttention, attention, packed_attention
 
 
 def inputs(dtype, batch=3, heads=2, time=9, head_dim=4):
@@ -57,3 +57,28 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_torchs_own(monkeypatch):
 def test_dropout_drops():
     (q, k, v), _ = inputs(torch.bfloat16)
     assert not torch.equal(attention(q, k, v, None, 0.5), attention(q, k, v, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_texts_attend_as_each_would_alone(dtype):
+    torch.manual_seed(0)
+    lengths = [[40, 3, 33], [2, 64], [1, 9]]  # of a row each; what is left of a row is padding
+    rows = [[torch.arange(n) for n in row] for row in lengths]
+    positions = torch.stack([F.pad(torch.cat(row), (0, 80 - sum(map(len, row)))) for row in rows])
+    qkv = torch.randn(3, 80, 3, 2, 4, dtype=dtype).requires_grad_()
+    gradient = torch.randn(3, 80, 2, 4, dtype=dtype)
+    found = packed_attention(qkv, Packed.of(positions, heads=2))
+    found.backward(gradient)
+    ours, qkv.grad = qkv.grad, None
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    for row, texts in enumerate(lengths):
+        at = 0
+        for n in texts:
+            one = slice(at, at + n)
+            q, k, v = qkv[row : row + 1, one].transpose(1, 3).unbind(2)
+            alone = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            torch.testing.assert_close(found[row, one], alone[0], atol=tolerance, rtol=0)
+            alone.backward(gradient[row : row + 1, one])
+            at += n
+    real = torch.arange(80) < torch.tensor([sum(row) for row in lengths])[:, None]
+    torch.testing.assert_close(ours[real], qkv.grad[real], atol=2 * tolerance, rtol=tolerance)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
+from qvgpt.models.decision_time import used_states
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -110,6 +111,13 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
             for i, head in enumerate(model.heads.target_q):
                 slow = head(h)[0, mean.argmax()].item()
                 assert values.target_q_at_argmax[i, row, k] == pytest.approx(slow, abs=1e-5)
+            likely = logprob[state].topk(20)
+            slow = torch.stack([head(h)[0] for head in model.heads.target_q]).mean(0)
+            found, pi = slow[likely.indices], likely.values.softmax(-1)
+            assert values.candidate_q_max[row, k] == pytest.approx(found.max().item(), abs=1e-5)
+            for name, x in (("q_spread", found), ("logit_spread", likely.values)):
+                spread = (pi @ x.square() - (pi @ x).square()).sqrt().item()
+                assert vars(values)[name][row, k] == pytest.approx(spread, abs=1e-4)
             assert values.logprob[row, k] == pytest.approx(logprob[state, action].item(), abs=1e-5)
             assert values.v[row, k] == pytest.approx(model.heads.v(h).item(), abs=1e-5)
         end = model.heads.v(hidden[-1]).item()
@@ -118,6 +126,7 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
         assert values.q_max[row, len(steps)] == pytest.approx(mean.max().item(), abs=1e-5)
         seen = logprob[:-1].gather(1, tokens[1:, None])[:, 0]
         torch.testing.assert_close(values.token_logprob[row, : length - 1], seen, atol=1e-5, rtol=0)
+    assert values.v[2, 3:].eq(0).all()
     assert values.q[:, ~BATCH.mask].eq(0).all()
     assert values.token_logprob[~BATCH.attention_mask[:, 1:]].eq(0).all()
 
@@ -137,7 +146,7 @@ def test_packed_texts_have_the_values_they_have_alone():
         for n in (3, 9, 1, 4, 2, 6)
     ]
     packed, alone = collate(texts, packed=True), collate(texts)
-    assert len(packed.tokens) == 4
+    assert len(packed.tokens) == 2
     found, expected = vars(model(packed)), vars(model(alone))
     for name in PLAIN - {"token_logprob"}:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
@@ -214,7 +223,7 @@ def test_distributions_are_read_at_the_states_of_the_decisions(tmp_path):
     for head in range(2):
         mean = (values.return_logits[head].softmax(-1) @ centres).where(BATCH.mask, 0.0)
         torch.testing.assert_close(values.q[head], mean, atol=1e-5, rtol=0)
-    mean = values.v_return_logits.softmax(-1) @ centres
+    mean = (values.v_return_logits.softmax(-1) @ centres).where(used_states(BATCH.mask), 0.0)
     torch.testing.assert_close(values.v, mean, atol=1e-5, rtol=0)
     assert values.return_logits[:, ~BATCH.mask].eq(0).all()
     model.save(tmp_path)

@@ -160,3 +160,39 @@ def test_nothing_as_large_as_the_logits_is_kept(monkeypatch):
         vocab.log_prob(hidden, weight, token)
     assert kept
     assert max(kept) <= max(VOCAB * WIDTH, ROWS * WIDTH)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**24])
+@pytest.mark.parametrize("weights", ["mean", "uneven"])
+def test_half_precision_products_give_nearly_the_exact_gradients(monkeypatch, chunk, weights):
+    monkeypatch.setattr(vocab, "CHUNK_ELEMENTS", chunk)
+    weigh, results = torch.full((ROWS,), 0.3) if weights == "mean" else torch.rand(ROWS), []
+    for half in (False, True):
+        hidden, weight, token = inputs()
+        before = weight.detach().clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = vocab.log_prob(hidden, weight, token)
+        (weigh * value).sum().backward()
+        assert torch.equal(weight, before)
+        results.append((hidden.grad, weight.grad))
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("uses", ["both", "rows", "head", "head twice"])
+def test_a_tied_matrix_gets_the_gradients_of_both_its_uses(uses):
+    tokens, results = torch.tensor([[1, 3, 3], [0, 12, 1]]), []
+    for ours in (False, True):
+        hidden, weight, token = inputs()
+        rows, head = vocab.lookup_tied(weight, tokens) if ours else (weight[tokens], weight)
+        loss = 0.0 * hidden.sum()
+        if uses in ("both", "rows"):
+            loss = loss + (rows**3).sum()
+        if uses != "rows":
+            loss = loss + vocab.log_prob(hidden, head, token).mean()
+        if uses == "head twice":
+            loss = loss + vocab.log_prob(hidden + rows[0, 0], head, 0 * token).mean()
+            loss = loss + vocab.entropy(hidden, head).mean()
+        loss.backward()
+        results.append(weight.grad)
+    torch.testing.assert_close(*results)

@@ -148,22 +148,26 @@ class Game:
             new -= seen | {None}
         return [(node, action) for node in sorted(seen) for action in ACTIONS]
 
-    def solve(self, backup, gamma: float = 1.0, per_turn: bool = False):
+    def solve(self, backup, gamma: float = 1.0, per_turn: bool = False, within=None):
         """Q and V by dynamic programming, V(s) = backup(q, p) of the actions' values and shares.
 
-        Both are dictionaries, of (node, action) and node.
+        Both are dictionaries, of (node, action) and node. `within`: another backup stands for what
+        follows a token that does not end its turn.
         """
         q: dict[tuple[int, int], float] = {}
         v: dict[int | None, float] = {None: 0.0}
+        u: dict[int | None, float] = {None: 0.0}
         for node in reversed(range(self.nodes)):
             for action in ACTIONS:
                 discount = gamma if action == END or not per_turn else 1.0
+                follows = v if action == END else u
                 q[node, action] = sum(
-                    o.probability * (o.reward + discount * v[o.node])
+                    o.probability * (o.reward + discount * follows[o.node])
                     for o in self.outcomes[node, action]
                 )
             shares = [self.policy[node, a] for a in ACTIONS]
-            v[node] = backup([q[node, a] for a in ACTIONS], shares)
+            known = [q[node, a] for a in ACTIONS]
+            v[node], u[node] = backup(known, shares), (within or backup)(known, shares)
         return q, {node: value for node, value in v.items() if node is not None}
 
     def turns(self, node: int) -> dict[tuple[int, ...], tuple[float, float, list]]:

@@ -95,6 +95,18 @@ def test_ilql_learns_the_expectile_of_its_data(game, tau):
 
 @GAMES
 @pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_ilql_that_bootstraps_at_turns_follows_the_data_within_them(game, tau):
+    objective = ILQL(gamma=0.9, expectile=tau, cql_weight=0.0, bootstrap="turn")
+    model = learn(objective, Table(game), game.batch(cut=False))
+    q, v = game.solve(expectile(tau), 0.9, within=mean)
+    same_q(model, q, game)
+    same_v(model, v, game)
+    elsewhere = game.solve(expectile(tau), 0.9)[0]
+    assert (max(abs(q[x] - elsewhere[x]) for x in game.pairs) > 0.05) == (tau != 0.5)
+
+
+@GAMES
+@pytest.mark.parametrize("tau", [0.5, 0.9])
 def test_ilql_of_whole_turns_learns_the_expectile_over_turns(game, tau):
     objective = ILQL(gamma=0.8, expectile=tau, cql_weight=0.0, level="turn")
     model = learn(objective, Histories(game), game.batch(cut=False), steps=800)

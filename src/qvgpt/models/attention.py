@@ -3,17 +3,73 @@
 There torch's flash kernel spends most of its time in the backward pass (at 256 tokens three times
 what plain matrix products take; benchmarks/train.py). Where all pairs of tokens fit the cache the
 products win; what is kept is what flash keeps, the probabilities are computed anew.
+
+Texts that share rows are taken out of them, those of like length together: causal attention over
+each needs no mask, and no product of one text with another.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SHORT = 512
 """Tokens up to which plain products are faster on a CPU."""
+_STEP = 32  # lengths of texts are rounded up to a multiple, in which kernels of a CPU are faster
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the texts of packed rows lie; those of like length form a group.
+
+    A cell is the vector of one head for one token. The network gives queries, keys and values as
+    [token, 3, head], attention takes them as [group, 3, text, head, token], where a text is filled
+    up with its last token.
+    """
+
+    groups: list[tuple[int, int]]
+    """Texts · heads of each group, and the tokens of each of them."""
+    order: Int[Tensor, "cells"]
+    """The cells of queries, keys and values, group by group."""
+    place: Int[Tensor, "tokens_3_heads"]
+    """Where in `order` each of them stands."""
+    found: Int[Tensor, "tokens_heads"]
+    """Where, group by group, what is found for each token and head stands."""
+
+    @classmethod
+    def of(cls, positions: Int[Tensor, "rows time"], heads: int) -> "Packed":
+        """Of tokens' positions within their texts: a text goes on where they count up by one."""
+        begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+        begins[:, 0] = True
+        token = torch.arange(begins.numel(), device=begins.device)
+        start = begins.flatten().nonzero()[:, 0]
+        end = torch.cat([start[1:], token[-1:] + 1])
+        size = end - start
+        size = torch.where(size > 1, (size + _STEP - 1) // _STEP * _STEP, 1)  # 1: of padding
+        head = torch.arange(heads, device=token.device)[:, None]
+        groups, cells = [], {1: ([], []), 3: ([], [])}
+        for length in size.unique().tolist():
+            texts = size == length
+            places = torch.arange(length, device=token.device)
+            at, last = start[texts, None] + places, end[texts, None] - 1
+            groups.append((heads * len(at), length))
+            for parts, (order, real) in cells.items():
+                part = torch.arange(parts, device=token.device)[:, None, None, None]
+                order.append((torch.minimum(at, last)[:, None] * parts + part) * heads + head)
+                real.append((at <= last)[:, None].expand_as(order[-1]))
+        order, place = _there_and_back(*cells[3])
+        return cls(groups, order, place, _there_and_back(*cells[1])[1])
+
+
+def _there_and_back(order: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """All groups' cells, and where among them each one stands."""
+    there, counts = (torch.cat([x.flatten() for x in found]) for found in (order, real))
+    back = torch.empty_like(there[counts])
+    back[there[counts]] = counts.nonzero()[:, 0]
+    return there, back
 
 
 def attention(
@@ -38,6 +94,37 @@ def is_short(query: Tensor, key: Tensor, dropout: float) -> bool:
     learns = torch.is_grad_enabled() and query.requires_grad
     short = query.dtype == torch.bfloat16 and key.size(2) <= SHORT
     return learns and short and query.device.type == "cpu" and not dropout
+
+
+@torch.compiler.disable()  # else each batch's groups would be compiled anew
+def packed_attention(
+    qkv: Float[Tensor, "rows time 3 heads head_dim"], packed: Packed, dropout: float = 0.0
+) -> Float[Tensor, "rows time heads head_dim"]:
+    """Causal attention within each text of packed rows."""
+    cells = _Rearrange.apply(qkv.reshape(-1, qkv.size(-1)), packed.order, packed.place)
+    parts = iter(cells.split([n * length for n, length in packed.groups for _ in range(3)]))
+    found = []
+    for n, length in packed.groups:
+        query, key, value = (next(parts).view(1, n, length, -1) for _ in range(3))
+        found.append(attention(query, key, value, None, dropout).flatten(0, 2))
+    return _Rearrange.apply(torch.cat(found), packed.found, None).view_as(qkv[:, :, 0])
+
+
+class _Rearrange(torch.autograd.Function):
+    """x[index] of rows of x. Its gradient is that of `inverse`, or what is not taken has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor | None) -> Tensor:
+        ctx.rows, ctx.index, ctx.inverse = len(x), index, inverse
+        return x.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.inverse is not None:
+            return gradient.index_select(0, ctx.inverse), None, None
+        found = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        return found.index_copy_(0, ctx.index, gradient), None, None
 
 
 def _additive(visible: Tensor | None, query: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import attention
+from qvgpt.models.attention import Packed, attention, packed_attention
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
 
@@ -112,15 +112,18 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch time embed"],
-        visible: Bool[Tensor, "batch 1 time keys"] | None,
+        visible: Bool[Tensor, "batch 1 time keys"] | Packed | None,
         cache: KVCache | None = None,
         layer: int = 0,
         slot: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
         """Each token looks at the `visible` ones; None means all before it and itself."""
         batch, time, embed = x.shape
-        # [batch, time, 3·embed] → 3 × [batch, time, heads, head_dim]
-        query, key, value = self.qkv(x).view(batch, time, 3, self.num_heads, -1).unbind(2)
+        qkv = self.qkv(x).view(batch, time, 3, self.num_heads, -1)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(visible, Packed):
+            return self.out(packed_attention(qkv, visible, dropout).flatten(2))
+        query, key, value = qkv.unbind(2)  # [batch, time, heads, head_dim] each
         if cache is not None:
             assert slot is not None
             assert visible is not None
@@ -133,7 +136,7 @@ class Attention(nn.Module):
             key.transpose(1, 2),
             value.transpose(1, 2),
             visible,
-            self.dropout if self.training else 0.0,
+            dropout,
         )  # [batch, heads, time, head_dim]
         return self.out(attended.transpose(1, 2).reshape(batch, time, embed))
 
@@ -236,8 +239,12 @@ class GPT(nn.Module):
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         cache: KVCache | None = None,
+        embedded: Float[Tensor, "batch time embed"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """Hidden states after the last norm; see `Backbone.hidden`."""
+        """Hidden states after the last norm; see `Backbone.hidden`.
+
+        `embedded`: the tokens' embeddings, where they were looked up already.
+        """
         if mask is None and cache is not None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         slot = visible = None
@@ -252,10 +259,11 @@ class GPT(nn.Module):
         elif mask is not None:
             visible = _causal(mask)
         elif positions is not None:
-            visible = _block_diagonal(positions)
+            visible = Packed.of(positions, self.num_heads)
         if positions is None:
             positions = _default_positions(tokens, mask)
-        x = self.drop(self.token_embedding(tokens) + self.position_embedding(positions))
+        embedded = self.token_embedding(tokens) if embedded is None else embedded
+        x = self.drop(embedded + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, visible, use_reentrant=False)
@@ -352,13 +360,6 @@ def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time
     """Real tokens up to one's own; padding sees itself, so that no softmax is empty."""
     itself = torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
     return ((itself.logical_not().tril() & mask[:, None, :]) | itself)[:, None]
-
-
-def _block_diagonal(positions: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
-    """Tokens of the same text up to one's own."""
-    begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
-    text = begins.cumsum(1)
-    return (text[:, :, None] == text[:, None, :]).tril()[:, None]
 
 
 def _default_positions(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qvgpt.models.decision_time import scatter, states_of, used_states
+from qvgpt.models.decision_time import decides, rows_of, scatter
 from qvgpt.models.vocab import log_prob, max_ratio
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -27,20 +27,20 @@ class Reference:
         self,
         batch: TrajectoryBatch,
         trunk: Any,
-        states: Float[Tensor, "batch states embed"],
+        rows: Float[Tensor, "rows embed"],
+        used: Bool[Tensor, "batch states"],
         needs: Set[str],
         dummy: int | None,
     ) -> dict[str, Tensor]:
-        """`ref_logprob`; `max_ratio` of `trunk`, whose `states` these are, to π_ref."""
+        """`ref_logprob`; `max_ratio` of `trunk`, whose `rows` at `used` states are given, to it."""
         ref, found = self.trunk, {}
-        there = states_of(self.hidden(batch), batch)
+        there = rows_of(self.hidden(batch), batch, used)
         if "ref_logprob" in needs:
-            taken, action = there[:, :-1][batch.mask], batch.action[batch.mask]
+            taken, action = there[decides(batch.mask, used)], batch.action[batch.mask]
             flat = log_prob(taken, ref.output_weight, action, ref.softcap)
             found["ref_logprob"] = scatter(flat, batch.mask)
         if dummy is not None:
-            used = used_states(batch.mask)
-            ratio = max_ratio(trunk, states[used], ref, there[used], dummy)
+            ratio = max_ratio(trunk, rows, ref, there, dummy)
             found["max_ratio"] = scatter(ratio, used)
         return found
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
-from qvgpt.models.decision_time import scatter, states_of, used_states
+from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
 from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference, SlowTrunk
-from qvgpt.models.vocab import entropy, log_prob, logits, wide
+from qvgpt.models.vocab import chunk_rows, entropy, log_prob, logits, lookup_tied, wide
 from qvgpt.objectives import NEEDS, Candidates, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -37,6 +37,9 @@ OF_THE_TRUNK = frozenset(
     {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
 )
 """The `Values` that no value heads are asked for."""
+AMONG_CANDIDATES = frozenset({"candidate_q_max", "q_spread", "logit_spread"})
+"""The `Values` that the likeliest tokens are asked for."""
+_CANDIDATES = 20
 
 
 @dataclass
@@ -149,11 +152,15 @@ class ValueModel(nn.Module):
         """
         needs = self.offers if needs is None else needs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_is_frozen):
-            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions)
-        states = self.states(hidden, batch)
-        taken, action = states[:, :-1][batch.mask], batch.action[batch.mask]
+            weight, known = self.trunk.output_weight, {}
+            if isinstance(self.trunk, GPT) and self.trunk.shape["tied"]:
+                known["embedded"], weight = lookup_tied(weight, batch.tokens)
+            hidden = self.trunk.hidden(batch.tokens, positions=batch.positions, **known)
+        used = used_states(batch.mask)
+        states = rows_of(hidden, batch, used)
+        taken, action = states[decides(batch.mask, used)], batch.action[batch.mask]
         found: dict[str, Tensor] = {}
-        weight, softcap = self.trunk.output_weight, self.trunk.softcap
+        softcap = self.trunk.softcap
         if "logprob" in needs:
             flat = log_prob(taken, weight, action, softcap, even)
             found["logprob"] = scatter(flat, batch.mask)
@@ -171,32 +178,37 @@ class ValueModel(nn.Module):
             if self.reference is None:
                 raise QvgptError("this model keeps no reference: call `keep_reference` first")
             dummy = self.dummy if "max_ratio" in needs else None
-            found |= self.reference.read(batch, self.trunk, states, needs, dummy)
+            found |= self.reference.read(batch, self.trunk, states, used, needs, dummy)
         if needs - OF_THE_TRUNK:
-            slow = self._slow_states(batch, needs)
+            slow = self._slow_rows(batch, used, needs)
             distributions = self.heads is not None and self.heads.config.support is not None
             with exact(hidden) if distributions else nullcontext():
-                found |= self._values(wide(states), wide(taken), slow, action, batch.mask, needs)
+                found |= self._values(
+                    wide(states), wide(taken), slow, action, batch.mask, used, needs
+                )
             if needs & {"q_max", "target_q_at_argmax", "expected_q"}:
                 with exact(hidden):
-                    found |= self._over_actions(wide(states), slow, batch.mask, needs)
+                    found |= self._over_actions(wide(states), slow, used, needs)
+            if needs & AMONG_CANDIDATES:
+                found |= self._among_candidates(taken, batch.mask, needs)
         return Values(**found, support=self.heads.config.support if self.heads else None)  # type: ignore[arg-type]
 
-    def _slow_states(
-        self, batch: TrajectoryBatch, needs: Set[str]
-    ) -> Float[Tensor, "batch states embed"] | None:
+    def _slow_rows(
+        self, batch: TrajectoryBatch, used: Bool[Tensor, "batch states"], needs: Set[str]
+    ) -> Float[Tensor, "used embed"] | None:
         """What the slow heads read, where that is not what the others do."""
         if self.slow is None or not needs & {"target_q", "target_q_at_argmax"}:
             return None
-        return wide(self.states(self.slow.hidden(batch), batch))
+        return wide(rows_of(self.slow.hidden(batch), batch, used))
 
     def _values(
         self,
-        states: Float[Tensor, "batch states embed"],
+        states: Float[Tensor, "used embed"],
         taken: Float[Tensor, "rows embed"],
-        slow_states: Float[Tensor, "batch states embed"] | None,
+        slow_rows: Float[Tensor, "used embed"] | None,
         action: Int[Tensor, "rows"],
         mask: Bool[Tensor, "batch steps"],
+        used: Bool[Tensor, "batch states"],
         needs: Set[str],
     ) -> dict[str, Tensor]:
         if self.heads is None:
@@ -213,34 +225,32 @@ class ValueModel(nn.Module):
             found["q"] = torch.stack([scatter(head.of(taken, action), mask) for head in fast])
         if "target_q" in needs:
             with torch.no_grad():
-                there = taken if slow_states is None else slow_states[:, :-1][mask]
+                there = taken if slow_rows is None else slow_rows[decides(mask, used)]
                 q = [scatter(head.of(there, action), mask) for head in slow]
             found["target_q"] = torch.stack(q)
         if "v" in needs:
-            found["v"] = heads.v(states).clone()  # no view: FSDP2 hangs a hook on what is returned
+            found["v"] = scatter(heads.v(states), used)
         if "return_logits" in needs:
             logits = [head.logits(taken, action[:, None])[:, 0] for head in fast]
             found["return_logits"] = torch.stack([scatter(x, mask) for x in logits])
         if "v_return_logits" in needs:
-            found["v_return_logits"] = heads.v.logits(states)
+            found["v_return_logits"] = scatter(heads.v.logits(states), used)
         return found
 
     @torch.no_grad()
     def _over_actions(
         self,
-        states: Float[Tensor, "batch states embed"],
-        slow_states: Float[Tensor, "batch states embed"] | None,
-        mask: Bool[Tensor, "batch steps"],
+        rows: Float[Tensor, "used embed"],
+        slow_rows: Float[Tensor, "used embed"] | None,
+        used: Bool[Tensor, "batch states"],
         needs: Set[str],
     ) -> dict[str, Tensor]:
-        """Best and expected Q of each state that a decision begins or ends in."""
+        """Best and expected Q of the states in use."""
         assert self.heads is not None
-        used = used_states(mask)
-        rows, found = states[used], {}
+        found = {}
         if needs & {"q_max", "target_q_at_argmax"}:
             among = None if self.candidates.are_all else self._among
-            slow_rows = rows if slow_states is None else slow_states[used]
-            value, slow = self.heads.best(rows, slow_rows, among)
+            value, slow = self.heads.best(rows, rows if slow_rows is None else slow_rows, among)
             found = {"q_max": scatter(value, used)}
             found["target_q_at_argmax"] = torch.stack([scatter(x, used) for x in slow])
         if "expected_q" in needs:
@@ -257,6 +267,29 @@ class ValueModel(nn.Module):
         if self.tokenizer is not None:
             found[:, self.tokenizer.vocab_size :] = -math.inf
         return self.candidates.among(found)
+
+    @torch.no_grad()
+    def _among_candidates(
+        self, taken: Float[Tensor, "rows embed"], mask: Bool[Tensor, "batch steps"], needs: Set[str]
+    ) -> dict[str, Tensor]:
+        """What guidance finds where a token is chosen: the best Q, and how far Q and log π vary."""
+        assert self.heads is not None
+        slow: Any = self.heads.target_q
+        size, embed = self.trunk.vocab_size, taken.size(-1)
+        kept, found = min(_CANDIDATES, size), []
+        for h in taken.split(chunk_rows(max(size, 2 * kept * embed), tensors=3)):
+            logprob = logits(h, self.trunk.output_weight, self.trunk.softcap).log_softmax(-1)
+            logprob, tokens = logprob.topk(kept)
+            with exact(h):
+                q = torch.stack([head.of_many(wide(h), tokens) for head in slow]).mean(0)
+            both, pi = torch.stack([q, logprob]), logprob.softmax(-1)
+            mean = (pi * both).sum(-1, keepdim=True)
+            spread = (pi * (both - mean).square()).sum(-1).sqrt()
+            found.append(torch.cat([q.amax(-1)[None], spread]))
+        columns = zip(
+            ("candidate_q_max", "q_spread", "logit_spread"), torch.cat(found, dim=1), strict=True
+        )
+        return {name: scatter(flat, mask) for name, flat in columns if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.

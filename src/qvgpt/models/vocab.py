@@ -33,6 +33,17 @@ def gather_dot(
     return (features * torch.nn.functional.embedding(token, weight)).sum(-1)
 
 
+def lookup_tied(
+    weight: Float[Tensor, "vocab embed"], tokens: Int[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape embed"], Float[Tensor, "vocab embed"]]:
+    """The rows of some tokens, and the matrix itself to be used as LM head.
+
+    The gradient of the rows is added to that of the head in its place: no other matrix of that
+    size is made. The head's must be nobody else's, as those of this file are.
+    """
+    return _LookupTied.apply(weight, tokens)  # type: ignore[return-value]
+
+
 def logits(
     hidden: Float[Tensor, "rows embed"],
     weight: Float[Tensor, "vocab embed"],
@@ -140,6 +151,25 @@ def chunk_rows(vocab_size: int, tensors: int = 1) -> int:
     return max(1, CHUNK_ELEMENTS // (tensors * vocab_size))
 
 
+class _LookupTied(torch.autograd.Function):
+    """See `lookup_tied`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.tokens, ctx.shape = tokens.flatten(), weight.shape
+        return torch.nn.functional.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_rows: Tensor | None, of_head: Tensor | None) -> tuple[Any, None]:  # type: ignore[override]
+        if of_rows is None:
+            return of_head, None
+        if of_head is None:
+            of_head = of_rows.new_zeros(ctx.shape)
+        return of_head.index_add_(0, ctx.tokens, of_rows.flatten(0, -2).to(of_head.dtype)), None
+
+
 class _TakenAndLogSumExp(torch.autograd.Function):
     """See `taken_and_logsumexp`; with p = softmax(z):  ∂lse/∂f = p @ W,  ∂(Σ lse)/∂W = pᵀ @ f."""
 
@@ -172,7 +202,9 @@ class _TakenAndLogSumExp(torch.autograd.Function):
             if expected is not None:
                 torch.mm(p, w, out=expected[rows])
             if of_weight and even:
-                found = p.T @ f[rows]
+                # the last product may overwrite what was made of the weights for this call
+                spent = w if rows is chunks[-1] and w is not weight else None
+                found = torch.mm(p.T, f[rows], out=spent)
                 found = found if len(chunks) == 1 else wide(found)
                 summed = found if summed is None else summed.add_(found)
         ctx.softcap, ctx.dtype, ctx.summed = softcap, dtype, summed

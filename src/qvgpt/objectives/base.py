@@ -28,7 +28,8 @@ class Values:
     target_q: Float[Tensor, "heads batch steps"] | None = None
     """Q of the action taken by the slow copy, without gradient."""
     v: Float[Tensor, "batch states"] | None = None
-    """V of each state, one more than steps; the last one is the state the text ended in."""
+    """V of each state, one more than steps; the last one is the state the text ended in. 0 where
+    no decision that counts begins or ends, but for the first."""
     q_logsumexp: Float[Tensor, "heads batch steps"] | None = None
     """log Σₐ exp Q(s, a)."""
     q_max: Float[Tensor, "batch states"] | None = None
@@ -38,6 +39,13 @@ class Values:
     """Q by the slow copy of the action that `q_max` is of, without gradient."""
     expected_q: Float[Tensor, "heads batch states"] | None = None
     """Σₐ π(a|s) Q(s, a) by the slow copy, π the policy that is judged, without gradient."""
+    candidate_q_max: Float[Tensor, "batch steps"] | None = None
+    """The greatest mean Q of the slow copies among the tokens that π is likeliest to say, without
+    gradient; so are the next two."""
+    q_spread: Float[Tensor, "batch steps"] | None = None
+    """Standard deviation of that Q among them, under π."""
+    logit_spread: Float[Tensor, "batch steps"] | None = None
+    """Standard deviation of log π among them, under π."""
     logprob: Float[Tensor, "batch steps"] | None = None
     """log π(a|s) of the action taken."""
     ref_logprob: Float[Tensor, "batch steps"] | None = None

@@ -27,6 +27,12 @@ class ILQL:
     L_Q = Σᵢ (r + γ v′ − Qᵢ)²,  L_V = expectile loss of v against minᵢ Q̄ᵢ,
     L_CQL = Σᵢ (log Σₐ exp Qᵢ(s, a) − Qᵢ(s, a_taken)).
 
+    `bootstrap` "turn" trusts v only where another turn begins: within a turn the target is what
+    followed in the data, Qᵢ of every token still learns, and v is the expectile of it. Values then
+    travel a turn and not a token at a time, and the states within a turn need not know what it is
+    worth: better where turns are long or mere form, worse where its tokens are choices that the
+    data make badly.
+
     At level "turn" a whole turn is one decision (their per-utterance form): v of the state it
     begins in, Q of its last token, which has all of it in its history, r the sum of its rewards,
     v′ where the next turn begins, γ once a turn. Turns that were cut do not count (where those are
@@ -45,6 +51,8 @@ class ILQL:
     """Apply γ at the ends of turns only."""
     level: str = "token"
     """token: every token is a decision. turn: every turn is one (then cql_weight is 0)."""
+    bootstrap: str = "token"
+    """token: v stands for all that follows a token (the paper's). turn: all that follows a turn."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"q", "target_q", "v", "q_logsumexp"})
 
@@ -55,6 +63,7 @@ class ILQL:
             "expectile must lie in (0, 1)": 0 < self.expectile < 1,
             "cql_weight must be 0 or more": self.cql_weight >= 0,
             "level is 'token' or 'turn'": self.level in ("token", "turn"),
+            "bootstrap is 'token' or 'turn'": self.bootstrap in ("token", "turn"),
             "cql_weight must be 0 at level 'turn', where no token alone is an action": (
                 self.level != "turn" or self.cql_weight == 0
             ),
@@ -75,7 +84,8 @@ class ILQL:
             first, reward = batch.turns()
             v = v.gather(1, first)
         gamma = discount(batch, self.gamma, self.per_turn_discount)
-        target = lambda_returns(reward, gamma, next_v, batch.mask, lambda_=0.0)
+        goes_on = (self.bootstrap == "turn" and self.level == "token") * (~batch.ends_turn).float()
+        target = lambda_returns(reward, gamma, next_v, batch.mask, goes_on)
         terms = {
             "q": (1.0, (values.q - target).square().sum(dim=0)),
             "v": (1.0, expectile_loss(v, values.target_q.amin(dim=0), self.expectile)),
