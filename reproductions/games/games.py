@@ -15,6 +15,7 @@ from qvgpt.envs.star_graph import StarEnv, StarGraphs
 from qvgpt.envs.wordle import ADVERSARIAL, ALPHABET, MIXED, Player, Wordle, WordleEnv
 from qvgpt.envs.wordle_search import optimal_return
 from qvgpt.fit_options import FitOptions
+from qvgpt.models.heads import HeadsConfig
 
 TOP = "top"
 """Stands for the return that the best fifth of the logs reach."""
@@ -33,6 +34,8 @@ class Method:
     shares: str | None = None
     """The method whose training this is another reading of."""
 
+    heads: HeadsConfig | None = None
+    """None: the game's."""
     goes_on: bool = False
     """It goes on with BC's trunk, and learns all of it further."""
 
@@ -59,6 +62,19 @@ METHODS = {
     "soft_Q": Method("PathConsistency", goes_on=True),
     "ILQL_joint": Method("ILQL", joint=True),
 }
+ABLATION = {
+    f"{method}_{kind}": Method(method, heads=heads)
+    for method in ("MonteCarlo", "ILQL")
+    for kind, heads in {
+        "linear": HeadsConfig("linear"),
+        "rank4": HeadsConfig("low_rank", 4),
+        "rank16": HeadsConfig("low_rank", 16),
+        "rank32": HeadsConfig("low_rank", 32),
+        "mlp": HeadsConfig("mlp"),
+        "one_q": HeadsConfig("mlp", num_q=1),
+    }.items()
+}
+"""What kind of heads to take."""
 WORDS = (
     "crane", "slate", "light", "night", "might", "sight", "eerie", "mamma", "babes", "abbey",
 )  # fmt: skip
