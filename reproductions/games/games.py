@@ -15,6 +15,7 @@ from qvgpt.envs.star_graph import StarEnv, StarGraphs
 from qvgpt.envs.wordle import ADVERSARIAL, ALPHABET, MIXED, Player, Wordle, WordleEnv
 from qvgpt.envs.wordle_search import optimal_return
 from qvgpt.fit_options import FitOptions
+from qvgpt.models.heads import HeadsConfig
 
 TOP = "top"
 """Stands for the return that the best fifth of the logs reach."""
@@ -33,6 +34,8 @@ class Method:
     shares: str | None = None
     """The method whose training this is another reading of."""
 
+    heads: HeadsConfig | None = None
+    """None: the game's."""
     goes_on: bool = False
     """It goes on with BC's trunk, and learns all of it further."""
 
@@ -59,6 +62,19 @@ METHODS = {
     "soft_Q": Method("PathConsistency", goes_on=True),
     "ILQL_joint": Method("ILQL", joint=True),
 }
+ABLATION = {
+    f"{method}_{kind}": Method(method, heads=heads)
+    for method in ("MonteCarlo", "ILQL")
+    for kind, heads in {
+        "linear": HeadsConfig("linear"),
+        "rank4": HeadsConfig("low_rank", 4),
+        "rank16": HeadsConfig("low_rank", 16),
+        "rank32": HeadsConfig("low_rank", 32),
+        "mlp": HeadsConfig("mlp"),
+        "one_q": HeadsConfig("mlp", num_q=1),
+    }.items()
+}
+"""What kind of heads to take."""
 WORDS = (
     "crane", "slate", "light", "night", "might", "sight", "eerie", "mamma", "babes", "abbey",
 )  # fmt: skip
@@ -124,6 +140,8 @@ class Setting:
     """Of the soft methods: what a nat away from the logs' policy costs, in units of `scale`."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By objective."""
+    reads: Literal["q", "prefix"] = "q"
+    """What guides: Q(s, a), or V(s + a) read after each candidate."""
     scale: float = 1.0
     """Rewards are divided by it before training, so that values are of order 1; β counts in it."""
     trunk: Literal["gpt", "llama"] = "gpt"
@@ -186,9 +204,10 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
         "random_walk": Setting(random_walk, 1000, fit, options=best),
         "star_graph": Setting(
             lambda seed, episodes: star_graph(seed, episodes, graphs),
-            100_000,
-            replace(fit, max_steps=6000, batch_size=64),
+            200_000,
+            replace(fit, max_steps=3000, batch_size=128),
             options=best,
+            reads="prefix",
             trunk="llama",
             num_layers=3,
         ),

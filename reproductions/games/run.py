@@ -16,8 +16,9 @@ Filtered cloning and soft Q-learning go on with the trunk of BC. Seconds include
 on.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
-judged by free generation. Writes results.json and table.md beside itself, with what --games and
---methods name replaced and all else left as it was.
+judged by free generation. Writes results.json and table.md beside itself (--ablation, of kinds of
+heads: ablation.json and .md), with what --games and --methods name replaced and all else left as
+it was.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from games import METHODS, Setting, quick_settings, settings
-from training import drawn, objectives_of, train
+from games import ABLATION, METHODS, Setting, quick_settings, settings
+from training import EVERY, drawn, objectives_of, train
 
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import PrefixValues
 from qvgpt.envs.games import play, row_return, score
 from qvgpt.envs.wordle import Wordle
 from qvgpt.errors import QvgptError
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--guesses", type=Path, help="words that may be guessed besides")
     parser.add_argument("--games", nargs="+", help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ablation", action="store_true", help="kinds of heads, not methods")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     if options.quick:
@@ -68,11 +71,13 @@ def main() -> None:
     if unknown := set(options.games or ()) - set(games):
         parser.error(f"--games: {', '.join(unknown)} not among {', '.join(games)} (words given?)")
     chosen = {name: games[name] for name in options.games or games}
-    results = table(chosen, options.methods, options.seeds, options.work)
-    kept = HERE / "results.json"
+    methods = list(ABLATION) if options.ablation else options.methods
+    results = table(chosen, methods, options.seeds, options.work)
+    kept = HERE / ("ablation.json" if options.ablation else "results.json")
     before = json.loads(kept.read_text()) if kept.exists() else {}
     write_json(kept, results := merged(before, results))
-    (HERE / "table.md").write_text(as_markdown(results))
+    shown = HERE / ("ablation.md" if options.ablation else "table.md")
+    shown.write_text(as_markdown(results))
 
 
 def table(
@@ -130,9 +135,17 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     model, seconds = train(task, setting, method, seed, work / name)
+    prefix = setting.reads == "prefix" and EVERY[method].has_q
+    policy = engine_policy(
+        model,
+        guided(setting, method),
+        max_tokens=task.max_tokens,
+        seed=seed,
+        values=PrefixValues(model) if prefix else None,
+    )
     outcome = play(
         [task.new() for _ in range(setting.evaluations)],
-        engine_policy(model, guided(setting, method), max_tokens=task.max_tokens, seed=seed),
+        policy,
         task.tokenizer,
         seeds=range(setting.evaluations * seed, setting.evaluations * (seed + 1)),
         max_turns=task.max_turns,
@@ -156,7 +169,7 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
 
 def guided(setting: Setting, method: str) -> Guidance:
     """How the method's policy is sampled."""
-    how = METHODS[method]
+    how = EVERY[method]
     if not how.has_q:
         return replace(setting.guidance, beta=0.0)
     if how.functional == "soft":

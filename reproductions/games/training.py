@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from games import METHODS, TOP, Setting, Task
+from games import ABLATION, METHODS, TOP, Setting, Task
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from torch import Tensor
@@ -28,6 +28,7 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json
 from qvgpt.trajectory import Trajectory, scaled
 
+EVERY = METHODS | ABLATION
 States = dict[tuple[int, ...], Float[Tensor, "time embed"]]
 
 
@@ -38,8 +39,8 @@ def train(
 
     What was trained before is read back, and goes on if it was not finished.
     """
-    method = METHODS[method].shares or method
-    how, options, spent = METHODS[method], setting.fit, 0.0
+    method = EVERY[method].shares or method
+    how, options, spent = EVERY[method], setting.fit, 0.0
     directory = work / method / str(seed)
     if (done := directory / "seconds.json").exists():
         return ValueModel.from_pretrained(directory), json.loads(done.read_text())
@@ -121,8 +122,8 @@ def new_trunk(task: Task, setting: Setting, seed: int) -> Backbone:
 
 def heads_of(setting: Setting, method: str, texts: Sequence[Trajectory]) -> HeadsConfig:
     """The game's heads, or those of a distribution over all returns that the logs may hold."""
-    if METHODS[method].learns != "ReturnDistribution":
-        return HeadsConfig(kind=setting.heads)
+    if EVERY[method].learns != "ReturnDistribution":
+        return EVERY[method].heads or HeadsConfig(kind=setting.heads)
     returns = {text.total_reward * setting.scale for text in texts}
     low, high = min(0.0, *returns), max(0.0, *returns)
     bins = round(high - low) + 1 if all(r.is_integer() for r in returns) else 51
@@ -156,7 +157,7 @@ def objectives_of(
 
     Values that learn together with their trunk learn beside the language model.
     """
-    how = METHODS[method]
+    how = EVERY[method]
     joint = setting.heads_fit is None or how.joint
     beside = joint and how.has_q
     returns = sorted(map(row_return, rows))
