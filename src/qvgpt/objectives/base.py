@@ -145,8 +145,13 @@ def teaches_values(objective: Objective) -> bool:
 
 
 def check_options(method: object, checks: Mapping[str, bool]) -> None:
-    """Raise `QvgptError` with the first of the messages that does not hold."""
-    for message, holds in checks.items():
+    """Raise `QvgptError` with the first of the messages that does not hold.
+
+    Where there are a `gamma` and a `lambda_`, they are checked too.
+    """
+    shares = [name for name in ("gamma", "lambda_") if hasattr(method, name)]
+    inside = {f"{n} must lie in [0, 1]": 0 <= getattr(method, n) <= 1 for n in shares}
+    for message, holds in (inside | dict(checks)).items():
         if not holds:
             raise QvgptError(f"{type(method).__name__}: {message}, not as in {method}")
 

@@ -43,7 +43,7 @@ class ReturnDistribution:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        check_options(self, {"gamma must lie in [0, 1]": 0 <= self.gamma <= 1})
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Cross-entropies of Z(s, a), summed over the heads, and of Z(s)."""
@@ -116,7 +116,7 @@ class ControlledDecoding:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        check_options(self, {"lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1})
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared error of each prefix; that of whole texts is told apart as `end`."""

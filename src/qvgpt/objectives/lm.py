@@ -126,8 +126,6 @@ class AWR:
         checks = {
             "temperature must be above 0": self.temperature > 0,
             "max_weight must be above 0": self.max_weight > 0,
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
-            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
         }
         check_options(self, checks)
 

@@ -43,8 +43,6 @@ class PathConsistency:
         """Refuse what has no meaning."""
         checks = {
             "eta must be above 0": self.eta > 0,
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
-            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
         }
         check_options(self, checks)
 
@@ -89,7 +87,7 @@ class QSFT:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        check_options(self, {"gamma must lie in [0, 1]": 0 <= self.gamma <= 1})
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """The weighted cross-entropy, and the mean weight, which weighs nothing."""

@@ -59,7 +59,6 @@ class ILQL:
     def __post_init__(self) -> None:
         """Refuse what has no meaning; drop a need that nobody has."""
         checks = {
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
             "expectile must lie in (0, 1)": 0 < self.expectile < 1,
             "cql_weight must be 0 or more": self.cql_weight >= 0,
             "level is 'token' or 'turn'": self.level in ("token", "turn"),
@@ -118,11 +117,7 @@ class MonteCarlo:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        checks = {
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
-            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
-        }
-        check_options(self, checks)
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared errors of Q (summed over the heads) and of v."""
@@ -158,11 +153,7 @@ class SARSA:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        checks = {
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
-            "lambda_ must lie in [0, 1]": 0 <= self.lambda_ <= 1,
-        }
-        check_options(self, checks)
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared errors of Q (summed over the heads) and of v."""
@@ -214,7 +205,6 @@ class DoubleQ:
     def __post_init__(self) -> None:
         """Refuse what has no meaning; drop a need that nobody has."""
         checks = {
-            "gamma must lie in [0, 1]": 0 <= self.gamma <= 1,
             "cql_weight must be 0 or more": self.cql_weight >= 0,
         }
         _ = self.candidates
@@ -269,7 +259,7 @@ class FQE:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        check_options(self, {"gamma must lie in [0, 1]": 0 <= self.gamma <= 1})
+        check_options(self, {})
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Squared errors of Q (summed over the heads) and of v."""
