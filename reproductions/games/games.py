@@ -206,6 +206,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             lambda seed, episodes: star_graph(seed, episodes, graphs),
             200_000,
             replace(fit, max_steps=3000, batch_size=128),
+            replace(fit, max_steps=2000, batch_size=128, packed=True),
             options=best,
             reads="prefix",
             trunk="llama",
@@ -216,7 +217,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
         games[name] = Setting(
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
             1000,
-            turns,
+            turns if full else replace(turns, max_steps=3000),
             heads_alone,
             options=by_turns,
             scale=10.0,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qvgpt.decode import engine as engine_module
 from qvgpt.decode.engine import Engine, Request, generate, row_seed, write
+from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.errors import QvgptError
 
@@ -44,14 +44,14 @@ def test_a_batch_writes_what_each_writes_alone(model, guidance, max_batch):
 
 @torch.no_grad()
 def test_distributions_in_a_batch_are_those_of_the_whole_text(model, monkeypatch):
-    seen = []
+    seen, distribution = [], Guide.next_token
 
-    def spy(model, hidden, guidance, folded=None):
-        picked = next_token(model, hidden, guidance, folded)
+    def spy(*arguments):
+        picked = distribution(*arguments)
         seen.append(picked.logprob)
         return picked
 
-    monkeypatch.setattr(engine_module, "next_token", spy)
+    monkeypatch.setattr(Guide, "next_token", spy)
     guidance = Guidance(beta=1.0)
     engine = Engine(model)
     texts = {engine.submit(Request(p, 9, guidance, i)): list(p) for i, p in enumerate(PROMPTS)}

@@ -269,6 +269,22 @@ def test_sampling_frequencies_and_greedy():
     assert (policy.greedy().sample(uniform)[0] == 14).all()
 
 
+@pytest.mark.parametrize("n", [30, 1024, 1025, 5000])
+def test_sampling_inverts_the_distribution_function(n):
+    """Also where sums of blocks stand between, and where blocks have no probability at all."""
+    generator = torch.Generator().manual_seed(n)
+    logprob = (3 * torch.randn(200, n, generator=generator)).log_softmax(-1)
+    logprob[:, n // 3 : n // 3 + 300 * (n > 1024)] = float("-inf")
+    policy = NextToken(torch.arange(n).expand(200, -1), logprob, logprob)
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1.0 - 1e-16
+    cumulative = logprob.exp().double().cumsum(-1)
+    exact = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=n - 1)
+    token, place = policy.sample(uniform)
+    assert torch.equal(token, exact)
+    assert torch.equal(place, exact)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "guidance",

@@ -7,10 +7,10 @@ import torch
 from tiny_hf import TOKENIZER, make_hf
 
 from qvgpt.data.tokenizer import Tokenizer
-from qvgpt.decode import engine as engine_module
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Engine, Request, generate, row_seed, write
-from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.guide import Guide
+from qvgpt.decode.policy import Guidance
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import (
     Contrast,
@@ -127,11 +127,13 @@ def seen(monkeypatch):
     """Every distribution that an engine samples from."""
     found = []
 
+    next_token = Guide.next_token
+
     def spy(*arguments):
         found.append(next_token(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(engine_module, "next_token", spy)
+    monkeypatch.setattr(Guide, "next_token", spy)
     return found
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import NEG_INF, Guidance, fold, folds, next_token
+from qvgpt.decode.policy import NEG_INF, Guidance
 from qvgpt.decode.reading import Reading
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
@@ -88,16 +88,13 @@ class BeamSearch:
         guidance, guide = guidance or Guidance(), Guide.of(model, values)
         for prompt in prompts:
             guide.refuse(prompt, self.max_tokens, guidance)
-        heads, folded = guide.heads, None
-        if heads is not None and folds(heads, guidance, model.trunk.softcap):
-            folded = fold(model.trunk.output_weight, heads, guidance.beta)
         texts: list[list[Hypothesis]] = [[] for _ in prompts]
         forward_tokens = 0
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = max(1, self.max_batch // self.beams)
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            search = _Search(self, guide, [prompts[i] for i in part], guidance, folded)
+            search = _Search(self, guide, [prompts[i] for i in part], guidance)
             for i, several in zip(part, search.run(), strict=True):
                 texts[i] = several
             forward_tokens += sum(search.reading.counts)
@@ -113,9 +110,8 @@ class _Search:
         guide: Guide,
         prompts: Sequence[Sequence[int]],
         guidance: Guidance,
-        folded: Tensor | None,
     ):
-        self.how, self.guide, self.guidance, self.folded = how, guide, guidance, folded
+        self.how, self.guide, self.guidance = how, guide, guidance
         self.prompts, model = prompts, guide.model
         device = model.device
         template = model.tokenizer.template if model.tokenizer else None
@@ -142,16 +138,11 @@ class _Search:
     def step(self, length: int) -> None:
         """Let every text grow by one token, to `length` of them."""
         k = self.how.beams
-        model, guidance, beta = self.guide.model, self._at_one(), None
+        guidance, beta = self._at_one(), None
         states = self.reading.read(self.last.reshape(-1), None, self._texts)
-        hidden = states.of(model.trunk)
         if guidance.beta_end is not None:
-            beta = torch.full_like(hidden[:, 0], guidance.beta_at(length - 1))
-
-        def values(tokens: Tensor | None) -> Tensor:
-            return self.guide.values(states, tokens, guidance)
-
-        picked = next_token(model, hidden, guidance, self.folded, values, beta)
+            beta = self.logprob.new_full((len(states),), guidance.beta_at(length - 1))
+        picked = self.guide.next_token(states, guidance, beta)
         grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(len(self.alive), -1)
         each = picked.tokens.size(1)
         top = grown.topk(min(k * (1 + len(self.end_ids)), grown.size(1)), dim=1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import Guidance, NextToken, fold, folds, next_token
+from qvgpt.decode.policy import Guidance, NextToken
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
@@ -134,7 +134,6 @@ class Engine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._slots: list[_Row | None] = []
         self._reading: Reading | None = None
-        self._folded: dict[float, Tensor] = {}
         self._next_id = 0
 
     @property
@@ -184,7 +183,11 @@ class Engine:
     def _write(self, slots: list[int], states: States, guidance: Guidance) -> list[TokenEvent]:
         """Sample a token for each of the slots, which all share one guidance."""
         rows = [row for i in slots if (row := self._slots[i])]
-        picked = self._distribution(states, guidance, [len(row.written) for row in rows])
+        beta = None
+        if guidance.beta_end is not None:
+            now = [guidance.beta_at(len(row.written)) for row in rows]
+            beta = torch.tensor(now, device=self.model.device)
+        picked = self.guide.next_token(states, guidance, beta, self.report)
         numbers = [row.random.random() for row in rows]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
         token, place = picked.sample(uniform)
@@ -198,22 +201,6 @@ class Engine:
             report = reports[i] if reports else None
             events.append(TokenEvent(row.request_id, t, finished, report))
         return events
-
-    def _distribution(self, states: States, guidance: Guidance, positions: list[int]) -> NextToken:
-        trunk, heads, strength = self.model.trunk, self.guide.heads, guidance.beta
-        hidden = states.of(trunk)
-        if heads is not None and not self.report and folds(heads, guidance, trunk.softcap):
-            if strength not in self._folded:
-                self._folded[strength] = fold(trunk.output_weight, heads, strength)
-            return next_token(self.model, hidden, guidance, self._folded[strength])
-        beta = None
-        if guidance.beta_end is not None:
-            beta = torch.tensor(list(map(guidance.beta_at, positions)), device=hidden.device)
-
-        def values(tokens: Tensor | None) -> Tensor:
-            return self.guide.values(states, tokens, guidance)
-
-        return next_token(self.model, hidden, guidance, None, values, beta)
 
     def _reports(
         self, states: States, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.policy import V_ALONE, Guidance
+from qvgpt.decode.policy import V_ALONE, Guidance, NextToken, distribution, fold, folds
 from qvgpt.decode.reading import States
 from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
 from qvgpt.errors import QvgptError
+from qvgpt.models.blocked import Blocked, head_of, lay_out
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
 
@@ -31,7 +32,10 @@ class Guide:
         for other in () if source is None else source.models:
             refuse_other_tokenizer(model, other)
             other.eval()
-        return cls(model.eval(), own_values(model) if source is None else source)
+        guide = cls(model.eval(), own_values(model) if source is None else source)
+        for trunk in guide.trunks:
+            lay_out(trunk)
+        return guide
 
     @property
     def trunks(self) -> list[Any]:
@@ -56,6 +60,41 @@ class Guide:
         """How many tokens exist: of a padded vocabulary the first ones."""
         size = self.model.trunk.vocab_size
         return min(size, self.model.tokenizer.vocab_size) if self.model.tokenizer else size
+
+    def next_token(
+        self,
+        states: States,
+        guidance: Guidance,
+        beta: Float[Tensor, "rows"] | None = None,
+        report: bool = False,
+    ) -> NextToken:
+        """The guided distribution after each state; `beta` says that of each row.
+
+        With a `report` base log-probs are asked for too, which a folded head does not know.
+        """
+        trunk, folded = self.model.trunk, None
+        if not report and folds(self.heads, guidance, trunk.softcap):
+            folded = self._fold(guidance.beta)
+        hidden = states.of(trunk)
+
+        def values(tokens: Tensor | None) -> Tensor:
+            return self.values(states, tokens, guidance)
+
+        known = self.known if self.known < trunk.vocab_size else None
+        head, cap = head_of(trunk), trunk.softcap
+        return distribution(head, hidden, guidance, values, folded, cap, known, beta)
+
+    def _fold(self, beta: float) -> Tensor | Blocked:
+        """LM head and β·Q as one matrix, made once."""
+        if beta not in self._folded:
+            assert self.heads is not None
+            matrix = fold(self.model.trunk.output_weight, self.heads, beta)
+            self._folded[beta] = Blocked(matrix) if Blocked.suits(matrix) else matrix
+        return self._folded[beta]
+
+    @cached_property
+    def _folded(self) -> dict[float, Tensor | Blocked]:
+        return {}
 
     def values(
         self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance

@@ -21,10 +21,12 @@ from qvgpt.categorical import Functional
 from qvgpt.decode.budget import MOST_UNDER_BUDGET, solve_beta
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models import vocab
+from qvgpt.models.blocked import Blocked
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueInfo, ValueModel
 
 NEG_INF = float("-inf")
+_BLOCK = 256  # tokens whose probabilities are added up first
 V_ALONE = (
     "these value heads know V and no Q: they cannot guide here (while writing, V is read after "
     "each candidate where FUDGE or ControlledDecoding taught it; a model of PathConsistency is the "
@@ -170,12 +172,9 @@ class NextToken:
         self, uniform: Float[Tensor, "rows"]
     ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
         """One token per row from one number in [0, 1) per row; also its place among candidates."""
-        cumulative = self.logprob.double().exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        level = uniform.double()[:, None] * total
-        last = (cumulative < total).sum(-1)  # of the tokens that are possible at all
-        place = (cumulative <= level).sum(-1).minimum(last)
-        return self.tokens.gather(1, place[:, None])[:, 0], place
+        level = uniform.double()[:, None]
+        place = _place(self.logprob.exp(), level)
+        return self.tokens.gather(1, place)[:, 0], place[:, 0]
 
     def kl(self) -> Float[Tensor, "rows"]:
         """KL(guided ‖ base) of this step, the base over its whole vocabulary.
@@ -247,11 +246,11 @@ def next_token(
 
 
 def distribution(
-    weight: Float[Tensor, "vocab embed"],
+    weight: Float[Tensor, "vocab embed"] | Blocked,
     hidden: Float[Tensor, "rows embed"],
     guidance: Guidance,
     values: Values | None,
-    folded: Float[Tensor, "vocab embed"] | None = None,
+    folded: Float[Tensor, "vocab embed"] | Blocked | None = None,
     softcap: float | None = None,
     known: int | None = None,
     beta: Float[Tensor, "rows"] | None = None,
@@ -274,7 +273,9 @@ def distribution(
         if guidance.kl_budget is not None:
             among = _truncate(base, guidance)
             beta, spent = solve_beta(among, q, guidance.kl_budget, guidance.beta_max)
-    picked = NextToken(tokens, guided_logprob(base, q, guidance, beta), base, beta, spent)
+    plain = q is None and not guidance.truncates and guidance.temperature in (0.0, 1.0)
+    logprob = base if plain else guided_logprob(base, q, guidance, beta)
+    picked = NextToken(tokens, logprob, base, beta, spent)
     return picked.greedy() if guidance.temperature == 0 else picked
 
 
@@ -363,6 +364,37 @@ def fold(
     """W + β·F: one matrix that is LM head and guidance at once. Raises `QvgptError` where Q is not
     linear."""
     return (weight.float() + beta * heads.folded()).to(weight.dtype)
+
+
+def _place(p: Float[Tensor, "rows n"], level: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
+    """Where the sum of p, from the left, first exceeds `level` (in [0, 1)) of its whole, in fp64.
+
+    Of many, sums of blocks say in which block that is.
+    """
+    n = p.size(-1)
+    if n <= 4 * _BLOCK:
+        cumulative = p.double().cumsum(-1)
+        return _first_above(cumulative, level * cumulative[:, -1:])
+    whole = n // _BLOCK * _BLOCK
+    sums = [p[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1), p[:, whole:].sum(-1, keepdim=True)]
+    blocks = torch.cat(sums, dim=1).double().cumsum(-1)
+    level = level * blocks[:, -1:]
+    block = _first_above(blocks, level)
+    at = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    inside = p.gather(1, at.clamp(max=n - 1)).double().masked_fill_(at >= n, 0.0).cumsum(-1)
+    before = blocks.gather(1, block) - inside[:, -1:]
+    return block * _BLOCK + _first_above(inside, level - before)
+
+
+def _first_above(
+    cumulative: Float[Tensor, "rows n"], level: Float[Tensor, "rows 1"]
+) -> Int[Tensor, "rows 1"]:
+    """Where cumulative sums first exceed the level.
+
+    Rounding may leave none above: then it is the last place that adds something.
+    """
+    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
+    return (cumulative <= level).sum(-1, keepdim=True).minimum(last)
 
 
 def _everything(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows vocab"]:

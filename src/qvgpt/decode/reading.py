@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.models.backbone import Cache
+from qvgpt.models.blocked import blocked
 
 _FORKED_ROWS = 512  # rows of a forked cache at a time: each is a copy of its text's keys and values
 
@@ -87,7 +88,8 @@ class Reading:
         for i, (trunk, cache) in enumerate(zip(self.trunks, self.caches, strict=True)):
             device = trunk.output_weight.device
             seen = None if mask is None else mask.to(device)
-            hidden.append(trunk.hidden(tokens.to(device), seen, cache=cache))
+            with blocked(trunk):
+                hidden.append(trunk.hidden(tokens.to(device), seen, cache=cache))
             self.counts[i] += count
         return hidden
 
@@ -160,7 +162,8 @@ class States:
         size = max(1, _FORKED_ROWS // each)
         for part, texts in zip(tokens.split(size), at.split(size), strict=True):
             forked = cache.select(_beside(cache, texts.repeat_interleave(each)))
-            found.append(trunk.hidden(part.reshape(-1, 1), cache=forked)[:, 0])
+            with blocked(trunk):
+                found.append(trunk.hidden(part.reshape(-1, 1), cache=forked)[:, 0])
         self.reading.counts[i] += rows * each
         return torch.cat(found).unflatten(0, (rows, each))
 

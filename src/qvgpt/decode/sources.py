@@ -30,6 +30,7 @@ from qvgpt.decode.policy import NEG_INF, Guidance, functional_options, slow_q
 from qvgpt.decode.reading import States
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
+from qvgpt.models.blocked import head_of
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
 
@@ -307,7 +308,7 @@ def _logprob(
 ) -> Float[Tensor, "rows candidates"]:
     """log π of the candidates, or (None) of the whole vocabulary."""
     trunk = model.trunk
-    logits = vocab.logits(states.of(trunk), trunk.output_weight, trunk.softcap)
+    logits = vocab.logits(states.of(trunk), head_of(trunk), trunk.softcap)
     if model.tokenizer is not None:
         logits[:, model.tokenizer.vocab_size :] = NEG_INF
     logprob = logits.log_softmax(-1)

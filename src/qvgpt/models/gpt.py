@@ -20,83 +20,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.attention import Packed, attention, packed_attention
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
-
-_BUCKET = 32  # attention over the cache is cut to a multiple of this many slots
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, one static buffer a layer.
-
-    Slot i of a row holds that row's i-th real token: padding, left or right, is never stored,
-    so rows of any length sit in one batch and slot = position. One slot more than `capacity`
-    takes what padding would write.
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: Int[Tensor, "batch"]):
-        self.keys = keys  # per layer [batch, capacity+1, heads, head_dim]
-        self.values = values
-        self.length = length
-        self.longest = 0  # an upper bound of `length`, kept on the host to spare a device sync
-
-    @property
-    def capacity(self) -> int:
-        """How many tokens a row can hold."""
-        return self.keys[0].size(1) - 1
-
-    def slots(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-        """Where the next tokens go; the last slot for padding."""
-        slot = self.length[:, None] + mask.cumsum(1) - 1
-        return slot.where(mask, self.capacity)
-
-    def write(
-        self,
-        layer: int,
-        slot: Int[Tensor, "batch time"],
-        key: Float[Tensor, "batch time heads head_dim"],
-        value: Float[Tensor, "batch time heads head_dim"],
-    ) -> None:
-        """Store the keys and values of new tokens."""
-        row = torch.arange(slot.size(0), device=slot.device)[:, None]
-        self.keys[layer][row, slot] = key.to(self.keys[layer].dtype)
-        self.values[layer][row, slot] = value.to(self.values[layer].dtype)
-
-    def clear(self, rows: Int[Tensor, "rows"]) -> None:
-        """Let rows begin anew."""
-        self.length[rows] = 0
-
-    def select(self, rows: Int[Tensor, "rows"]) -> "KVCache":
-        """A copy with the given rows, in the given order; a row may be taken more than once."""
-        cut = min(self.longest, self.capacity)
-        picked = KVCache(
-            [_pick(k, rows, cut) for k in self.keys],
-            [_pick(v, rows, cut) for v in self.values],
-            self.length[rows],
-        )
-        picked.longest = self.longest
-        return picked
-
-    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
-        """Let row i be what row `rows[i]` was, in place; at most as many rows as there were."""
-        cut = min(self.longest, self.capacity)
-        for buffers in (self.keys, self.values):
-            for layer, buffer in enumerate(buffers):
-                buffer[: len(rows), :cut] = buffer[rows, :cut]
-                buffers[layer] = buffer[: len(rows)]
-        self.length = self.length[rows]
-
-    def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:
-        """Overwrite the given rows with those of another cache of no larger capacity."""
-        cut = min(other.longest, self.capacity)
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[rows, :cut] = theirs[:, :cut]
-        self.length[rows] = other.length
-        self.longest = max(self.longest, other.longest)
-
-
-def _pick(buffer: Tensor, rows: Tensor, cut: int) -> Tensor:
-    picked = buffer.new_zeros((len(rows), *buffer.shape[1:]))
-    picked[:, :cut] = buffer[rows, :cut]
-    return picked
+from qvgpt.models.kv_cache import KVCache
 
 
 class Attention(nn.Module):
@@ -112,12 +36,15 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch time embed"],
-        visible: Bool[Tensor, "batch 1 time keys"] | Packed | None,
+        visible: Tensor | Packed | None,
         cache: KVCache | None = None,
         layer: int = 0,
         slot: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
-        """Each token looks at the `visible` ones; None means all before it and itself."""
+        """Each token looks at the `visible` ones; None means all before it and itself.
+
+        A tensor is a mask [batch, 1, time, keys], or with a cache what that says.
+        """
         batch, time, embed = x.shape
         qkv = self.qkv(x).view(batch, time, 3, self.num_heads, -1)
         dropout = self.dropout if self.training else 0.0
@@ -128,9 +55,7 @@ class Attention(nn.Module):
             assert slot is not None
             assert visible is not None
             cache.write(layer, slot, key, value)
-            key = cache.keys[layer][:, : visible.size(-1)].to(x.dtype)
-            value = cache.values[layer][:, : visible.size(-1)].to(x.dtype)
-            query = query.to(x.dtype)
+            return self.out(cache.attend(layer, query, visible).flatten(2))
         attended = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -252,9 +177,7 @@ class GPT(nn.Module):
             assert mask is not None
             slot = cache.slots(mask)
             cache.longest = min(cache.longest + tokens.size(1), cache.capacity)
-            extent = min(-(-cache.longest // _BUCKET) * _BUCKET, cache.capacity)
-            # [batch, 1, time, extent]: a token sees the slots up to its own
-            visible = (torch.arange(extent, device=tokens.device) <= slot[:, :, None])[:, None]
+            visible = cache.visible(slot)
             positions = slot.clamp(max=self.seq_len - 1) if positions is None else positions
         elif mask is not None:
             visible = _causal(mask)
@@ -273,20 +196,13 @@ class GPT(nn.Module):
             cache.length = cache.length + mask.sum(1)
         return self.norm(x)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
-        weight = self.token_embedding.weight
         if capacity > self.seq_len:
             raise QvgptError(f"{capacity} tokens do not fit the context of {self.seq_len}")
-        # whole buckets, so that attention over the cache always sees aligned slices
-        capacity = -(-capacity // _BUCKET) * _BUCKET
-        size = (batch, capacity + 1, self.num_heads, self.embed_dim // self.num_heads)
-        layers = range(len(self.blocks))
-        return KVCache(
-            [weight.new_zeros(size, dtype=dtype) for _ in layers],
-            [weight.new_zeros(size, dtype=dtype) for _ in layers],
-            torch.zeros(batch, dtype=torch.long, device=weight.device),
-        )
+        like, heads = self.token_embedding.weight, self.num_heads
+        head_dim = self.embed_dim // heads
+        return KVCache.new(like, len(self.blocks), batch, heads, capacity, head_dim)
 
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "GPT":
         """A copy whose LM head is `weight`, untied from the token embedding."""

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qvgpt.models.blocked import Blocked, product
+
 CHUNK_ELEMENTS = 2**26  # 128 MiB in bf16; a chunk of fewer than 1000 rows slows the products
 _BLOCK_ELEMENTS = 2**19  # of the softmax within a chunk: it stays in the processor's cache
 
@@ -46,11 +48,11 @@ def lookup_tied(
 
 def logits(
     hidden: Float[Tensor, "rows embed"],
-    weight: Float[Tensor, "vocab embed"],
+    weight: Float[Tensor, "vocab embed"] | Blocked,
     softcap: float | None = None,
 ) -> Float[Tensor, "rows vocab"]:
     """hidden @ weight.T in fp32; with a cap c, c·tanh(· / c) of it (Gemma 2)."""
-    plain = wide(hidden @ weight.T)
+    plain = wide(product(hidden, weight))
     return plain if softcap is None else softcap * torch.tanh(plain / softcap)
 
 

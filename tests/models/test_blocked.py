@@ -1,0 +1,96 @@
+"""Weights laid out for decoding must multiply as before, and be laid out anew once they change."""
+
+import copy
+
+import pytest
+import torch
+
+from qvgpt.models import blocked
+from qvgpt.models.blocked import Blocked, head_of, lay_out, product
+from qvgpt.models.gpt import GPT
+
+pytestmark = pytest.mark.skipif(
+    not Blocked.suits(torch.zeros(256, 256)), reason="no oneDNN in this build of torch"
+)
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of products of 256 numbers of order 1, whose sums are of order 16."""
+
+
+@pytest.fixture
+def trunk():
+    torch.manual_seed(0)
+    return GPT(vocab_size=200, embed_dim=256, num_heads=4, num_layers=2, seq_len=32).eval()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 70])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@torch.no_grad()
+def test_products_are_those_of_the_matrix(dtype, rows):
+    torch.manual_seed(rows)
+    weight, x = torch.randn(300, 256).to(dtype), torch.randn(rows, 1, 256).to(dtype)
+    bias, laid_out = torch.randn(300).to(dtype), Blocked(weight)
+    exact = (x.double() @ weight.double().T).float()
+    bound = BOUNDS[dtype]
+    for found in (laid_out(x), product(x, laid_out), laid_out(x, bias) - bias):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), exact, atol=bound, rtol=bound / 4)
+
+
+@torch.no_grad()
+def test_a_laid_out_trunk_says_the_same_and_is_used(trunk, monkeypatch):
+    tokens = torch.randint(0, 200, (5, 9))
+    plain = trunk.hidden(tokens)
+    lay_out(trunk)
+    used = []
+    product = Blocked.__call__
+    monkeypatch.setattr(
+        Blocked, "__call__", lambda self, *x: used.append(self) or product(self, *x)
+    )
+    with blocked.blocked(trunk):
+        found = trunk.hidden(tokens)
+    assert len(used) == 4 * 2  # the matrices of two blocks
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    trunk.hidden(tokens)
+    assert len(used) == 4 * 2, "outside of `with` nothing is changed"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_learned_weights_are_laid_out_anew(trunk, fused):
+    lay_out(trunk)
+    before = head_of(trunk)
+    optimizer = torch.optim.AdamW(trunk.parameters(), lr=0.1, fused=fused)
+    trunk(torch.randint(0, 200, (5, 9))).logsumexp(-1).sum().backward()
+    optimizer.step()
+    tokens = torch.randint(0, 200, (5, 9))
+    lay_out(trunk)
+    assert head_of(trunk) is not before
+    with torch.no_grad():
+        exact = trunk.hidden(tokens)
+        with blocked.blocked(trunk):
+            torch.testing.assert_close(trunk.hidden(tokens), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_what_did_not_change_is_kept(trunk):
+    lay_out(trunk)
+    before = head_of(trunk)
+    lay_out(trunk)
+    assert head_of(trunk) is before
+
+
+@torch.no_grad()
+def test_a_copy_has_weights_of_its_own(trunk):
+    lay_out(trunk)
+    other = copy.deepcopy(trunk)
+    for parameter in other.parameters():
+        parameter.mul_(0.5)
+    exact = other.hidden(torch.arange(9)[None])
+    lay_out(other)
+    with blocked.blocked(other):
+        found = other.hidden(torch.arange(9)[None])
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_small_and_foreign_matrices_stay():
+    assert not Blocked.suits(torch.zeros(8, 8))
+    assert not Blocked.suits(torch.zeros(512, 512, dtype=torch.float64))
+    assert not Blocked.suits(torch.zeros(512, 512, device="meta"))
