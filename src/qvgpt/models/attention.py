@@ -96,6 +96,23 @@ def is_short(query: Tensor, key: Tensor, dropout: float) -> bool:
     return learns and short and query.device.type == "cpu" and not dropout
 
 
+def attend_once(
+    query: Float[Tensor, "batch heads 1 head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys head_dim"],
+    added: Float[Tensor, "batch_key_heads 1 keys"],
+    scale: float,
+) -> Float[Tensor, "batch heads 1 head_dim"]:
+    """`attention` of one token a row in the dtype of keys and values; `added` goes onto the scores.
+
+    On a CPU torch's kernel takes 1.3 (fp32) to 8 (bf16) times as long for it.
+    """
+    flat = query.to(key.dtype).reshape(-1, query.size(1) // key.size(1), query.size(3))
+    keys = key.flatten(0, 1).transpose(1, 2)
+    probability = torch.baddbmm(added, flat, keys, alpha=scale).softmax(-1)
+    return torch.bmm(probability, value.flatten(0, 1)).to(query.dtype).view_as(query)
+
+
 @torch.compiler.disable()  # else each batch's groups would be compiled anew
 def packed_attention(
     qkv: Float[Tensor, "rows time 3 heads head_dim"], packed: Packed, dropout: float = 0.0

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
@@ -22,15 +21,15 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import attention, is_short
+from qvgpt.models.attention import attend_once, attention, is_short
 from qvgpt.models.backbone import Dtype
+from qvgpt.models.column_cache import ColumnCache
 from qvgpt.models.disk import one_line, read_config, read_json
 from qvgpt.models.lora import (
     ADAPTER,
@@ -45,82 +44,6 @@ from qvgpt.models.lora import (
 
 _ATTENTION = "qvgpt_sdpa"
 """The name of `_attention` among transformers' implementations."""
-_SLACK = 32  # columns that no row needs any more are cut off once there are so many
-
-
-class ColumnCache:
-    """Keys and values as `transformers` keeps them: a column for every step, whatever a row did.
-
-    A row's real tokens stand side by side and end in the last column, so that columns count as
-    positions do, for sliding windows too; what stands before them is masked. A row that was fed
-    padding (it idles) must be overwritten before it is read again.
-    """
-
-    def __init__(self, mask: Bool[Tensor, "batch columns"], capacity: int, past: DynamicCache):
-        self.mask = mask
-        self.capacity = capacity
-        self.past = past
-        self.longest = 0
-
-    @property
-    def length(self) -> Int[Tensor, "batch"]:
-        """Real tokens of each row."""
-        return self.mask.sum(1)
-
-    def clear(self, rows: Int[Tensor, "rows"]) -> None:
-        """Let rows begin anew."""
-        self.mask[rows] = False
-
-    def trim(self) -> None:
-        """Cut off the columns before those that `longest` says are needed."""
-        spare = self.mask.size(1) - self.longest
-        if spare > _SLACK:
-            self._map(lambda x: x[:, :, spare:])
-            self.mask = self.mask[:, spare:]
-
-    def select(self, rows: Int[Tensor, "rows"]) -> "ColumnCache":
-        """A copy with the given rows, in the given order; a row may be taken more than once."""
-        past = DynamicCache()
-        for i, layer in enumerate(self._layers()):
-            at = rows.to(layer.keys.device)
-            past.update(layer.keys[at], layer.values[at], i)
-        picked = ColumnCache(self.mask[rows], self.capacity, past)
-        picked.longest = self.longest
-        return picked
-
-    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
-        """Let row i be what row `rows[i]` was."""
-        self._map(lambda x: x[rows.to(x.device)])
-        self.mask = self.mask[rows]
-
-    def insert(self, rows: Int[Tensor, "rows"], other: "ColumnCache") -> None:
-        """Overwrite the given rows with those of another cache."""
-        width = max(self.mask.size(1), other.mask.size(1))
-        theirs = [(x.keys, x.values) for x in other._layers()]
-        if not self._layers():
-            for i, (keys, values) in enumerate(theirs):
-                size = (self.mask.size(0), keys.size(1), 0, keys.size(3))
-                self.past.update(keys.new_zeros(size), values.new_zeros(size), i)
-        for layer, (keys, values) in zip(self._layers(), theirs, strict=True):
-            layer.keys, layer.values = _widen(layer.keys, width), _widen(layer.values, width)
-            at = rows.to(keys.device)
-            layer.keys[at], layer.values[at] = _widen(keys, width), _widen(values, width)
-        self.mask = F.pad(self.mask, (width - self.mask.size(1), 0))
-        self.mask[rows] = F.pad(other.mask, (width - other.mask.size(1), 0))
-        self.longest = max(self.longest, other.longest)
-
-    def _layers(self) -> list[Any]:
-        layers: list[Any] = self.past.layers
-        return [layer for layer in layers if layer.is_initialized]
-
-    def _map(self, function: Any) -> None:
-        for layer in self._layers():
-            layer.keys, layer.values = function(layer.keys), function(layer.values)
-
-
-def _widen(x: Float[Tensor, "batch heads columns dim"], width: int) -> Tensor:
-    """Empty columns before the first."""
-    return F.pad(x, (0, 0, width - x.size(2), 0))
 
 
 class CausalLM(nn.Module):
@@ -201,7 +124,8 @@ class CausalLM(nn.Module):
         if capacity > self.seq_len:
             raise QvgptError(f"{capacity} tokens do not fit the context of {self.seq_len}")
         mask = torch.zeros(batch, 0, dtype=torch.bool, device=self.output_weight.device)
-        return ColumnCache(mask, capacity, DynamicCache())
+        ours = self.model.config._attn_implementation == _ATTENTION
+        return ColumnCache(mask, capacity, fp32=ours and mask.device.type == "cpu")
 
     def set_dropout(self, rate: float) -> None:
         """Drop another share of activations while training; `config.json` stays."""
@@ -347,10 +271,19 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch time heads head_dim"], None]:
-    """transformers' `sdpa`, but for short texts that learn on a CPU: those by `attention`."""
+    """transformers' `sdpa`, but on a CPU for short texts that learn and for one token a row."""
+    plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    if query.size(2) == 1 and query.device.type == "cpu" and plain and not query.requires_grad:
+        size = (key.size(0), key.size(1), 1, key.size(2))
+        added = key.new_zeros(key.size(0), 1, 1, key.size(2))
+        if attention_mask is not None:  # a row that idles may see nothing: no softmax of −inf
+            added.masked_fill_(~attention_mask, torch.finfo(key.dtype).min)
+        found = attend_once(query, key, value, added.expand(size).flatten(0, 1), scale)
+        return found.transpose(1, 2), None
     if torch.is_autocast_enabled("cpu"):  # rotated queries and keys are fp32 by then
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may be in fp32
     causal = getattr(module, "is_causal", True) and query.size(2) == key.size(2)
     if not (plain and causal and is_short(query, key, dropout)):
         return sdpa_attention_forward(
@@ -359,8 +292,8 @@ def _attention(
     groups = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     own = query.size(-1) ** -0.5
-    if scaling is not None and scaling != own:
-        query = query * (scaling / own)
+    if scale != own:
+        query = query * (scale / own)
     if attention_mask is not None:  # padding sees itself, so that no softmax is empty
         itself = torch.eye(key.size(2), dtype=torch.bool, device=key.device)
         attention_mask = attention_mask | itself
