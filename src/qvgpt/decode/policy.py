@@ -363,7 +363,7 @@ def fold(
 ) -> Float[Tensor, "vocab embed"]:
     """W + β·F: one matrix that is LM head and guidance at once. Raises `QvgptError` where Q is not
     linear."""
-    return (weight.float() + beta * heads.folded()).to(weight.dtype)
+    return heads.folded().mul_(beta).add_(weight).to(weight.dtype)
 
 
 def _place(p: Float[Tensor, "rows n"], level: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:

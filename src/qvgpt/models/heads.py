@@ -211,8 +211,10 @@ class QHead(nn.Module):
                 "an mlp Q head is not linear in the hidden state and does not fold: "
                 "train with heads.kind linear or low_rank"
             )
-        centred = self.centred_weight()
-        return centred @ self.project.weight if self.kind == "low_rank" else centred
+        if self.kind == "linear":
+            return self.centred_weight()
+        mean = self.mean_weight() @ self.project.weight
+        return torch.addmm(mean, self.weight, self.project.weight, beta=-1)
 
 
 class ReturnHead(nn.Module):
@@ -371,5 +373,8 @@ class ValueHeads(nn.Module):
     @torch.no_grad()
     def folded(self) -> Float[Tensor, "vocab embed"]:
         """The mean of the slow Q heads as one matrix: logits + β·A = (W + β·folded) h."""
-        mean = torch.stack([head.folded() for head in self.target_q]).mean(0)  # type: ignore[operator]
-        return mean / self.reward_scale
+        slow: list[Any] = [*self.target_q]
+        total = slow[0].folded()
+        for head in slow[1:]:
+            total += head.folded()
+        return total.div_(len(slow) * self.reward_scale)
