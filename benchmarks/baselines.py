@@ -1,17 +1,19 @@
-"""Training steps of the shape of others' code, to stand beside ours: same trunk, batch and dtype.
+"""Work of the shape of others' code, to stand beside ours: same trunk, batch and dtype.
 
 Written after the formulas and the tensors of nanoGPT's model, Hugging Face's GPT-2 and trlX's ILQL,
-not after their text. `step()` is forward, loss, backward, AdamW and, for ILQL, the slow targets.
+not after their text. To train: `step()` is forward, loss, backward, AdamW and, for ILQL, the slow
+targets. To decode: `run()` writes a batch of texts and returns the seconds after the first step.
 """
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -19,18 +21,20 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(learns, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
 
-def _hugging_face(shape: dict[str, int], heads: bool) -> Any:
+def _hugging_face(shape: dict[str, int], heads: bool, use_cache: bool = False) -> Any:
     config = GPT2Config(
         vocab_size=shape["vocab_size"],
         n_embd=shape["embed_dim"],
         n_head=shape["num_heads"],
         n_layer=shape["num_layers"],
         n_positions=shape["seq_len"],
+        bos_token_id=None,
+        eos_token_id=None,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         attn_implementation="sdpa",
-        use_cache=False,
+        use_cache=use_cache,
     )
     model = GPT2LMHeadModel(config)
     return (model, nn.ModuleDict(_ilql_heads(shape))) if heads else model
@@ -175,3 +179,61 @@ def trlx_ilql(shape: dict[str, int], tokens: Tensor, bf16: bool) -> Callable[[],
         return total.item()
 
     return step
+
+
+def hugging_face_generate(
+    shape: dict[str, int], prompts: Tensor, new: int, dtype: torch.dtype
+) -> Callable[[], float]:
+    """Transformers' `generate` with its dynamic cache, sampling from the whole vocabulary."""
+    model = _hugging_face(shape, heads=False, use_cache=True).to(dtype).eval()
+    mask = torch.ones_like(prompts)
+
+    def run() -> float:
+        stamps: list[float] = []
+
+        def clock(tokens: Tensor, scores: Any, **options: Any) -> Tensor:
+            stamps.append(time.perf_counter())
+            return torch.zeros(len(tokens), dtype=torch.bool)
+
+        model.generate(
+            prompts,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=None,
+            max_new_tokens=new + 1,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+        )
+        return stamps[-1] - stamps[0]
+
+    return run
+
+
+def trlx_generate(
+    shape: dict[str, int], prompts: Tensor, new: int, dtype: torch.dtype, beta: float = 2.0
+) -> Callable[[], float]:
+    """trlX's ILQL sampler: the lesser of two slow MLP heads of the whole vocabulary, top 20."""
+    trunk, heads = _hugging_face(shape, heads=True, use_cache=True)
+    trunk, heads = trunk.to(dtype).eval(), heads.to(dtype).eval()
+
+    @torch.no_grad()
+    def run() -> float:
+        cache, tokens, started = DynamicCache(), prompts, 0.0
+        for step in range(new + 1):
+            out = trunk(
+                input_ids=tokens, past_key_values=cache, use_cache=True, output_hidden_states=True
+            )
+            hidden = out.hidden_states[-1][:, -1]
+            q = torch.minimum(*(head(hidden) for head in heads["target"]))
+            advantage = q - heads["v"](hidden)
+            scores = F.log_softmax(out.logits[:, -1], -1) + beta * advantage
+            least = scores.topk(20, dim=-1).values[:, -1:]
+            probability = scores.masked_fill(scores < least, float("-inf")).float().softmax(-1)
+            tokens = torch.multinomial(probability, 1)
+            if step == 0:
+                started = time.perf_counter()
+        return time.perf_counter() - started
+
+    return run

@@ -16,9 +16,12 @@ from qvgpt.memory import begin_peak, held_memory, peak_memory, return_freed
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], Any]], blocks: int, warmup: int = 2
+    steps: Mapping[str, Callable[[], Any]], blocks: int, warmup: int = 2, own_clock: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate's step in each block; the order turns from block to block."""
+    """Seconds of each candidate's step in each block; the order turns from block to block.
+
+    With `own_clock` a step returns the seconds of it that count.
+    """
     for step in steps.values():
         for _ in range(warmup):
             step()
@@ -29,9 +32,10 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             synchronize()
             started = time.perf_counter()
-            steps[name]()
+            counted = steps[name]()
             synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            whole = time.perf_counter() - started
+            seconds[name].append(counted if own_clock else whole)
     return seconds
 
 
