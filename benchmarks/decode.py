@@ -1,6 +1,6 @@
 """What guidance costs while decoding, and how fast our engine is beside others' code.
 
-    python benchmarks/decode.py            writes decode.json beside itself; half an hour on two cores
+    python benchmarks/decode.py            writes decode.json beside itself; half an hour
     python benchmarks/decode.py --quick    seconds, tiny shapes, nothing written
 
 Random weights, prompts of 16 random tokens, bf16 unless a name says fp32; sampled from the whole
