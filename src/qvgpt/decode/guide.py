@@ -33,8 +33,9 @@ class Guide:
             refuse_other_tokenizer(model, other)
             other.eval()
         guide = cls(model.eval(), own_values(model) if source is None else source)
-        for trunk in guide.trunks:
-            lay_out(trunk)
+        heads = [m.heads for m in guide.source.models if m.heads] if guide.source else []
+        for module in [*guide.trunks, *heads]:
+            lay_out(module)
         return guide
 
     @property
@@ -105,7 +106,10 @@ class Guide:
         asked = None if tokens is None else tokens.clamp(max=self.known - 1)
         if tokens is None and self.source.most_candidates is not None:
             asked = torch.arange(self.known).expand(len(states), -1)
-        found = self.source(states, asked, guidance).to(self.model.device)
+        if asked is not None and isinstance(self.source, HeadValues):
+            found = self.source.relative(states, asked, guidance).to(self.model.device)
+        else:
+            found = self.source(states, asked, guidance).to(self.model.device)
         if tokens is None:  # there 0 does
             size = self.model.trunk.vocab_size
             found = F.pad(found[:, :size], (0, max(0, size - found.size(1))))

@@ -30,7 +30,7 @@ from qvgpt.decode.policy import NEG_INF, Guidance, functional_options, slow_q
 from qvgpt.decode.reading import States
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
-from qvgpt.models.blocked import head_of
+from qvgpt.models.blocked import blocked, head_of
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
 
@@ -97,7 +97,22 @@ class HeadValues:
         hidden, heads = states.of(self.model.trunk), self.model.heads
         if tokens is not None:
             tokens = tokens.to(hidden.device)
-        return slow_q(heads, hidden, tokens, guidance.twins, guidance)
+        with blocked(heads):
+            return slow_q(heads, hidden, tokens, guidance.twins, guidance)
+
+    def relative(
+        self, states: States, tokens: Int[Tensor, "rows candidates"], guidance: Guidance
+    ) -> Float[Tensor, "rows candidates"]:
+        """The same up to a number per state, which guidance does not see, where that is cheaper."""
+        heads = heads_of(self.model)
+        joined = guidance.twins == "mean" or heads.config.num_q == 1
+        if not joined or heads.config.support is not None or guidance.functional != "mean":
+            return self(states, tokens, guidance)
+        hidden = states.of(self.model.trunk).float()
+        slow: list[Any] = [*heads.target_q]
+        with blocked(heads):
+            found = [head.relative(hidden, tokens.to(hidden.device)) for head in slow]
+        return torch.stack(found).mean(0) / heads.reward_scale
 
     def state_value(self, states: States) -> Float[Tensor, "rows"] | None:
         """V(s)."""

@@ -54,33 +54,34 @@ def product(
 
 
 class _Layers:
-    """The linear layers of a trunk, and its LM head."""
+    """The linear layers of a module, and the LM head of a trunk."""
 
-    def __init__(self, trunk: Any):
-        self.state = _state(trunk)
-        self.forwards = [(layer, _forward(layer)) for layer in _layers(trunk)]
-        head = trunk.output_weight
-        self.head = Blocked(head) if Blocked.suits(head) else head
+    def __init__(self, module: Any):
+        self.state = _state(module)
+        self.forwards = [(layer, _forward(layer)) for layer in _layers(module)]
+        head = getattr(module, "output_weight", None)
+        self.head = Blocked(head) if head is not None and Blocked.suits(head) else head
 
 
 _known: WeakKeyDictionary[nn.Module, _Layers] = WeakKeyDictionary()
 
 
-def lay_out(trunk: Any) -> None:
-    """Lay out the weights of a trunk, or again where they are others by now."""
-    if trunk not in _known or _known[trunk].state != _state(trunk):
-        _known[trunk] = _Layers(trunk)
+def lay_out(module: Any) -> None:
+    """Lay out the weights of a trunk or of value heads; again where they are others by now."""
+    if module not in _known or _known[module].state != _state(module):
+        _known[module] = _Layers(module)
 
 
 def head_of(trunk: Any) -> Tensor | Blocked:
     """The LM head's matrix, laid out where `lay_out` did."""
-    return _known[trunk].head if trunk in _known else trunk.output_weight
+    head = _known[trunk].head if trunk in _known else None
+    return trunk.output_weight if head is None else head
 
 
 @contextmanager
-def blocked(trunk: Any) -> Iterator[None]:
-    """Let the trunk's layers multiply with what `lay_out` made. Gradients do not pass there."""
-    forwards = _known[trunk].forwards if trunk in _known else []
+def blocked(module: Any) -> Iterator[None]:
+    """Let a module's layers multiply with what `lay_out` made. Gradients do not pass there."""
+    forwards = _known[module].forwards if module in _known else []
     for layer, forward in forwards:
         layer.__dict__["forward"] = forward
     try:
@@ -90,9 +91,10 @@ def blocked(trunk: Any) -> Iterator[None]:
             del layer.__dict__["forward"]
 
 
-def _layers(trunk: Any) -> list[nn.Linear]:
-    found = (m for m in trunk.modules() if type(m) is nn.Linear and "forward" not in vars(m))
-    return [m for m in found if m.weight is not trunk.output_weight and Blocked.suits(m.weight)]
+def _layers(module: Any) -> list[nn.Linear]:
+    head = getattr(module, "output_weight", None)
+    found = (m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m))
+    return [m for m in found if m.weight is not head and Blocked.suits(m.weight)]
 
 
 def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -100,7 +102,9 @@ def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: weight(x, bias)
 
 
-def _state(trunk: Any) -> list[tuple[int, int, float]]:
+def _state(module: Any) -> list[tuple[int, int, float]]:
     """Tells other weights from these: fused optimizers leave a tensor's version as it is."""
-    weights = [trunk.output_weight, *(layer.weight for layer in _layers(trunk))]
+    weights: list[Any] = [layer.weight for layer in _layers(module)]
+    if hasattr(module, "output_weight"):
+        weights.append(module.output_weight)
     return [(w.data_ptr(), w._version, float(w.detach()[0].float().sum())) for w in weights]

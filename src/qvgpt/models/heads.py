@@ -32,6 +32,8 @@ from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
 from qvgpt.models.vocab import best, chunk_rows, gather_dot, taken_and_logsumexp, wide
 
+_TAKEN = 2**18  # elements of weights that are gathered at a time: they stay in a core's cache
+
 
 @dataclass(frozen=True)
 class HeadsConfig:
@@ -188,8 +190,14 @@ class QHead(nn.Module):
     ) -> Float[Tensor, "rows candidates"]:
         """Q of several candidate tokens per row."""
         f = self.features(hidden)
-        taken = torch.einsum("rf,rcf->rc", f, self.weight[tokens])
-        return taken + (self.baseline(hidden) - f @ self.mean_weight())[:, None]
+        constant = self.baseline(hidden) - f @ self.mean_weight()
+        return _dots(f, self.weight, tokens) + constant[:, None]
+
+    def relative(
+        self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates"]:
+        """Q of several candidates per row, up to a number per row: all that guidance reads."""
+        return _dots(self.features(hidden), self.weight, tokens)
 
     def forward(self, hidden: Float[Tensor, "rows embed"]) -> Float[Tensor, "rows vocab"]:
         """Q of every token."""
@@ -215,6 +223,19 @@ class QHead(nn.Module):
             return self.centred_weight()
         mean = self.mean_weight() @ self.project.weight
         return torch.addmm(mean, self.weight, self.project.weight, beta=-1)
+
+
+def _dots(
+    features: Float[Tensor, "rows features"],
+    weight: Float[Tensor, "vocab features"],
+    tokens: Int[Tensor, "rows candidates"],
+) -> Float[Tensor, "rows candidates"]:
+    """features[i] · weight[tokens[i, j]], in parts whose rows of `weight` fit a core's cache."""
+    if tokens.numel() >= len(weight):  # fewer rows in all than would be gathered
+        return (features @ weight.T).gather(1, tokens)
+    size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
+    parts = zip(features.split(size), tokens.split(size), strict=True)
+    return torch.cat([torch.bmm(weight[t], f[:, :, None])[:, :, 0] for f, t in parts])
 
 
 class ReturnHead(nn.Module):
