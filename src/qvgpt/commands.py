@@ -4,14 +4,13 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text as Coloured
 
-from qvgpt.categorical import Functional
 from qvgpt.data import check as linter
 from qvgpt.data.files import Row, row_texts, scan_rows
 from qvgpt.data.rows import load_trajectories
@@ -19,11 +18,11 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.decode.rerank import write_best
-from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
+from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
@@ -33,7 +32,6 @@ from qvgpt.sampling import (
     check_room,
     check_values,
     load_prompts,
-    load_values,
 )
 
 
@@ -83,7 +81,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(GuidanceOptions):
     """Write text, guided by the values."""
 
     model: str
@@ -92,41 +90,6 @@ class GenerateConfig:
     """One prompt: its text is streamed."""
     data: str | None = None
     """A file of rows with prompts: JSONL is written."""
-    beta: float | None = None
-    """Strength of guidance; none: what the model recommends, as for all options down to
-    beta_max. Where value_models or contrast are given nothing is recommended."""
-    temperature: float | None = None
-    """0 is greedy."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens; 0: all."""
-    top_p: float | None = None
-    """Keep the smallest set of tokens that holds this probability."""
-    min_p: float | None = None
-    """Keep tokens at least this likely, relative to the likeliest."""
-    candidates: Literal["base", "guided"] | None = None
-    """Which distribution top_k, top_p and min_p look at."""
-    twins: Literal["mean", "min"] | None = None
-    """How several Q heads are joined."""
-    functional: Functional | None = None
-    """What is read as Q from a distribution of returns: mean, soft (Q♯, η = 1 / beta) or cvar."""
-    alpha: float | None = None
-    """Of cvar: the share of returns that are the worst."""
-    beta_end: float | None = None
-    """Where beta goes in a straight line over beta_tokens tokens, to stay there."""
-    beta_tokens: int | None = None
-    """The token, counted from 0, that has beta_end."""
-    kl_budget: float | None = None
-    """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
-    beta_max: float | None = None
-    """The greatest beta that a kl_budget may lead to."""
-    value_models: list[str] = field(default_factory=list)
-    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
-    model's own; those of several are added up."""
-    contrast: list[str] = field(default_factory=list)
-    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
-    tuning, DExperts); beside value_models it is added to them."""
-    weights: list[float] = field(default_factory=list)
-    """Of each of value_models, then of the contrast; none: 1 each."""
     max_tokens: int | None = None
     """Longest text; none: what the context holds, at most 256."""
     n: int = 1
@@ -137,10 +100,6 @@ class GenerateConfig:
     """The same seed gives the same texts."""
     max_batch: int = 64
     """Texts written at once."""
-    dtype: Dtype = "float32"
-    """Of the language model's weights in memory; auto: as they are stored."""
-    device_map: str | None = None
-    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     values: bool = False
     """Show the tokens coloured by advantage, with their Q and V."""
     output: str | None = None
@@ -151,16 +110,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Stream one text, or write many as JSONL."""
     if (config.prompt is None) == (config.data is None):
         raise QvgptError("generate: give either --prompt or --data")
-    model = ValueModel.from_pretrained(
-        config.model, dtype=config.dtype, device_map=config.device_map
-    )
-    values = load_values(
-        model, config.model, config.value_models, config.contrast, config.weights,
-        dtype=config.dtype, device_map=config.device_map,
-    )  # fmt: skip
+    model, values = config.load(config.model)
     if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
-    guidance = _guidance(model, config, values)
+    guidance = config.guidance(model, config.model, values)
     strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
     check_values(model, config.model, strengths, config.best_of, values)
     texts, prompts = _prompts(model, config)
@@ -173,7 +126,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for k in range(config.n)
     ]
     output = _claim(config.output, "generate", config)
-    print(_said(model, guidance, config, values), file=sys.stderr)
+    chosen = f"best of {config.best_of} by Q" if config.best_of > 1 else ""
+    print(config.in_words(model, guidance, values, chosen), file=sys.stderr)
     started = time.perf_counter()
     streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
     if streamed:
@@ -198,52 +152,6 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     }
     _finish(output, summary)
     return summary
-
-
-def _guidance(model: ValueModel, config: GenerateConfig, values: ValueSource | None) -> Guidance:
-    """The recommended guidance, with what was said put over it; other values have none."""
-    said = {n: value for n in vars(Guidance()) if (value := getattr(config, n)) is not None}
-    if said.get("top_k") == 0:
-        said["top_k"] = None
-    start = recommended(model.info, config.model) if values is None else None
-    start = start or Guidance()
-    if config.kl_budget is not None and config.beta is None:  # else two would say how much
-        start = replace(start, beta=0.0, beta_end=None, beta_tokens=0)
-    if config.beta is not None and config.kl_budget is None:
-        start = replace(start, kl_budget=None)
-    return replace(start, **said)
-
-
-def _said(
-    model: ValueModel, guidance: Guidance, config: GenerateConfig, values: ValueSource | None
-) -> str:
-    """The guidance in use in one line, so that a model with values is not unguided in silence."""
-    standard = vars(Guidance())
-    shown = [f"temperature {guidance.temperature:g}"]
-    shown += [
-        f"{name} {value}"
-        for name, value in vars(guidance).items()
-        if name not in ("beta", "temperature") and value != standard[name]
-    ]
-    options = [name for name in standard if getattr(config, name) is not None]
-    recommends = values is None and model.info.recommended_guidance is not None
-    if recommends and len(options) < len(standard):
-        but = f" but for {', '.join(options)}" if options else ""
-        shown[-1] += f" (recommended by the model{but})"
-    if guidance.guides:
-        strength = [] if guidance.kl_budget is not None else [f"beta {guidance.beta:g}"]
-        source = values or own_values(model)
-        own_q = values is None and isinstance(source, HeadValues)
-        whose = "" if own_q or source is None else f"; values: {describe(source)}"
-        if values is not None:
-            whose += f", from {', '.join([*config.value_models, *config.contrast])}"
-        return f"guidance: {', '.join(strength + shown)}{whose}"
-    if config.best_of > 1:
-        return f"guidance: none (beta 0), best of {config.best_of} by Q, {', '.join(shown)}"
-    way = "--best_of" if model.info.level == "turn" else "--beta"
-    silent = model.heads is None or config.beta == 0
-    hint = "" if silent else f"; the model has values: try {way}"
-    return f"guidance: none (beta 0), {', '.join(shown)}{hint}"
 
 
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
