@@ -19,11 +19,10 @@ from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.rerank import write_best
-from qvgpt.decode.sources import ValueSource
+from qvgpt.decode.sources import ValueSource, describe
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
-from qvgpt.guidance_options import GuidanceOptions
-from qvgpt.models.backbone import Dtype
+from qvgpt.guidance_options import GuidanceOptions, SourceOptions
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
 from qvgpt.sampling import (
@@ -232,21 +231,17 @@ def _show(model: ValueModel, written: Text) -> None:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(SourceOptions):
     """V, Q and A of given texts, ranked within each prompt."""
 
     model: str
-    """Directory of a model with value heads."""
+    """Directory of the model: its own values are read, where no others are named."""
     data: list[str] = field(default_factory=list)
     """Files of rows; their rewards are shown but not looked at."""
     output: str | None = None
     """Directory for scores.jsonl and summary.json; new or empty."""
     show: int = 50
     """Rows of the table."""
-    dtype: Dtype = "float32"
-    """Of the language model's weights in memory; auto: as they are stored."""
-    device_map: str | None = None
-    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -256,22 +251,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     if not config.data:
         raise QvgptError("--data: missing")
-    model = ValueModel.from_pretrained(
-        config.model, dtype=config.dtype, device_map=config.device_map
-    )
-    if model.heads is None or model.tokenizer is None:
-        raise QvgptError(f"{config.model}: has no value heads to score with")
+    model, values = config.load(config.model)
+    guide = Guide.of(model, values)
+    if guide.source is None or model.tokenizer is None:
+        raise QvgptError(
+            f"{config.model}: has no value heads to score with; --value_models or --contrast name "
+            "other values"
+        )
     texts, _ = load_trajectories(config.data, model.tokenizer)
-    too_long = sum(len(t.tokens) > model.trunk.seq_len for t in texts)
+    too_long = sum(len(t.tokens) > guide.context for t in texts)
     if too_long:
-        context = model.trunk.seq_len
+        context = guide.context
         raise QvgptError(f"{too_long} of {len(texts)} texts are longer than the context, {context}")
     output = _claim(config.output, "score", config)
+    of_turns = values is None and model.info.level == "turn"
     rows: list[dict[str, Any]] = []
-    for text, found in zip(texts, scoring.score(model, texts), strict=True):
+    for text, found in zip(texts, scoring.score(model, texts, values=values), strict=True):
         first, last = found.reports[0], found.reports[-1]
         better = found.advantage
-        if model.info.level == "turn" and last.q is not None and first.v is not None:
+        if of_turns and last.q is not None and first.v is not None:
             better = last.q - first.v  # within a turn nothing is known
         rows.append({
             "prompt": model.tokenizer.decode(text.prompt),
@@ -291,7 +289,12 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
         (output / "scores.jsonl").write_text(lines, "utf-8")
     mean = sum(row["advantage"] for row in rows) / len(rows)
-    summary = {"texts": len(rows), "prompts": len(groups), "mean_advantage": mean}
+    summary = {
+        "values": describe(guide.source),
+        "texts": len(rows),
+        "prompts": len(groups),
+        "mean_advantage": mean,
+    }
     _finish(output, summary)
     return summary
 
