@@ -32,6 +32,7 @@ from qvgpt.sampling import (
     check_values,
     load_prompts,
 )
+from qvgpt.terminal import TextStream, shade
 
 
 @dataclass(frozen=True)
@@ -169,19 +170,15 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
 
 def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> Text:
     """Print a text while it is written."""
-    tokenizer, written, shown = model.tokenizer, [], ""
-    assert tokenizer is not None
+    assert model.tokenizer is not None
+    stream = TextStream(model.tokenizer)
 
     def show(events: list[TokenEvent]) -> None:
-        nonlocal shown
-        written.extend(event.token for event in events)
-        text = tokenizer.decode_completion(written)
-        if not text.endswith("\ufffd"):  # half a character waits for the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        for event in events:
+            print(stream.add(event.token), end="", flush=True)
 
     [text] = write(model, [request], report=True, on_step=show, values=values)
-    print(text.text[len(shown) :])
+    print(stream.rest())
     return text
 
 
@@ -215,12 +212,9 @@ def _show(model: ValueModel, written: Text) -> None:
     assert model.tokenizer is not None
     console, text = output_console(), Coloured()
     table = Table("token", "q", "v", "advantage", "base p", "p")
-    most = max([abs(r.advantage or 0.0) for r in written.reports], default=0.0) or 1.0
+    most = max([abs(r.advantage or 0.0) for r in written.reports], default=0.0)
     for piece, report in zip(model.tokenizer.pieces(written.tokens), written.reports, strict=True):
-        advantage = report.advantage or 0.0
-        weak = round(255 * (1 - abs(advantage) / most))
-        colour = f"rgb({weak},255,{weak})" if advantage >= 0 else f"rgb(255,{weak},{weak})"
-        text.append(piece, style=f"black on {colour}")
+        text.append(piece, style=shade(report.advantage or 0.0, most))
         figures = (report.q, report.v, report.advantage)
         chances = (math.exp(report.base_logprob), math.exp(report.logprob))
         cells = ["–" if x is None else f"{x:+.3f}" for x in figures]
