@@ -136,6 +136,7 @@ def test_commands_change_how_texts_are_guided(chat):
         (["/temperature 0", "/beta 2"], Guidance(beta=2.0, temperature=0.0)),
         (["/top_k 3", "/beta 0"], Guidance(top_k=3)),
         (["/kl 0.5"], Guidance(kl_budget=0.5, top_k=40)),
+        (["/top_k 90", "/kl 0.5"], Guidance(kl_budget=0.5, top_k=40)),
         (["/top_k 5", "/kl 0.5"], Guidance(kl_budget=0.5, top_k=5)),
         (["/kl 0.5", "/beta 3", "/top_k 0"], Guidance(beta=3.0)),
     ]
@@ -270,13 +271,23 @@ class Terminal:
         os.close(there)
         self.seen = ""
 
-    def until(self, wanted, seconds=60):
-        """What was shown up to the wanted text, that included."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+    def until(self, wanted, seconds=60, again=""):
+        """What was shown up to the wanted text, that included; `again` is typed each second."""
         end = time.monotonic() + seconds
         while wanted not in self.seen:
             assert time.monotonic() < end, f"no {wanted!r} in {self.seen!r}"
             if select.select([self.fd], [], [], 1)[0]:
                 self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
+            else:
+                self.type(again)
         before, _, self.seen = self.seen.partition(wanted)
         return before + wanted
 
@@ -290,26 +301,27 @@ def test_a_person_reads_stops_and_leaves(tmp_path):
     greedy = written(model, tokens, 0, Guidance(temperature=0.0), max_tokens=300)
     assert len(greedy) > 280  # it never ends, so that it can be stopped
     model.save(tmp_path / "dir")
-    terminal = Terminal(str(tmp_path / "dir"), "--temperature", "0", "--max_tokens", "4000")
-    terminal.until("Ctrl-D leaves")
-    terminal.until("> ")
-    terminal.type("hello\n")
-    terminal.until(greedy[:30])  # while the text is being written
-    terminal.type("\x03")
-    terminal.until("stopped: what stands is kept")
-    terminal.until("> ")
-    terminal.type("\x03")
-    terminal.until("Ctrl-D or /quit leaves")
-    terminal.type("/undo\n")
-    terminal.until("the last turn is taken back; 0 left")
-    terminal.type("/values\n")
-    terminal.until("values are shown")
-    terminal.until("> ")
-    terminal.type("hello\n")
-    assert "\x1b[30;48;2;" in terminal.until(greedy[20])  # black on a colour of its own
-    terminal.type("\x03")
-    terminal.until("at first")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(30) == 0
-    os.close(terminal.fd)
+    options = (str(tmp_path / "dir"), "--temperature", "0", "--max_tokens", "4000")
+    with Terminal(*options) as terminal:
+        terminal.until("Ctrl-D leaves")
+        terminal.until("> ")
+        terminal.type("hello\n")
+        terminal.until(greedy[:30])  # while the text is being written
+        terminal.type("\x03")
+        terminal.until("stopped: what stands is kept")
+        terminal.until("> ")
+        terminal.type("\x03")
+        # readline misses a signal between its showing the prompt and its waiting for keys
+        terminal.until("Ctrl-D or /quit leaves", again="\x03")
+        terminal.type("/undo\n")
+        terminal.until("the last turn is taken back; 0 left")
+        terminal.type("/values\n")
+        terminal.until("values are shown")
+        terminal.until("> ")
+        terminal.type("hello\n")
+        assert "\x1b[30;48;2;" in terminal.until(greedy[20])  # black on a colour of its own
+        terminal.type("\x03")
+        terminal.until("at first")
+        terminal.until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
