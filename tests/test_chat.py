@@ -111,6 +111,24 @@ def test_what_was_trained_on_is_remembered(tmp_path):
             assert ValueModel.from_pretrained(tmp_path / "m").info.dialogues is dialogues
 
 
+def test_train_notes_dialogues_and_keeps_the_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    shape = "--gpt.embed_dim 16 --gpt.num_heads 2 --gpt.num_layers 1 --gpt.seq_len 32"
+    runs = [
+        ("lm", f"--data {tmp_path}/d.jsonl --objectives LM --tokenizer.kind char {shape}", True),
+        ("q", f"--data {tmp_path}/p.jsonl --model {tmp_path}/lm --objectives MonteCarlo", True),
+        ("back", f"--data {tmp_path}/p.jsonl --model {tmp_path}/q --objectives LM", True),
+        ("one", f"--data {tmp_path}/p.jsonl --objectives LM --tokenizer.kind char {shape}", False),
+    ]
+    for name, words, expected in runs:
+        words += f" --fit.max_steps 1 --output {tmp_path}/{name}"
+        assert main(["train", *words.split()]) == 0
+        assert ValueModel.from_pretrained(tmp_path / name).info.dialogues is expected, name
+
+
 def test_a_chat_template_is_followed(chat):
     model = make(dialogues=False, template=CHATML)
     texts, _ = chat("/system short", "ab", "cd", model=model)

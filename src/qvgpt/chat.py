@@ -25,7 +25,7 @@ from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.disk import writing
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import Interruption
-from qvgpt.terminal import TextStream, shade
+from qvgpt.terminal import TextStream, shade, worth
 
 _TOP_K = 40  # under a budget of KL where none is said
 _CONTROLS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
@@ -185,7 +185,7 @@ class Session:
             return
         self.turns.append(Turn(line, text, not end))
         if reports:
-            self.say(_worth(reports))
+            self.say(worth(reports))
         if finished is None:
             self.say("stopped: what stands is kept; /undo takes it back, /retry writes another")
         elif finished == "length":
@@ -399,13 +399,3 @@ def _number(command: str, argument: str, kind: Callable[[str], Any] = float) -> 
         wanted = "a whole number" if kind is int else "a number"
         found = repr(argument) if argument else "nothing"
         raise QvgptError(f"{command}: expected {wanted}, found {found}") from None
-
-
-def _worth(reports: list[TokenReport]) -> str:
-    """V at the beginning, and what the text made of it."""
-    first, last = reports[0].v, reports[-1].q
-    added = [r.advantage for r in reports if r.advantage is not None]
-    parts = [] if first is None else [f"V {first:+.3f} at first"]
-    parts += [] if last is None else [f"{last:+.3f} at the end"]
-    parts += [f"Σ A {sum(added):+.3f}"] if added else []
-    return ", ".join([*parts, f"KL {sum(r.kl for r in reports):.2f} nats"])

@@ -1,6 +1,9 @@
 """Text as it is written: whole characters alone, coloured by what tokens are worth."""
 
+from collections.abc import Sequence
+
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.engine import TokenReport
 
 
 class TextStream:
@@ -35,3 +38,13 @@ def shade(advantage: float, most: float) -> str:
     return (
         f"black on rgb({weak},255,{weak})" if advantage >= 0 else f"black on rgb(255,{weak},{weak})"
     )
+
+
+def worth(reports: Sequence[TokenReport]) -> str:
+    """V at the beginning, and what the text made of it."""
+    first, last = reports[0].v, reports[-1].q
+    added = [r.advantage for r in reports if r.advantage is not None]
+    parts = [] if first is None else [f"V {first:+.3f} at first"]
+    parts += [] if last is None else [f"{last:+.3f} at the end"]
+    parts += [f"Σ A {sum(added):+.3f}"] if added else []
+    return ", ".join([*parts, f"KL {sum(r.kl for r in reports):.2f} nats"])

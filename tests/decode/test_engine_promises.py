@@ -199,7 +199,7 @@ def test_a_request_refused_at_submit_harms_nobody(models, alone):
 
 BF16 = {"gpt": 0.05, "llama": 0.2}
 """No log π of a likely token differs by more, alone and in a batch of 16, in bfloat16. Measured on
-a CPU: 0 (249 steps), and 0.11 at most of 236 steps, 92 % of which do not differ; these weights are
+a CPU: 0 (261 steps), and 0.11 at most of 236 steps, 92 % of which do not differ; these weights are
 far from their start, so that logits are large."""
 
 
