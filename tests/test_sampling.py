@@ -3,6 +3,7 @@ import torch
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import Contrast
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -22,3 +23,20 @@ def test_the_engine_as_a_policy_draws_anew_each_turn():
     assert act(prompts[:1]) != first[:1]
     again = engine_policy(model, guidance, max_tokens=9, seed=3)
     assert [again(prompts), again(prompts)] == [first, second]
+
+
+def test_a_policy_is_guided_by_other_values():
+    tok = Tokenizer.train(["abcdefgh "], "char")
+    model, plus, minus = (
+        ValueModel(GPT(tok.vocab_size, size, 2, 1, seq_len=32), None, tok) for size in (16, 8, 8)
+    )
+    with torch.no_grad():
+        for p in plus.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    how = {"max_tokens": 9, "seed": 3, "values": Contrast(plus, minus)}
+    prompts, guidance = [tok.encode_prompt("ab"), tok.encode_prompt("c")], Guidance(beta=2.0)
+    written = engine_policy(model, guidance, **how)(prompts)
+    assert written == generate(model, prompts, guidance, **how)
+    assert written != engine_policy(model, guidance, **how | {"values": Contrast(plus, plus)})(
+        prompts
+    )

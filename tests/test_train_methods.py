@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +30,18 @@ from qvgpt import Guidance, HeadsConfig, QvgptError, ValueModel, generate
 from qvgpt.bootstrap import spearman
 from qvgpt.decode.policy import next_token
 from qvgpt.decode.score import score
-from qvgpt.decode.sources import Contrast, PrefixValues, own_values
+from qvgpt.decode.sources import (
+    Contrast,
+    HeadValues,
+    PrefixValues,
+    TokenScorer,
+    WeightedSum,
+    own_values,
+)
 from qvgpt.export import export_hf
 from qvgpt.fit_options import learning_rate_factor, parameter_groups
 from qvgpt.fqe import evaluate_offline
+from qvgpt.models.gpt import GPT
 from qvgpt.models.lora import LoraConfig
 from qvgpt.objectives import ILQL, METHODS, Candidates
 from qvgpt.trainer import TokenizerConfig, train
@@ -156,6 +165,60 @@ def test_offline_evaluation_knows_what_guidance_would_earn():
     assert all(p.requires_grad for p in learnt.trunk.parameters())
     with pytest.raises(QvgptError, match="FQE judges a policy"):
         run(learnt, ["FQE"])
+
+
+@pytest.mark.parametrize("kind", ["other heads", "sum under a budget"])
+def test_offline_evaluation_judges_what_other_values_guide(kind):
+    """Four answers: what guidance earns is Σ π(a)·r(a), known exactly."""
+    rewards = {9: 0.0, 10: 1.0, 11: 2.0, 12: -1.0}
+    answers = [
+        Trajectory([1, 9, 2, a], [False] * 3 + [True], [0.0] * 3 + [r], True)
+        for a, r in rewards.items()
+    ]
+    options = replace(FIT, max_steps=120, batch_size=4, lr=3e-2)
+    base = model()
+    run(base, ["LM"], replace(options, max_steps=40), answers)
+    others = [_far(seed, heads) for seed, heads in ((1, HeadsConfig()), (2, None))]
+    source, guidance = HeadValues(others[0]), Guidance(beta=1.5)
+    if kind == "sum under a budget":
+        source = WeightedSum(((1.0, source), (0.5, Contrast(others[1], others[0]))))
+        guidance = Guidance(kl_budget=0.4, top_k=8)
+
+    def earned(guidance):
+        scores = score(base, answers, guidance, values=source)
+        chances = [math.exp(found.logprob) for found in scores]
+        assert sum(chances) > 0.97  # of what the logs know
+        return sum(p * r for p, r in zip(chances, rewards.values(), strict=True))
+
+    assert abs(earned(guidance) - earned(Guidance())) > 0.15
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (base, *others)]
+    learns = [p.requires_grad for m in (base, *others) for p in m.parameters()]
+    found = evaluate_offline(base, answers, guidance, options, values=source).value
+    assert found == pytest.approx(earned(guidance), abs=0.06)
+    assert learns == [p.requires_grad for m in (base, *others) for p in m.parameters()]
+    assert all(same(m.state_dict(), b) for m, b in zip((base, *others), before, strict=True))
+
+
+def _far(seed, heads):
+    """A model of other size, whose weights are far from their start."""
+    torch.manual_seed(seed)
+    other = ValueModel(GPT(TOKENIZER.vocab_size, 24, 2, 1, seq_len=24), heads, TOKENIZER)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return other
+
+
+def test_offline_evaluation_refuses_values_that_are_read_after_candidates():
+    answers = [Trajectory([1, 9, 2, 10], [False] * 3 + [True], [0.0] * 4, True)]
+    for source, said in (
+        (PrefixValues(_far(1, HeadsConfig())), "V after each candidate"),
+        (TokenScorer(lambda texts, tokens: tokens), "a function"),
+    ):
+        with pytest.raises(QvgptError, match=f"{said} would be read anew at every logged state"):
+            evaluate_offline(model(), answers, Guidance(beta=1.0, top_k=3), values=source)
+    with pytest.raises(QvgptError, match="no value heads"):
+        evaluate_offline(_far(1, None), answers, Guidance(beta=1.0))
 
 
 def test_a_known_q_is_not_left_behind_by_its_trunk():

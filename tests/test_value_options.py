@@ -1,6 +1,7 @@
 """Another source of values, named on the command line: it guides, or there is one clear error."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,8 +177,6 @@ def test_evaluate_compares_with_what_others_guide(call, tmp_path, options):
     [
         ("--model lm --value_models q --betas []", "say how strongly, by beta or kl_budget"),
         ("--model lm --value_models q --recommend", "not the model's own values"),
-        ("--model lm --value_models q --base small", "leave base out"),
-        ("--model v --base small", "leave base out"),
         ("--model own --kl_budgets 0.1", "top_k of at most 64"),
     ],
 )
@@ -188,6 +187,54 @@ def test_evaluate_refuses_what_it_cannot_measure(call, tmp_path, options, messag
     assert code == 2
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", ["--model lm --value_models q", "--model lm --contrast plus small", "--model v"]
+)
+def test_evaluate_measures_kl_to_a_base_whatever_guides(call, tmp_path, options):
+    """To the model itself it is what it is without a base; to another, something else."""
+    name = options.split()[1]
+    command = "evaluate --data data.jsonl --reward length --max_tokens 9 --top_k 6 --betas 2"
+    kl = {}
+    for base in ("", f"--base {name}", "--base small"):
+        out = f"OUT-{base.partition(' ')[2] or 'none'}"
+        code, _, err = call(f"{command} {options} {base} --output {out}")
+        assert code == 0, err
+        out = out.replace("OUT", str(tmp_path / "out"))
+        rows = json.loads((Path(out) / "summary.json").read_text())["rows"]
+        kl[base] = [row["kl_per_sequence"] for row in rows]
+    none, itself, other = kl.values()
+    assert itself == pytest.approx(none, abs=1e-4)
+    assert abs(other[1] - none[1]) > 0.05
+
+
+def test_score_reads_any_values(call, models, tmp_path):
+    """Σ A of the file is what the engine's reports would add up to; ranks follow it."""
+    command = "score lm --data data.jsonl"
+    code, out, err = call(command)
+    assert (code, out) == (2, "")
+    assert "lm: has no value heads to score with; --value_models or --contrast name other" in err
+    expected = {
+        "--value_models q": "Q",
+        "--value_models v": "log of V after each candidate",
+        "--contrast plus small": "log π₊ − log π₋",
+        "--value_models q --contrast plus small --weights 1 0.5": "1·(Q) + 0.5·(log π₊ − log π₋)",
+    }
+    found = {}
+    for i, (options, said) in enumerate(expected.items()):
+        code, out, err = call(f"{command} {options} --output OUT-{i}")
+        assert code == 0, err
+        assert "advantage" in out
+        assert json.loads((tmp_path / f"out-{i}/summary.json").read_text())["values"] == said
+        lines = (tmp_path / f"out-{i}/scores.jsonl").read_text().splitlines()
+        found[options] = {(row := json.loads(x))["prompt"]: row["advantage"] for x in lines}
+    q, _, contrast, both = found.values()
+    for prompt, total in both.items():
+        assert total == pytest.approx(q[prompt] + 0.5 * contrast[prompt], abs=1e-4)
+    code, _, err = call(f"{command} --value_models short")
+    assert "texts are longer than the context, 8" in err
+    assert code == 2
 
 
 def test_collect_samples_and_searches_with_what_others_guide(call, tmp_path):

@@ -4,14 +4,13 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text as Coloured
 
-from qvgpt.categorical import Functional
 from qvgpt.data import check as linter
 from qvgpt.data.files import Row, row_texts, scan_rows
 from qvgpt.data.rows import load_trajectories
@@ -19,12 +18,11 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.decode.rerank import write_best
-from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
+from qvgpt.decode.sources import ValueSource, describe
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
-from qvgpt.models.backbone import Dtype
+from qvgpt.guidance_options import GuidanceOptions, SourceOptions
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
 from qvgpt.sampling import (
@@ -33,8 +31,8 @@ from qvgpt.sampling import (
     check_room,
     check_values,
     load_prompts,
-    load_values,
 )
+from qvgpt.terminal import TextStream, shade
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(GuidanceOptions):
     """Write text, guided by the values."""
 
     model: str
@@ -92,41 +90,6 @@ class GenerateConfig:
     """One prompt: its text is streamed."""
     data: str | None = None
     """A file of rows with prompts: JSONL is written."""
-    beta: float | None = None
-    """Strength of guidance; none: what the model recommends, as for all options down to
-    beta_max. Where value_models or contrast are given nothing is recommended."""
-    temperature: float | None = None
-    """0 is greedy."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens; 0: all."""
-    top_p: float | None = None
-    """Keep the smallest set of tokens that holds this probability."""
-    min_p: float | None = None
-    """Keep tokens at least this likely, relative to the likeliest."""
-    candidates: Literal["base", "guided"] | None = None
-    """Which distribution top_k, top_p and min_p look at."""
-    twins: Literal["mean", "min"] | None = None
-    """How several Q heads are joined."""
-    functional: Functional | None = None
-    """What is read as Q from a distribution of returns: mean, soft (Q♯, η = 1 / beta) or cvar."""
-    alpha: float | None = None
-    """Of cvar: the share of returns that are the worst."""
-    beta_end: float | None = None
-    """Where beta goes in a straight line over beta_tokens tokens, to stay there."""
-    beta_tokens: int | None = None
-    """The token, counted from 0, that has beta_end."""
-    kl_budget: float | None = None
-    """In the place of beta: the KL to the base, in nats, that each token may take; needs top_k."""
-    beta_max: float | None = None
-    """The greatest beta that a kl_budget may lead to."""
-    value_models: list[str] = field(default_factory=list)
-    """Directories of models, of any size and the same tokenizer, whose values guide instead of the
-    model's own; those of several are added up."""
-    contrast: list[str] = field(default_factory=list)
-    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ guides, in nats (proxy
-    tuning, DExperts); beside value_models it is added to them."""
-    weights: list[float] = field(default_factory=list)
-    """Of each of value_models, then of the contrast; none: 1 each."""
     max_tokens: int | None = None
     """Longest text; none: what the context holds, at most 256."""
     n: int = 1
@@ -137,10 +100,6 @@ class GenerateConfig:
     """The same seed gives the same texts."""
     max_batch: int = 64
     """Texts written at once."""
-    dtype: Dtype = "float32"
-    """Of the language model's weights in memory; auto: as they are stored."""
-    device_map: str | None = None
-    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     values: bool = False
     """Show the tokens coloured by advantage, with their Q and V."""
     output: str | None = None
@@ -151,16 +110,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Stream one text, or write many as JSONL."""
     if (config.prompt is None) == (config.data is None):
         raise QvgptError("generate: give either --prompt or --data")
-    model = ValueModel.from_pretrained(
-        config.model, dtype=config.dtype, device_map=config.device_map
-    )
-    values = load_values(
-        model, config.model, config.value_models, config.contrast, config.weights,
-        dtype=config.dtype, device_map=config.device_map,
-    )  # fmt: skip
+    model, values = config.load(config.model)
     if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
-    guidance = _guidance(model, config, values)
+    guidance = config.guidance(model, config.model, values)
     strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
     check_values(model, config.model, strengths, config.best_of, values)
     texts, prompts = _prompts(model, config)
@@ -173,7 +126,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for k in range(config.n)
     ]
     output = _claim(config.output, "generate", config)
-    print(_said(model, guidance, config, values), file=sys.stderr)
+    chosen = f"best of {config.best_of} by Q" if config.best_of > 1 else ""
+    print(config.in_words(model, guidance, values, chosen), file=sys.stderr)
     started = time.perf_counter()
     streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
     if streamed:
@@ -200,52 +154,6 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     return summary
 
 
-def _guidance(model: ValueModel, config: GenerateConfig, values: ValueSource | None) -> Guidance:
-    """The recommended guidance, with what was said put over it; other values have none."""
-    said = {n: value for n in vars(Guidance()) if (value := getattr(config, n)) is not None}
-    if said.get("top_k") == 0:
-        said["top_k"] = None
-    start = recommended(model.info, config.model) if values is None else None
-    start = start or Guidance()
-    if config.kl_budget is not None and config.beta is None:  # else two would say how much
-        start = replace(start, beta=0.0, beta_end=None, beta_tokens=0)
-    if config.beta is not None and config.kl_budget is None:
-        start = replace(start, kl_budget=None)
-    return replace(start, **said)
-
-
-def _said(
-    model: ValueModel, guidance: Guidance, config: GenerateConfig, values: ValueSource | None
-) -> str:
-    """The guidance in use in one line, so that a model with values is not unguided in silence."""
-    standard = vars(Guidance())
-    shown = [f"temperature {guidance.temperature:g}"]
-    shown += [
-        f"{name} {value}"
-        for name, value in vars(guidance).items()
-        if name not in ("beta", "temperature") and value != standard[name]
-    ]
-    options = [name for name in standard if getattr(config, name) is not None]
-    recommends = values is None and model.info.recommended_guidance is not None
-    if recommends and len(options) < len(standard):
-        but = f" but for {', '.join(options)}" if options else ""
-        shown[-1] += f" (recommended by the model{but})"
-    if guidance.guides:
-        strength = [] if guidance.kl_budget is not None else [f"beta {guidance.beta:g}"]
-        source = values or own_values(model)
-        own_q = values is None and isinstance(source, HeadValues)
-        whose = "" if own_q or source is None else f"; values: {describe(source)}"
-        if values is not None:
-            whose += f", from {', '.join([*config.value_models, *config.contrast])}"
-        return f"guidance: {', '.join(strength + shown)}{whose}"
-    if config.best_of > 1:
-        return f"guidance: none (beta 0), best of {config.best_of} by Q, {', '.join(shown)}"
-    way = "--best_of" if model.info.level == "turn" else "--beta"
-    silent = model.heads is None or config.beta == 0
-    hint = "" if silent else f"; the model has values: try {way}"
-    return f"guidance: none (beta 0), {', '.join(shown)}{hint}"
-
-
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
     """The prompts as given and as tokens, each with room for a completion."""
     assert model.tokenizer is not None
@@ -262,19 +170,15 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
 
 def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> Text:
     """Print a text while it is written."""
-    tokenizer, written, shown = model.tokenizer, [], ""
-    assert tokenizer is not None
+    assert model.tokenizer is not None
+    stream = TextStream(model.tokenizer)
 
     def show(events: list[TokenEvent]) -> None:
-        nonlocal shown
-        written.extend(event.token for event in events)
-        text = tokenizer.decode_completion(written)
-        if not text.endswith("\ufffd"):  # half a character waits for the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        for event in events:
+            print(stream.add(event.token), end="", flush=True)
 
     [text] = write(model, [request], report=True, on_step=show, values=values)
-    print(text.text[len(shown) :])
+    print(stream.rest())
     return text
 
 
@@ -308,12 +212,9 @@ def _show(model: ValueModel, written: Text) -> None:
     assert model.tokenizer is not None
     console, text = output_console(), Coloured()
     table = Table("token", "q", "v", "advantage", "base p", "p")
-    most = max([abs(r.advantage or 0.0) for r in written.reports], default=0.0) or 1.0
+    most = max([abs(r.advantage or 0.0) for r in written.reports], default=0.0)
     for piece, report in zip(model.tokenizer.pieces(written.tokens), written.reports, strict=True):
-        advantage = report.advantage or 0.0
-        weak = round(255 * (1 - abs(advantage) / most))
-        colour = f"rgb({weak},255,{weak})" if advantage >= 0 else f"rgb(255,{weak},{weak})"
-        text.append(piece, style=f"black on {colour}")
+        text.append(piece, style=shade(report.advantage or 0.0, most))
         figures = (report.q, report.v, report.advantage)
         chances = (math.exp(report.base_logprob), math.exp(report.logprob))
         cells = ["–" if x is None else f"{x:+.3f}" for x in figures]
@@ -324,21 +225,17 @@ def _show(model: ValueModel, written: Text) -> None:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(SourceOptions):
     """V, Q and A of given texts, ranked within each prompt."""
 
     model: str
-    """Directory of a model with value heads."""
+    """Directory of the model: its own values are read, where no others are named."""
     data: list[str] = field(default_factory=list)
     """Files of rows; their rewards are shown but not looked at."""
     output: str | None = None
     """Directory for scores.jsonl and summary.json; new or empty."""
     show: int = 50
     """Rows of the table."""
-    dtype: Dtype = "float32"
-    """Of the language model's weights in memory; auto: as they are stored."""
-    device_map: str | None = None
-    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -348,22 +245,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     if not config.data:
         raise QvgptError("--data: missing")
-    model = ValueModel.from_pretrained(
-        config.model, dtype=config.dtype, device_map=config.device_map
-    )
-    if model.heads is None or model.tokenizer is None:
-        raise QvgptError(f"{config.model}: has no value heads to score with")
+    model, values = config.load(config.model)
+    guide = Guide.of(model, values)
+    if guide.source is None or model.tokenizer is None:
+        raise QvgptError(
+            f"{config.model}: has no value heads to score with; --value_models or --contrast name "
+            "other values"
+        )
     texts, _ = load_trajectories(config.data, model.tokenizer)
-    too_long = sum(len(t.tokens) > model.trunk.seq_len for t in texts)
+    too_long = sum(len(t.tokens) > guide.context for t in texts)
     if too_long:
-        context = model.trunk.seq_len
+        context = guide.context
         raise QvgptError(f"{too_long} of {len(texts)} texts are longer than the context, {context}")
     output = _claim(config.output, "score", config)
+    of_turns = values is None and model.info.level == "turn"
     rows: list[dict[str, Any]] = []
-    for text, found in zip(texts, scoring.score(model, texts), strict=True):
+    for text, found in zip(texts, scoring.score(model, texts, values=values), strict=True):
         first, last = found.reports[0], found.reports[-1]
         better = found.advantage
-        if model.info.level == "turn" and last.q is not None and first.v is not None:
+        if of_turns and last.q is not None and first.v is not None:
             better = last.q - first.v  # within a turn nothing is known
         rows.append({
             "prompt": model.tokenizer.decode(text.prompt),
@@ -383,7 +283,12 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
         (output / "scores.jsonl").write_text(lines, "utf-8")
     mean = sum(row["advantage"] for row in rows) / len(rows)
-    summary = {"texts": len(rows), "prompts": len(groups), "mean_advantage": mean}
+    summary = {
+        "values": describe(guide.source),
+        "texts": len(rows),
+        "prompts": len(groups),
+        "mean_advantage": mean,
+    }
     _finish(output, summary)
     return summary
 

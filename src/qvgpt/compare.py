@@ -18,7 +18,7 @@ from qvgpt.decode.engine import OnStep, Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import choice_kl, write_best
 from qvgpt.decode.score import sequence_kl
-from qvgpt.decode.sources import HeadValues, ValueSource, own_values
+from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
@@ -120,19 +120,13 @@ def compare(
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
     tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `best_of` says of
     which methods each text is the one of so many that `model` gives the highest Q; their KL is a
-    bound (`decode.rerank.choice_kl`). `values` guide instead of the model's own; KL is then to the
-    model itself.
+    bound (`decode.rerank.choice_kl`). `values` guide instead of the model's own.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
         raise QvgptError("a comparison needs prompts and guidances")
     if base is not None:
         refuse_other_tokens(model, base)
-        if values is not None or not isinstance(own_values(model), HeadValues | None):
-            raise QvgptError(
-                "base: KL to another model is known only where the model's own Q guides; without "
-                "it the base is the model itself, unguided"
-            )
     of = dict.fromkeys(guidances, 1) | dict(best_of or {})
     valued = {n for n, g in guidances.items() if g.guides or of[n] > 1}
     writers = {n: model if base is None or n in valued else base for n in guidances}
@@ -142,7 +136,7 @@ def compare(
     }
     for name in valued:
         if base is not None:
-            _measure_kl(model, guidances[name], base, prompts, written[name])
+            _measure_kl(model, guidances[name], base, prompts, written[name], values)
         for sample in written[name]:
             sample.written.kl += choice_kl(of[name])
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
@@ -190,6 +184,7 @@ def _measure_kl(
     base: ValueModel,
     prompts: Sequence[Sequence[int]],
     samples: Sequence[Sample],
+    values: ValueSource | None,
 ) -> None:
     """Put the exact KL to `base` in the place of that to the plain `model`."""
     texts = [
@@ -201,7 +196,8 @@ def _measure_kl(
         )
         for s in samples
     ]
-    for sample, kl in zip(samples, sequence_kl(model, guidance, base, texts), strict=True):
+    found = sequence_kl(model, guidance, base, texts, values=values)
+    for sample, kl in zip(samples, found, strict=True):
         sample.written.kl = kl
 
 

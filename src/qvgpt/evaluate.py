@@ -20,7 +20,7 @@ from qvgpt.compare import (
     refuse_other_tokens,
 )
 from qvgpt.decode.policy import Guidance
-from qvgpt.decode.sources import HeadValues, PrefixValues, describe, own_values
+from qvgpt.decode.sources import HeadValues, describe, own_values
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
@@ -139,10 +139,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
-    if config.base is not None and (values or isinstance(own_values(model), PrefixValues)):
-        raise QvgptError(
-            "base: KL to another model is known only where the model's own Q guides; leave base out"
-        )
     base = None
     if config.base is not None:
         base = ValueModel.from_pretrained(config.base, **kept)

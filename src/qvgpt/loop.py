@@ -400,7 +400,7 @@ def fit(
         one.eval()
         one.slow = None
         if stale:
-            one.heads, one.info = None, ValueInfo()
+            one.heads, one.info = None, ValueInfo(dialogues=one.info.dialogues)
     if output is not None and plain is not None:
         with writing(output, "go on with --resume"):
             plain.save(output)

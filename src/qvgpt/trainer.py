@@ -166,7 +166,9 @@ def _train(
     if scale != 1:
         data, eval_data = scaled(data, scale), scaled(eval_data, scale)
     objectives = objectives.fitted_to(data)
+    dialogues = model.info.dialogues or _are_dialogues(data, model)
     model = _equipped(config, model, objectives, [*data, *eval_data], newest, console)
+    model.info.dialogues = dialogues
     if objectives.needs_reference:
         _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
@@ -275,6 +277,12 @@ def _equipped(
     if config.lora is not None:
         model.trunk.add_lora(config.lora)
     return model
+
+
+def _are_dialogues(data: list[Trajectory], model: ValueModel) -> bool:
+    """Whether messages end in these texts, by our own template."""
+    eot = model.tokenizer.template.eot if model.tokenizer is not None else None
+    return eot is not None and any(eot in t.tokens for t in data)
 
 
 def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel) -> float:

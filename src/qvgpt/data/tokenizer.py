@@ -218,12 +218,23 @@ class Tokenizer:
             owner += [i] * len(added)
         return tokens, is_action, owner
 
-    def _encode_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool
-    ) -> tuple[list[int], list[bool], list[int]]:
+    def encode_history(self, messages: list[dict[str, Any]]) -> list[int]:
+        """What stands before the assistant's next message: `encode_messages`, but that a template
+        may rewrite earlier messages (Qwen3's drops their thoughts)."""
+        if self.chat_template is None:
+            return self.encode_messages(messages)[0]
+        self._refuse_specials(messages)
+        return self._render(messages, True)
+
+    def _refuse_specials(self, messages: list[dict[str, Any]]) -> None:
         for i, message in enumerate(messages):
             if found := self._special_pattern.search(message["content"]):
                 raise QvgptError(f"message {i + 1} holds the special token {found[0]!r} as text")
+
+    def _encode_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool
+    ) -> tuple[list[int], list[bool], list[int]]:
+        self._refuse_specials(messages)
         tokens: list[int] = []
         is_action: list[bool] = []
         owner: list[int] = []

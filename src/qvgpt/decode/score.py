@@ -1,11 +1,14 @@
 """What a model thinks of given texts: Q, V, A and KL of every action, teacher-forced.
 
 It serves to judge and rank candidates, to draw the lens, and to sum the exact KL of a sequence.
+Values may be those of any source (`sources.py`). Each trunk reads a text in one forward; token by
+token only where guidance asks for V after candidates that the text does not go on with.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.policy import (
-    NEG_INF,
-    Guidance,
-    NextToken,
-    joined_q,
-    next_token,
-    refuse_v_alone,
-)
-from qvgpt.decode.sources import PrefixValues, own_values
+from qvgpt.decode.guide import Guide
+from qvgpt.decode.policy import NEG_INF, Guidance, NextToken, next_token
+from qvgpt.decode.reading import Reading, States
+from qvgpt.decode.sources import Contrast, HeadValues, TokenScorer, ValueSource, leaves
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.value_model import ValueModel
@@ -37,7 +35,7 @@ class TextScore:
     reports: list[TokenReport]
     """One per action, as the engine gives them for tokens it writes."""
     end_value: float | None
-    """V of the state the text ended in: 0 where it terminated, None without value heads."""
+    """V of the state the text ended in: 0 where it terminated, None where nothing says V."""
 
     @property
     def base_logprob(self) -> float:
@@ -67,21 +65,19 @@ def score(
     trajectories: Sequence[Trajectory],
     guidance: Guidance | None = None,
     batch_size: int = 32,
+    values: ValueSource | None = None,
 ) -> list[TextScore]:
     """One `TextScore` per trajectory, in their order; rewards are not looked at.
 
-    Texts of like length share a forward. Values are the model's own; where its heads know V alone
-    (FUDGE, ControlledDecoding), q is V after the token, and they cannot guide here. Raises
-    `QvgptError` for a text longer than the context, and as `collate` does.
+    Texts of like length share a forward. q, v and what guides are those of `values`, by default
+    the model's own. Raises `QvgptError` for a text longer than the context, for values that cannot
+    guide as `guidance` says, and as `collate` does.
     """
-    guidance = guidance or Guidance()
-    _refuse_long(trajectories, model)
-    if guidance.guides:
-        refuse_v_alone(model.heads)
-    model.eval()
+    guide, guidance = Guide.of(model, values), guidance or Guidance()
+    _refuse(guide, trajectories, guidance)
     scores: dict[int, TextScore] = {}
     for chosen in _batches(trajectories, batch_size):
-        found = _score_batch(model, [trajectories[i] for i in chosen], guidance)
+        found = _score_batch(guide, [trajectories[i] for i in chosen], guidance)
         scores |= dict(zip(chosen, found, strict=True))
     return [scores[i] for i in range(len(trajectories))]
 
@@ -93,48 +89,47 @@ def sequence_kl(
     base: ValueModel,
     texts: Sequence[Trajectory],
     batch_size: int = 32,
+    values: ValueSource | None = None,
 ) -> list[float]:
     """Σ KL(π ‖ π₀) over the states of each text, in nats: π is `model` guided, π₀ plain `base`.
 
     Exact at every state: π over all of its own candidates, π₀ over the whole vocabulary at
     temperature 1; greedy is a distribution on one token. With `base` the model itself it is the
-    `kl` of `score`. Raises `QvgptError` for two vocabularies and for texts longer than a context.
+    `kl` of `score`. `values` guide instead of the model's own. Raises `QvgptError` for two
+    vocabularies, and as `score` does.
     """
     if base.trunk.vocab_size != model.trunk.vocab_size:
         raise QvgptError(
             f"the base knows {base.trunk.vocab_size} tokens, the model {model.trunk.vocab_size}"
         )
-    if guidance.guides:
-        refuse_v_alone(model.heads)
-    for reader in (model, base):
-        _refuse_long(texts, reader)
-        reader.eval()
+    guide = Guide.of(model, values)
+    for reader in (guide, Guide(base.eval(), None)):
+        _refuse(reader, texts, guidance if reader is guide else Guidance())
     found: dict[int, float] = {}
-    size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
     for chosen in _batches(texts, batch_size):
-        batch = collate([texts[i] for i in chosen]).to(model.device)
-        ours = _states(model, batch)[:, :-1][batch.mask]
-        theirs = _states(base, batch.to(base.device))[:, :-1][batch.mask.to(base.device)]
-        betas, steps = _betas(batch, guidance), list[float]()
-        for h, g in zip(ours.split(size), theirs.split(size), strict=True):
-            beta = None if betas is None else betas[len(steps) :][: len(h)]
-            policy = next_token(model, h, guidance, beta=beta)
-            logprob = next_token(base, g, Guidance()).base_logprob
-            logprob = logprob.to(h.device).gather(1, policy.tokens)
-            steps += NextToken(policy.tokens, policy.logprob, logprob).kl().tolist()
-        each = iter(steps)
+        batch = collate([texts[i] for i in chosen])
+        betas, steps = _betas(batch, guidance), torch.zeros(int(batch.mask.sum()))
+        theirs = base.states(read(base.trunk, batch), batch.to(base.device))[:, :-1]
+        theirs = theirs[batch.mask.to(base.device)]
+        for at, states in _Read(guide, batch).decisions(guidance):
+            policy = _policy(guide, states, guidance, None if betas is None else betas[at])
+            plain = next_token(base, theirs[at.to(theirs.device)], Guidance()).base_logprob
+            logprob = plain.to(policy.tokens.device).gather(1, policy.tokens)
+            steps[at] = NextToken(policy.tokens, policy.logprob, logprob).kl().cpu()
+        each = iter(steps.tolist())
         counts = batch.mask.sum(1).tolist()
         found |= {i: sum(islice(each, n)) for i, n in zip(chosen, counts, strict=True)}
     return [found[i] for i in range(len(texts))]
 
 
-def _refuse_long(texts: Sequence[Trajectory], model: ValueModel) -> None:
-    limit = model.trunk.seq_len
+def _refuse(guide: Guide, texts: Sequence[Trajectory], guidance: Guidance) -> None:
+    limit = guide.context
     for i, t in enumerate(texts):
         if len(t.tokens) > limit:
             raise QvgptError(
                 f"text {i + 1} has {len(t.tokens)} tokens, more than the context of {limit}"
             )
+    guide.refuse([0], 1, guidance)
 
 
 def _batches(texts: Sequence[Trajectory], size: int) -> list[list[int]]:
@@ -147,69 +142,142 @@ def _betas(batch: TrajectoryBatch, guidance: Guidance) -> Float[Tensor, "rows"] 
     """β of each decision that counts, by its place within its turn; None: one for all."""
     if guidance.beta_end is None:
         return None
-    step = torch.arange(batch.mask.size(1), device=batch.mask.device).expand_as(batch.mask)
+    step = torch.arange(batch.mask.size(1)).expand_as(batch.mask)
     begins = F.pad(batch.ends_turn[:, :-1], (1, 0), value=True)
     place = step - (step * begins).cummax(1).values
-    return torch.tensor(
-        [guidance.beta_at(i) for i in place[batch.mask].tolist()], device=batch.mask.device
+    return torch.tensor([guidance.beta_at(i) for i in place[batch.mask].tolist()])
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _WholeTexts(States):
+    """States within texts that were read to their end."""
+
+    following: tuple[Tensor, ...] = ()
+    """[rows, embed] of each trunk, after the token that the text goes on with."""
+
+    def after(
+        self, trunk: Any, tokens: Int[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates embed"]:
+        """Of the one candidate that the text goes on with: nothing has to be read."""
+        assert tokens.size(1) == 1
+        return self.following[self._index(trunk)][:, None]
+
+
+class _Read:
+    """A batch of texts, one a row, as all trunks of a guide have read them."""
+
+    def __init__(self, guide: Guide, batch: TrajectoryBatch):
+        self.guide, self.batch = guide, batch
+        self.hidden = [read(trunk, batch) for trunk in guide.trunks]
+        self.tokens: list[list[int]] = batch.tokens.tolist()
+
+    def states(self, text: Int[Tensor, "rows"], place: Int[Tensor, "rows"]) -> _WholeTexts:
+        """The states at some places of some texts."""
+        length = self.batch.tokens.size(1)
+
+        def of(offset: int) -> tuple[Tensor, ...]:
+            at = (place + offset).clamp(max=length - 1)
+            return tuple(h[text.to(h.device), at.to(h.device)] for h in self.hidden)
+
+        def texts() -> list[list[int]]:
+            both = zip(text.tolist(), place.tolist(), strict=True)
+            return [self.tokens[i][: p + 1] for i, p in both]
+
+        trunks = self.guide.trunks
+        return _WholeTexts(Reading(trunks, [], [0] * len(trunks)), of(0), None, texts, of(1))
+
+    def decisions(self, guidance: Guidance) -> Iterator[tuple[Int[Tensor, "rows"], States]]:
+        """The states of all decisions that count, in pieces, and which they are."""
+        text, step = self.batch.mask.nonzero(as_tuple=True)
+        place, trunks = self.batch.state_index[text, step], self.guide.trunks
+        at_once = (HeadValues, Contrast, TokenScorer)
+        if not guidance.guides or all(isinstance(s, at_once) for s in leaves(self.guide.source)):
+            size = vocab.chunk_rows(self.guide.model.trunk.vocab_size, tensors=4 * len(trunks))
+            for at in torch.arange(len(text)).split(size):
+                yield at, self.states(text[at], place[at])
+            return
+        length, longest = self.batch.attention_mask.sum(1), self.batch.tokens.size(1)
+        reading = Reading.new(trunks, len(self.tokens), longest)
+        for t in range(longest - 1):
+            reading.expect(t)
+            now = self.batch.tokens[:, t]
+            states = reading.read(now, length > t, lambda t=t: [x[: t + 1] for x in self.tokens])
+            at = (place == t).nonzero()[:, 0]
+            if len(at):
+                yield at, states.take(text[at].tolist())
+
+    def ends(self, terminated: Sequence[bool]) -> list[float | None]:
+        """V where each text ends."""
+        if self.guide.source is None:
+            return [None] * len(terminated)
+        text, last = torch.arange(len(terminated)), self.batch.mask.sum(1)
+        v = self.guide.source.state_value(self.states(text, self.batch.state_index[text, last]))
+        if v is None:
+            return [None] * len(terminated)
+        return [0.0 if over else x for over, x in zip(terminated, v.tolist(), strict=True)]
+
+
+def read(trunk: Any, batch: TrajectoryBatch) -> Float[Tensor, "batch time embed"]:
+    """Hidden states of whole texts, in one forward."""
+    return trunk.hidden(batch.tokens.to(trunk.output_weight.device))
+
+
+# ── what is thought ──────────────────────────────────────────────────────────────────────────
+
+
+def _policy(
+    guide: Guide, states: States, guidance: Guidance, beta: Float[Tensor, "rows"] | None
+) -> NextToken:
+    hidden = states.of(guide.model.trunk)
+    return next_token(
+        guide.model,
+        hidden,
+        guidance,
+        values=lambda tokens: guide.values(states, tokens, guidance),
+        beta=None if beta is None else beta.to(hidden.device),
     )
 
 
-def _states(model: ValueModel, batch: TrajectoryBatch) -> Float[Tensor, "batch states embed"]:
-    """The hidden state of every decision, and of the end of each text."""
-    return model.states(model.trunk.hidden(batch.tokens), batch)
-
-
 def _score_batch(
-    model: ValueModel, trajectories: Sequence[Trajectory], guidance: Guidance
+    guide: Guide, trajectories: Sequence[Trajectory], guidance: Guidance
 ) -> list[TextScore]:
-    batch = collate(trajectories).to(model.device)
-    hidden = model.trunk.hidden(batch.tokens)
-    states, values = model.states(hidden, batch), own_values(model)
-    flat, action = states[:, :-1][batch.mask], batch.action[batch.mask]
-    size = vocab.chunk_rows(model.trunk.vocab_size, tensors=4)
-    pieces, betas = flat.split(size), _betas(batch, guidance)
-    each = [None] * len(pieces) if betas is None else betas.split(size)
-    chunks = zip(pieces, action.split(size), each, strict=True)
-    found = [r for h, a, beta in chunks for r in _reports(model, h, a, guidance, beta)]
-    if isinstance(values, PrefixValues):
-        at = batch.row[:, None] * hidden.size(1) + batch.state_index[:, :-1] + 1
-        after = hidden.flatten(0, 1)[at[batch.mask]]
-        both = zip(values.read(after).tolist(), values.read(flat).tolist(), strict=True)
-        found = [replace(r, q=q, v=v) for r, (q, v) in zip(found, both, strict=True)]
-    reports = iter(found)
-    ends: list[float | None] = [None] * len(trajectories)
-    if model.heads is not None:
-        last = states[torch.arange(len(states)), batch.mask.sum(1)]
-        ends = model.heads.state_value(last.float()).tolist()
-        ends = [0.0 if t.terminated else v for t, v in zip(trajectories, ends, strict=True)]
+    batch = collate(trajectories)
+    texts, action, betas = _Read(guide, batch), batch.action[batch.mask], _betas(batch, guidance)
+    found: dict[int, TokenReport] = {}
+    for at, states in texts.decisions(guidance):
+        beta = None if betas is None else betas[at]
+        reports = _reports(guide, states, action[at], guidance, beta)
+        found |= dict(zip(at.tolist(), reports, strict=True))
+    each = (found[i] for i in range(len(found)))
+    ends = texts.ends([t.terminated for t in trajectories])
     counted = zip(batch.mask.sum(1).tolist(), batch.action.tolist(), ends, strict=True)
-    return [TextScore(a[:n], list(islice(reports, n)), end) for n, a, end in counted]
+    return [TextScore(a[:n], list(islice(each, n)), end) for n, a, end in counted]
 
 
 def _reports(
-    model: ValueModel,
-    hidden: Float[Tensor, "rows embed"],
+    guide: Guide,
+    states: States,
     action: Int[Tensor, "rows"],
     guidance: Guidance,
     beta: Float[Tensor, "rows"] | None,
 ) -> list[TokenReport]:
     """Reports on the given next tokens, which need not be candidates."""
-    policy = next_token(model, hidden, guidance, beta=beta)
+    model = guide.model
+    action = action.to(model.device)
+    policy = _policy(guide, states, guidance, beta)
     taken = policy.tokens == action[:, None]
     base = policy.base_logprob
     if base.size(1) < model.trunk.vocab_size:  # candidates only
-        base = next_token(model, hidden, Guidance()).base_logprob
+        base = next_token(model, states.of(model.trunk), Guidance()).base_logprob
     columns = [
         base.gather(1, action[:, None])[:, 0].tolist(),
         policy.logprob.where(taken, NEG_INF).amax(-1).tolist(),
         policy.kl().tolist(),
+        *guide.report(states, action, guidance.twins),
     ]
-    if model.heads is None:
-        columns += [[None] * len(action)] * 2
-    else:
-        q = joined_q(model, hidden, action[:, None], guidance.twins)[:, 0]
-        columns += [q.tolist(), model.heads.state_value(hidden.float()).tolist()]
     for of_budget in (policy.beta, policy.spent):
         columns.append([None] * len(action) if of_budget is None else of_budget.tolist())
     return [TokenReport(*values) for values in zip(*columns, strict=True)]

@@ -56,6 +56,8 @@ class ValueInfo:
     """What a decision was: a token, or a whole turn, whose Q guides no token but ranks texts."""
     centred: bool = False
     """Whether returns were counted from the mean of each prompt's texts."""
+    dialogues: bool = False
+    """Whether it was trained on dialogues, so that it knows what `eot` is for."""
     recommended_guidance: Any = None
     """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
     `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
@@ -309,7 +311,8 @@ class ValueModel(nn.Module):
             self.tokenizer.save(path)
             generation = extra | {"eos_token_id": sorted(template.end_ids)}
             (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-            extra["qvgpt"] = {"tokenizer_sha256": self.tokenizer.sha256}
+            said = {"tokenizer_sha256": self.tokenizer.sha256, "dialogues": self.info.dialogues}
+            extra["qvgpt"] = said
         if merged or self.trunk.lora is None:
             self.trunk.save(path, **extra)
         else:
@@ -364,7 +367,9 @@ class ValueModel(nn.Module):
                     f"{path}: tokenizer.json is not the one the model was saved with; restore it, "
                     "or delete the key `qvgpt` of config.json if they belong together"
                 )
-            return cls(trunk, None, tokenizer, freeze_trunk)
+            plain = cls(trunk, None, tokenizer, freeze_trunk)
+            plain.info.dialogues = ours.get("dialogues") is True
+            return plain
         config = read_json(path / "value_config.json")
         if config.get("format_version") != FORMAT_VERSION:
             found = config.get("format_version")
