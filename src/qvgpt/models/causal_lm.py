@@ -239,6 +239,12 @@ class CausalLM(nn.Module):
             other.lora, other.base_sha256 = self.lora, self.base_sha256
         return other
 
+    def released(self) -> Any:
+        """The `transformers` model as it was, for others to use."""
+        if self.model.config._attn_implementation == _ATTENTION:
+            self.model.set_attn_implementation("sdpa")
+        return self.model
+
     def add_lora(self, config: LoraConfig) -> None:
         """Let fresh adapters be trained in the place of the model's own weights."""
         if self.lora is not None:

@@ -307,13 +307,13 @@ class ValueModel(nn.Module):
                 "pad_token_id": template.pad,
             }
             self.tokenizer.save(path)
-            generation = extra | {"eos_token_id": sorted(template.end_ids)}
-            (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
             extra["qvgpt"] = {"tokenizer_sha256": self.tokenizer.sha256}
         if merged or self.trunk.lora is None:
             self.trunk.save(path, **extra)
         else:
             self.trunk.save_adapter(path / ADAPTER)
+        if self.tokenizer is not None:
+            self._save_generation_config(path)
         if self.heads is None:
             for stale in ("value_config.json", "value_heads.safetensors"):
                 (path / stale).unlink(missing_ok=True)
@@ -321,6 +321,16 @@ class ValueModel(nn.Module):
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
         self.save_config(path)
+
+    def _save_generation_config(self, path: Path) -> None:
+        """Let `generate` of transformers end where we do; what the trunk says beside it stays."""
+        assert self.tokenizer is not None
+        template, file = self.tokenizer.template, path / "generation_config.json"
+        said = read_json(file) if file.exists() else {}
+        said.pop("_from_model_config", None)
+        ours = {"bos_token_id": template.bos, "eos_token_id": sorted(template.end_ids)}
+        said |= ours | {"pad_token_id": template.pad}
+        file.write_text(json.dumps(said, indent=2) + "\n")
 
     def save_config(self, path: str | Path) -> None:
         """Write `value_config.json` alone: the tensors stay."""
