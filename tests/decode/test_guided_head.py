@@ -203,6 +203,19 @@ def test_values_stay_in_fp32_whatever_the_model_is_cast_to(saved, name, dtype):
     assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
 
 
+def test_the_value_model_does_not_move_with_the_guided_one(saved):
+    model, path = saved
+    hf = guide(AutoModelForCausalLM.from_pretrained(path), model, PATHS["gathered"])
+    ours, theirs = (list(h.target_q.parameters()) for h in (model.heads, hf.lm_head.heads))
+    assert ours
+    assert not {*map(id, ours)} & {*map(id, theirs)}  # `.to` moves parameters in place
+    assert [p.data_ptr() for p in ours] == [p.data_ptr() for p in theirs]  # and yet no copy
+    hf.train().to("meta")
+    assert not model.heads.training
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert all(p.requires_grad for p in model.heads.q.parameters())
+
+
 @pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
 def test_loaded_in_bfloat16_it_gives_the_engines_distribution(saved, guidance):
     _, path = saved

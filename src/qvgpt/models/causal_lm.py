@@ -8,7 +8,6 @@ when a model is wrapped.
 """
 
 import copy
-import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers.utils import logging
 from qvgpt.errors import QvgptError
 from qvgpt.models.attention import attention, is_short
 from qvgpt.models.backbone import Dtype
-from qvgpt.models.disk import one_line, read_config, read_json
+from qvgpt.models.disk import add_to_json, one_line, read_config
 from qvgpt.models.lora import (
     ADAPTER,
     LoraConfig,
@@ -276,8 +275,7 @@ class CausalLM(nn.Module):
         if self.lora is not None:
             self.save_adapter(path / ADAPTER)
         if config:
-            said = read_json(path / "config.json") | config
-            (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+            add_to_json(path / "config.json", config)
 
     @classmethod
     def load(

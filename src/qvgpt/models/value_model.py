@@ -23,7 +23,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
-from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
+from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
@@ -313,7 +313,10 @@ class ValueModel(nn.Module):
         else:
             self.trunk.save_adapter(path / ADAPTER)
         if self.tokenizer is not None:
-            self._save_generation_config(path)
+            # here and not before, for a trunk of transformers writes a file of its own
+            ends = {"eos_token_id": sorted(self.tokenizer.template.end_ids)}
+            generation = {k: v for k, v in extra.items() if k != "qvgpt"} | ends
+            add_to_json(path / "generation_config.json", generation)
         if self.heads is None:
             for stale in ("value_config.json", "value_heads.safetensors"):
                 (path / stale).unlink(missing_ok=True)
@@ -321,16 +324,6 @@ class ValueModel(nn.Module):
         state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
         save_file(state, path / "value_heads.safetensors")
         self.save_config(path)
-
-    def _save_generation_config(self, path: Path) -> None:
-        """Let `generate` of transformers end where we do; what the trunk says beside it stays."""
-        assert self.tokenizer is not None
-        template, file = self.tokenizer.template, path / "generation_config.json"
-        said = read_json(file) if file.exists() else {}
-        said.pop("_from_model_config", None)
-        ours = {"bos_token_id": template.bos, "eos_token_id": sorted(template.end_ids)}
-        said |= ours | {"pad_token_id": template.pad}
-        file.write_text(json.dumps(said, indent=2) + "\n")
 
     def save_config(self, path: str | Path) -> None:
         """Write `value_config.json` alone: the tensors stay."""
