@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint quick clean
+.PHONY: demo test setup lint quick harness clean
 
 demo: setup
 	$(BIN)/qvgpt demo
@@ -33,6 +33,10 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/translation/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
+
+harness: setup  # lm-evaluation-harness on a guided model
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[harness]'
+	$(BIN)/pytest -m harness tests/test_harness.py
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

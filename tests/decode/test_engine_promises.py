@@ -5,9 +5,9 @@ import torch
 from test_sources import small
 from tiny_hf import make_hf
 
-from qvgpt.decode import engine as engine_module
 from qvgpt.decode.engine import Engine, Request, row_seed, write
-from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.guide import Guide
+from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.heads import HeadsConfig
@@ -211,11 +211,13 @@ def test_in_bfloat16_a_batch_changes_no_distribution_by_much(name, monkeypatch):
     model.trunk.to(torch.bfloat16)
     seen = []
 
+    distribution = Guide.next_token
+
     def spy(*arguments):
-        seen.append(next_token(*arguments))
+        seen.append(distribution(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(engine_module, "next_token", spy)
+    monkeypatch.setattr(Guide, "next_token", spy)
     requests = [Request(p, 20, Guidance(beta=1.3), seed=i) for i, p in enumerate(PROMPTS)]
 
     def steps(requests):

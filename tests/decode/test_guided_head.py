@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny_hf import SIZES, TOKENIZER, make_hf
+from transformers import AutoModelForCausalLM, CohereConfig
 
 from qvgpt.decode.engine import generate
 from qvgpt.decode.guided_head import GuidedHead, guide, load_guided, unguide
-from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.policy import Guidance, fold, folds, next_token
+from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, TokenScorer, WeightedSum
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
+from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.value_model import ValueModel
 
 PROMPT = [1, 12, 7, 20, 2]
 PATHS = {
@@ -153,3 +157,148 @@ def test_heads_that_do_not_fit_are_refused(saved, plain):
     with pytest.raises(QvgptError, match="do not fit"):
         guide(hf, ValueHeads(16, 7, HeadsConfig()), Guidance(beta=1.0))
     assert not isinstance(hf.lm_head, GuidedHead)
+
+
+@pytest.mark.parametrize("name", ["folded", "gathered"])
+def test_a_guided_model_is_not_saved(saved, tmp_path, name):
+    _, path = saved
+    hf = load_guided(path, PATHS[name])
+    for save in (hf.save_pretrained, lambda _: hf.state_dict()):
+        with pytest.raises(QvgptError, match=r"unguide.*qvgpt export"):
+            save(tmp_path / "written")
+    assert not list((tmp_path / "written").glob("*.safetensors"))
+    unguide(hf).save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    plain = AutoModelForCausalLM.from_pretrained(path).eval()
+    options = {"do_sample": False}
+    assert hf_generate(again, PROMPT, **options) == hf_generate(plain, PROMPT, **options)
+
+
+def test_a_guided_model_is_not_trained(saved):
+    hf = load_guided(saved[1], Guidance(beta=1.0)).train()
+    x = torch.tensor([PROMPT])
+    with pytest.raises(QvgptError, match="before it is trained"):
+        hf(x, labels=x)
+    assert hf_generate(hf, PROMPT[:2], do_sample=True, top_k=0)  # as trainers that sample do
+    embedded = hf.eval().get_input_embeddings()(x).detach().requires_grad_()
+    hf(inputs_embeds=embedded).logits[0, -1].amax().backward()
+    assert embedded.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["folded", "gathered", "top_p"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_values_stay_in_fp32_whatever_the_model_is_cast_to(saved, name, dtype):
+    model, path = saved
+    before = {k: v.clone() for k, v in model.heads.state_dict().items()}
+    hf = guide(AutoModelForCausalLM.from_pretrained(path).eval(), model, PATHS[name])
+    plain = AutoModelForCausalLM.from_pretrained(path).eval().to(getattr(torch, dtype))
+    hf.to(getattr(torch, dtype))
+    assert hf.transformer.wte.weight.dtype == hf.lm_head.weight.dtype == getattr(torch, dtype)
+    assert {p.dtype for n, p in hf.lm_head.named_parameters() if "heads" in n} <= {torch.float32}
+    found = hf(torch.tensor([PROMPT])).logits
+    assert found.dtype == torch.float32
+    expected = guide(plain, model, PATHS[name])(torch.tensor([PROMPT])).logits
+    torch.testing.assert_close(found.exp(), expected.exp(), atol=0.02, rtol=0)
+    after = model.heads.state_dict()
+    assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_the_value_model_does_not_move_with_the_guided_one(saved):
+    model, path = saved
+    hf = guide(AutoModelForCausalLM.from_pretrained(path), model, PATHS["gathered"])
+    ours, theirs = (list(h.target_q.parameters()) for h in (model.heads, hf.lm_head.heads))
+    assert ours
+    assert not {*map(id, ours)} & {*map(id, theirs)}  # `.to` moves parameters in place
+    assert [p.data_ptr() for p in ours] == [p.data_ptr() for p in theirs]  # and yet no copy
+    hf.train().to("meta")
+    assert not model.heads.training
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert all(p.requires_grad for p in model.heads.q.parameters())
+
+
+@pytest.mark.parametrize("guidance", PATHS.values(), ids=PATHS)
+def test_loaded_in_bfloat16_it_gives_the_engines_distribution(saved, guidance):
+    _, path = saved
+    model = ValueModel.from_pretrained(path, dtype="bfloat16").eval()
+    hf = load_guided(path, guidance, dtype="bfloat16")
+    assert hf.dtype == hf.lm_head.weight.dtype == torch.bfloat16
+    torch.manual_seed(0)
+    hidden = torch.randn(7, model.trunk.embed_dim).bfloat16()
+    with torch.no_grad():
+        folded = None
+        if folds(model.heads, guidance):
+            folded = fold(model.trunk.output_weight, model.heads, guidance.beta)
+        found, policy = hf.lm_head(hidden).exp(), next_token(model, hidden, guidance, folded)
+    expected = torch.zeros_like(found).scatter(1, policy.tokens, policy.logprob.exp())
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_values_from_elsewhere_are_refused(saved):
+    model, path = saved
+    hf = AutoModelForCausalLM.from_pretrained(path)
+    both = WeightedSum(((1.0, HeadValues(model)),))
+    scorer = TokenScorer(lambda texts, tokens: tokens)
+    for source in (HeadValues(model), PrefixValues(model), Contrast(model, model), both, scorer):
+        with pytest.raises(QvgptError, match=r"qvgpt\.generate\(…, values=…\)"):
+            guide(hf, source, Guidance(beta=1.0))
+    assert not isinstance(hf.lm_head, GuidedHead)
+
+
+def test_guidance_that_no_head_can_give_is_refused(make_model, tmp_path):
+    model = make_model("low_rank")
+    model.info.level = "turn"
+    model.save(tmp_path)
+    with pytest.raises(QvgptError, match="whole turns"):
+        load_guided(tmp_path, Guidance(beta=1.0))
+    model.info.level = "token"
+    model.save(tmp_path)
+    with pytest.raises(QvgptError, match="distribution of returns"):
+        load_guided(tmp_path, Guidance(beta=1.0, functional="soft"))
+    with pytest.raises(QvgptError, match="which token it is"):
+        load_guided(tmp_path, Guidance(beta=1.0, beta_end=2.0, beta_tokens=3))
+
+
+def test_logits_that_are_changed_after_the_head_are_refused():
+    config = CohereConfig(**{**SIZES, "logit_scale": 0.1})
+    hf = AutoModelForCausalLM.from_config(config)
+    heads = ValueHeads(SIZES["hidden_size"], SIZES["vocab_size"], HeadsConfig())
+    with pytest.raises(QvgptError, match="may scale"):
+        guide(hf, heads, Guidance(beta=1.0))
+    capped = make_hf("gemma2")
+    with pytest.raises(QvgptError, match=r"caps its logits.*qvgpt\.generate"):
+        guide(capped, heads, Guidance(beta=1.0))
+    assert capped.lm_head is capped.get_output_embeddings()
+
+
+def test_generate_ends_where_the_engine_does(tmp_path):
+    """A trunk's own generation_config.json is kept but for the ids of the template."""
+    hf = make_hf("llama")
+    hf.generation_config.eos_token_id, hf.generation_config.repetition_penalty = 3, 1.5
+    ValueModel(CausalLM(hf), HeadsConfig("low_rank", rank=4), TOKENIZER).save(tmp_path)
+    for found in (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        load_guided(tmp_path, Guidance()),
+    ):
+        config = found.generation_config
+        assert config.eos_token_id == sorted(TOKENIZER.template.end_ids) == [3, 4]
+        assert config.pad_token_id == TOKENIZER.template.pad
+        assert config.repetition_penalty == 1.5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_a_model_with_adapters_is_guided(saved):
+    peft = pytest.importorskip("peft")
+    model, path = saved
+    guidance = PATHS["gathered"]
+    expected = hf_generate(load_guided(path, guidance), PROMPT, do_sample=False)
+    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=True)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora).eval()
+    head = adapted.get_output_embeddings()
+    guide(adapted, model, guidance)
+    assert hf_generate(adapted, PROMPT, do_sample=False) == expected
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.5)
+    assert hf_generate(adapted, PROMPT, do_sample=False) != expected
+    assert unguide(adapted).get_output_embeddings() is head

@@ -24,6 +24,7 @@ FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "gemma": ("GemmaConfig", {}),
     "gemma2": ("Gemma2Config", {"sliding_window": 6, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 6}),
 }

@@ -53,7 +53,7 @@ def _root(
     high = np.full_like(spread, beta_max)
     spent, _ = kl(high)
     beta, open_ = high.copy(), spent > budget
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # Var ≤ spread² / 4, so KL ≤ (β·spread)² / 8: the root lies above this
         low = np.where(open_, np.sqrt(8 * budget) / spread, 0.0)
         guess = np.clip(np.sqrt(2 * budget / kl(np.zeros_like(low))[1]), low, high)

@@ -8,7 +8,6 @@ when a model is wrapped.
 """
 
 import copy
-import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.attention import attend_once, attention, is_short
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.column_cache import ColumnCache
-from qvgpt.models.disk import one_line, read_config, read_json
+from qvgpt.models.disk import add_to_json, one_line, read_config
 from qvgpt.models.lora import (
     ADAPTER,
     LoraConfig,
@@ -163,6 +162,12 @@ class CausalLM(nn.Module):
             other.lora, other.base_sha256 = self.lora, self.base_sha256
         return other
 
+    def released(self) -> Any:
+        """The `transformers` model as it was, for others to use."""
+        if self.model.config._attn_implementation == _ATTENTION:
+            self.model.set_attn_implementation("sdpa")
+        return self.model
+
     def add_lora(self, config: LoraConfig) -> None:
         """Let fresh adapters be trained in the place of the model's own weights."""
         if self.lora is not None:
@@ -194,8 +199,7 @@ class CausalLM(nn.Module):
         if self.lora is not None:
             self.save_adapter(path / ADAPTER)
         if config:
-            said = read_json(path / "config.json") | config
-            (path / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+            add_to_json(path / "config.json", config)
 
     @classmethod
     def load(

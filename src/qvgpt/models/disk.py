@@ -78,3 +78,9 @@ def writing(path: Path, then: str = "try again") -> Iterator[None]:
         raise QvgptError(
             f"{path}: cannot be written ({reason}): make room there, then {then}"
         ) from error
+
+
+def add_to_json(path: Path, more: dict[str, Any]) -> None:
+    """Write the file's keys anew with these, others as they are; there need be no file yet."""
+    said = read_json(path) if path.exists() else {}
+    path.write_text(json.dumps(said | more, indent=2) + "\n")

@@ -23,7 +23,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
-from qvgpt.models.disk import load_tensors, one_line, read_config, read_json
+from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
 from qvgpt.models.lora import ADAPTER
@@ -309,14 +309,17 @@ class ValueModel(nn.Module):
                 "pad_token_id": template.pad,
             }
             self.tokenizer.save(path)
-            generation = extra | {"eos_token_id": sorted(template.end_ids)}
-            (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
             said = {"tokenizer_sha256": self.tokenizer.sha256, "dialogues": self.info.dialogues}
             extra["qvgpt"] = said
         if merged or self.trunk.lora is None:
             self.trunk.save(path, **extra)
         else:
             self.trunk.save_adapter(path / ADAPTER)
+        if self.tokenizer is not None:
+            # here and not before, for a trunk of transformers writes a file of its own
+            ends = {"eos_token_id": sorted(self.tokenizer.template.end_ids)}
+            generation = {k: v for k, v in extra.items() if k != "qvgpt"} | ends
+            add_to_json(path / "generation_config.json", generation)
         if self.heads is None:
             for stale in ("value_config.json", "value_heads.safetensors"):
                 (path / stale).unlink(missing_ok=True)
