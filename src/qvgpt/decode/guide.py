@@ -99,12 +99,14 @@ class Guide:
                 f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
                 f"do not fit the context of {limit}{whose}"
             )
-        if not guidance.guides:
-            return
+        if guidance.guides:
+            self.refuse_values(guidance)
+
+    def refuse_values(self, guidance: Guidance) -> None:
+        """Raise `QvgptError` where no value can be had of each of the guidance's candidates."""
         if self.source is None:
             raise QvgptError("this model has no value heads: it can only be run with beta 0")
-        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
-        if any(model.info.level == "turn" for model in asked):
+        if self._of_turns:
             raise QvgptError(
                 "these values are of whole turns and guide no token: leave beta 0 and let them "
                 "rank texts, by best_of"
@@ -119,6 +121,21 @@ class Guide:
                 f"these values are read after each candidate, and there are {candidates}: say "
                 f"top_k, at most {most} (20 is usual), with candidates 'base'"
             )
+
+    def refuse_to_judge(self, whole: bool = False) -> None:
+        """Raise `QvgptError` where the values cannot say what a text is worth that goes on, or
+        (`whole`) one that is over."""
+        if self.source is None:
+            raise QvgptError("this model has no value heads to rank texts by")
+        if self._of_turns and not whole:
+            raise QvgptError("these values are of whole turns: they rank whole texts, by best_of")
+        if not self._knows_q:
+            raise QvgptError(V_ALONE)
+
+    @property
+    def _of_turns(self) -> bool:
+        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
+        return any(model.info.level == "turn" for model in asked)
 
 
 def refuse_other_tokenizer(model: ValueModel, other: ValueModel, what: str = "") -> None:
