@@ -51,14 +51,14 @@ class BeamSearch:
     """Texts kept at every length; 1 is greedy."""
     length_penalty: float = 1.0
     """0: the likeliest text, which is short. 1: the likeliest token on average. More: longer."""
-    value_weight: float = 0.0
-    """What a unit of expected reward weighs against nats of probability; 0: nothing."""
-    per_token: bool = False
-    """Rewards come on the way: Σ advantages in the place of Q. A contrast's are summed always."""
     max_tokens: int = 128
     """Where a text is cut if no end token came."""
     max_batch: int = 256
     """Texts written at the same time, over all prompts."""
+    value_weight: float = 0.0
+    """What a unit of expected reward weighs against nats of probability; 0: nothing."""
+    per_token: bool = False
+    """Rewards come on the way: Σ advantages in the place of Q. A contrast's are summed always."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -126,6 +126,8 @@ class _Search:
         self.last = last[:, None].expand(-1, how.beams)
         self.logprob = torch.full((len(prompts), how.beams), NEG_INF, device=device)
         self.logprob[:, 0] = 0.0  # at first all beams are the same text: one of them goes on
+        self.value = torch.zeros_like(self.logprob)
+        """What each text is worth, where values have a weight."""
         self.written = last.new_zeros(len(prompts), how.beams, 0)
 
     def run(self) -> list[list[Hypothesis]]:

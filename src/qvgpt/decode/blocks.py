@@ -276,4 +276,9 @@ class _Search:
 
 
 def _best(texts: list[_Text]) -> list[_Text]:
-    return sorted(texts, key=lambda text: -text.value)  # of equals the first
+    """The best first, of equals the first; the same text is worth the same, whatever rounding says
+    (its next tokens differ by their random numbers, which must not hang on the batch)."""
+    worth: dict[tuple[int, ...], float] = {}
+    for text in texts:
+        worth.setdefault(tuple(text.tokens), text.value)
+    return sorted(texts, key=lambda text: -worth[tuple(text.tokens)])

@@ -107,17 +107,21 @@ class _Node:
     """π over the candidates alone."""
     q: np.ndarray | None
     """Q(s, a) of the values; None: not known without reading the token."""
-    visits: np.ndarray
-    total: np.ndarray
-    """Sum of what was found below each candidate."""
-    reward: np.ndarray
-    """Earned by each candidate that was read."""
     hidden: tuple[Tensor, ...]
     """What each trunk made of the text, where q is yet to be read."""
+    visits: np.ndarray = field(init=False)
+    total: np.ndarray = field(init=False)
+    """Sum of what was found below each candidate."""
+    reward: np.ndarray = field(init=False)
+    """Earned by each candidate that was read."""
     children: dict[int, "_Node"] = field(default_factory=dict)
     """By the place of the candidate."""
     ends: dict[int, float] = field(default_factory=dict)
     """What the candidates are worth that end the text, as far as they were looked at."""
+
+    def __post_init__(self) -> None:
+        """Nothing was visited yet."""
+        self.visits, self.total, self.reward = np.zeros((3, len(self.tokens)))
 
     def estimates(self) -> np.ndarray:
         """What each candidate seems to be worth."""
@@ -194,7 +198,7 @@ class _Forest:
 
     def _wants(self, tree: _Tree) -> bool:
         wanted = 1 if len(tree.root.tokens) == 1 else self.how.simulations
-        return tree.root.visits.sum() < wanted
+        return float(tree.root.visits.sum()) < wanted
 
     def _simulate(self, trees: list[_Tree]) -> None:
         """One visit of each root."""
@@ -308,12 +312,9 @@ class _Forest:
             possible = int(logprob[i].isfinite().sum())  # they are sorted
             log_pi = logprob[i, :possible].double().cpu().numpy()
             prior = np.exp(log_pi - log_pi[0])
-            found.append(
-                _Node(
-                    text, row, values[i], tokens[i, :possible].tolist(), log_pi,
-                    prior / prior.sum(), None if known is None else known[i, :possible],
-                    *(np.zeros(possible) for _ in range(3)),
-                    () if known is not None else tuple(h[i] for h in states.hidden),
-                )
-            )  # fmt: skip
+            q = None if known is None else known[i, :possible]
+            hidden = tuple(h[i] for h in states.hidden) if known is None else ()
+            candidates = tokens[i, :possible].tolist()
+            node = _Node(text, row, values[i], candidates, log_pi, prior / prior.sum(), q, hidden)
+            found.append(node)
         return found
