@@ -21,6 +21,8 @@ from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.search import Search
+from qvgpt.decode.searches import is_sampled, parse_search, search_name, write_searched
 from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
@@ -133,6 +135,10 @@ class GenerateConfig:
     """Texts a prompt."""
     best_of: int = 1
     """Each text is the one of so many whose last token's Q is highest."""
+    search: dict[str, Any] | str | None = None
+    """In the place of sampling: block, beam or tree, with options where they are not the usual
+    ones, such as '{block: {samples: 16, block: 4}}'; docs/decoding.md lists them. Values choose,
+    beta guides besides."""
     seed: int = 0
     """The same seed gives the same texts."""
     max_batch: int = 64
@@ -162,7 +168,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         raise QvgptError(f"--values: {config.model} has no value heads")
     guidance = _guidance(model, config, values)
     strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
-    check_values(model, config.model, strengths, config.best_of, values)
+    search = _search(config, config.max_tokens or 1)
+    searches = [] if search is None else [search]
+    check_values(model, config.model, strengths, config.best_of, values, searches)
     texts, prompts = _prompts(model, config)
     check_guidance(model, [guidance], prompts, config.max_tokens or 1, values)
     context = Guide.of(model, values).context
@@ -172,14 +180,15 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
         for k in range(config.n)
     ]
+    search = _search(config, min(most))
     output = _claim(config.output, "generate", config)
     print(_said(model, guidance, config, values), file=sys.stderr)
-    started = time.perf_counter()
-    streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
-    if streamed:
-        written = [_stream(model, requests[0], values)]
+    started, spent = time.perf_counter(), list[int]()
+    one = config.prompt is not None and config.n == config.best_of == 1
+    if one and search is None and not config.values:
+        written = [_stream(model, requests[0], values, spent)]
     else:
-        written = _write(model, requests, config, values)
+        written = _write(model, requests, config, values, search, spent)
     seconds = time.perf_counter() - started
     rows = [_row(texts[i // config.n], text) for i, text in enumerate(written)]
     if config.data is not None or output is not None:
@@ -194,10 +203,23 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "forward_tokens_per_token": round(sum(spent) / tokens, 3),
         "guidance": vars(guidance),
     }
     _finish(output, summary)
     return summary
+
+
+def _search(config: GenerateConfig, max_tokens: int) -> Search | None:
+    """The search that is asked for."""
+    if config.search is None:
+        return None
+    search = parse_search(config.search, max_tokens, config.max_batch)
+    if config.best_of > 1:
+        raise QvgptError("generate: search and best_of both choose: give one of them")
+    if config.n > 1 and not is_sampled(search):
+        raise QvgptError(f"generate: {search_name(search)} finds one text a prompt: n must be 1")
+    return search
 
 
 def _guidance(model: ValueModel, config: GenerateConfig, values: ValueSource | None) -> Guidance:
@@ -230,6 +252,10 @@ def _said(
     if recommends and len(options) < len(standard):
         but = f" but for {', '.join(options)}" if options else ""
         shown[-1] += f" (recommended by the model{but})"
+    if config.search is not None:
+        search = _search(config, 1)
+        assert search is not None
+        shown.append(search_name(search))
     if guidance.guides:
         strength = [] if guidance.kl_budget is not None else [f"beta {guidance.beta:g}"]
         source = values or own_values(model)
@@ -240,6 +266,8 @@ def _said(
         return f"guidance: {', '.join(strength + shown)}{whose}"
     if config.best_of > 1:
         return f"guidance: none (beta 0), best of {config.best_of} by Q, {', '.join(shown)}"
+    if config.search is not None:
+        return f"guidance: none (beta 0), {', '.join(shown)}"
     way = "--best_of" if model.info.level == "turn" else "--beta"
     silent = model.heads is None or config.beta == 0
     hint = "" if silent else f"; the model has values: try {way}"
@@ -260,7 +288,9 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
     return [config.prompt], prompts
 
 
-def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> Text:
+def _stream(
+    model: ValueModel, request: Request, values: ValueSource | None, spent: list[int]
+) -> Text:
     """Print a text while it is written."""
     tokenizer, written, shown = model.tokenizer, [], ""
     assert tokenizer is not None
@@ -273,20 +303,27 @@ def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> 
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    [text] = write(model, [request], report=True, on_step=show, values=values)
+    [text] = write(model, [request], report=True, on_step=show, values=values, spent=spent)
     print(text.text[len(shown) :])
     return text
 
 
 def _write(
-    model: ValueModel, requests: list[Request], config: GenerateConfig, values: ValueSource | None
+    model: ValueModel,
+    requests: list[Request],
+    config: GenerateConfig,
+    values: ValueSource | None,
+    search: Search | None,
+    spent: list[int],
 ) -> list[Text]:
     """All texts in batches, with a progress bar; printed where there is one prompt."""
     with TextProgress("generate", len(requests) * config.best_of) as progress:
-        texts = write_best(
-            model, requests, config.best_of,
-            max_batch=config.max_batch, report=True, on_step=progress.step, values=values,
-        )  # fmt: skip
+        how: dict[str, Any] = {"on_step": progress.step, "values": values, "spent": spent}
+        if search is not None:
+            texts = write_searched(search, model, requests, report=True, **how)
+        else:
+            how["max_batch"] = config.max_batch
+            texts = write_best(model, requests, config.best_of, report=True, **how)
     for text in texts if config.prompt is not None or config.values else ():
         _show(model, text) if config.values else print(text.text)
     return texts

@@ -73,6 +73,11 @@ def by_values(search: Search) -> bool:
     return not isinstance(search, BeamSearch) or search.value_weight != 0
 
 
+def is_sampled(search: Search | None) -> bool:
+    """Whether another seed gives another text."""
+    return search is None or isinstance(search, BlockSearch)
+
+
 def write_searched(
     search: Search,
     model: ValueModel,
