@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -490,6 +491,37 @@ def test_the_best_of_several_texts_is_written(call):
     assert texts[2][1].startswith(texts[1][1])
     assert texts[0][1] != texts[1][1]
     assert call(*words, "--best_of", "0")[0] == 2
+
+
+def test_texts_are_searched_for(call, tmp_path):
+    """By name or with options; what was read is said."""
+    words = ["generate", "MODEL", "--prompt", "b", "--max_tokens", "6", "--seed", "1"]
+    found = {}
+    for i, search in enumerate(
+        ("block", "{block: {samples: 1}}", "tree", "{beam: {beams: 1}}", "{block: {keep: 1}}")
+    ):
+        output = tmp_path / f"found-{i}"
+        code, out, err = call(*words, "--search", search, "--output", str(output))
+        assert code == 0, err
+        assert re.search(r"guidance: none \(beta 0\), (block|tree|beam) search, temperature 1", err)
+        said = json.loads((output / "summary.json").read_text())
+        found[search] = out, said["forward_tokens_per_token"]
+    code, greedy, _ = call(*words, "--temperature", "0")
+    code, sampled, _ = call(*words)
+    code, chosen, _ = call(*words, "--best_of", "8")
+    assert found["{beam: {beams: 1}}"][0] == greedy
+    assert found["{block: {samples: 1}}"][0] == sampled
+    assert found["{block: {keep: 1}}"][0] == chosen
+    assert found["{block: {samples: 1}}"][1] < found["block"][1] / 4
+    for wrong, message in (
+        (["--search", "three"], r"unknown search 'three' \(did you mean 'tree'\?\)"),
+        (["--search", "{tree: {simulations: 0}}"], "simulations must be at least 1"),
+        (["--search", "tree", "--n", "2"], "finds one text a prompt: n must be 1"),
+        (["--search", "block", "--best_of", "2"], "both choose: give one of them"),
+    ):
+        code, out, err = call(*words, *wrong)
+        assert (code, out) == (2, "")
+        assert re.search(message, err), err
 
 
 def test_rounds_take_the_options_of_their_parts(call, place, tmp_path):

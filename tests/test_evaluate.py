@@ -1,6 +1,8 @@
 """Evaluation: bootstrap against known truths, paired comparison, diagnostics, and the command."""
 
+import copy
 import json
+import math
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 from qvgpt.bootstrap import calibration, corpus_bleu_ci, corpus_chrf_ci, mean_ci, ranks, spearman
 from qvgpt.compare import CompareOptions, compare
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.blocks import BlockSearch
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.tree import TreeSearch
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate
@@ -304,6 +308,70 @@ def test_command_writes_summary_and_report(task, tmp_path, capsys):
     for part in ("What guidance brings", "Calibration", "Learning curves", "β = 2", "A = "):
         assert part in page
     assert "guided" in capsys.readouterr().out
+
+
+def test_searches_are_rows_beside_the_base(task, tmp_path):
+    """What each reads for a token, what it differs from, and how far it is from the base."""
+    said = [
+        {"tree": {"simulations": 4}},
+        {"block": {"samples": 4, "block": 2}},
+        {"beam": {"value_weight": 1.0}},
+    ]
+    config = replace(task, searches=said, search_betas=[0.0, 3.0], best_of=4, recommend=True)
+    config = replace(config, betas=[], temperatures=[1.0], samples=2)
+    summary = evaluate(config)
+    rows = {row["method"]: row for row in summary["rows"]}
+    block, tree = "block search (samples 4, block 2)", "tree search (simulations 4)"
+    searched = [
+        tree, f"{tree}, β = 3", f"{block}, T = 1", f"{block}, β = 3, T = 1",
+        "beam search (value_weight 1.0)", "beam search (value_weight 1.0), β = 3",
+    ]  # fmt: skip
+    assert [n for n, row in rows.items() if row["search"]] == searched
+    read = {name: row["forward_tokens_per_token"] for name, row in rows.items()}
+    prompt = 1 + max(map(len, ("ab", "c", "d"))) + 2  # an upper bound
+    assert 1 <= read["base, T = 1"] <= prompt
+    assert read["base, T = 1"] < read[f"{block}, T = 1"] < read["best of 4 by Q, T = 1"] * 2
+    assert read[tree] > 2
+    bound = 4 * (math.log(4) - 0.75)
+    assert 0 < rows[f"{block}, T = 1"]["kl_per_sequence"] <= bound
+    assert rows[tree]["kl_per_sequence"] > 0
+    assert summary["recommended"] not in searched
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert block in page
+    with pytest.raises(QvgptError, match="unknown search 'tre'"):
+        evaluate(replace(config, searches=["tre"], output=str(tmp_path / "other")))
+    with pytest.raises(QvgptError, match="search_betas must not be empty"):
+        evaluate(replace(config, search_betas=[], output=str(tmp_path / "other")))
+
+
+@torch.no_grad()
+def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
+    """−log of its probability where nothing is left to chance; else that of the sampling too."""
+    other = ValueModel(copy.deepcopy(model.trunk), None, model.tokenizer).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    searches = {"tree": TreeSearch(4, max_tokens=6), "block": BlockSearch(1, 3, 2, max_tokens=6)}
+    guidances = {"base": Guidance(), "tree": Guidance(temperature=0.0), "block": Guidance()}
+    options = CompareOptions(samples=2, max_tokens=6, timing=3)
+    _, tree, block = compare(
+        model, prompts, share_of_a, guidances, options, base=other, searches=searches
+    )
+    assert (len(tree.samples), len(block.samples)) == (5, 10)
+    for sample in (*tree.samples, *block.samples):
+        prompt, text = prompts[sample.prompt], sample.written.tokens
+        logprob = [
+            m.trunk(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for m in (model, other)
+        ]
+        if sample in tree.samples:
+            exact = -float(logprob[1][range(len(text)), text].sum())
+        else:
+            exact = float((logprob[0].exp() * (logprob[0] - logprob[1])).sum())
+            exact += searches["block"].choice_kl(len(text))
+        assert sample.written.kl == pytest.approx(exact, abs=1e-4)
+    assert tree.forward_tokens_per_token is not None
+    assert tree.as_dict()["search"] == "tree search (simulations 4)"
 
 
 def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model):

@@ -130,7 +130,7 @@ def test_what_is_recommended_is_of_the_models_own_values(call):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--value_models q", "say how strongly, by beta or kl_budget"),
+        ("--value_models q", "by beta or kl_budget, or what"),
         ("--contrast plus small --beta 0", "say how strongly"),
         ("--beta 1 --value_models small", "value_models: small has no value heads"),
         ("--beta 1 --value_models nothing", "nothing: these value heads know V and no Q"),
@@ -175,7 +175,10 @@ def test_evaluate_compares_with_what_others_guide(call, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model lm --value_models q --betas []", "say how strongly, by beta or kl_budget"),
+        (
+            "--model lm --value_models q --betas []",
+            "by beta or kl_budget, or what",
+        ),
         ("--model lm --value_models q --recommend", "not the model's own values"),
         ("--model own --kl_budgets 0.1", "top_k of at most 64"),
     ],

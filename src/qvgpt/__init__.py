@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qvgpt.data.tokenizer import Tokenizer
+    from qvgpt.decode.beam import BeamSearch
+    from qvgpt.decode.blocks import BlockSearch
     from qvgpt.decode.engine import Engine, Request, generate
     from qvgpt.decode.policy import Guidance
     from qvgpt.decode.sources import (
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         TokenScorer,
         WeightedSum,
     )
+    from qvgpt.decode.tree import TreeSearch
     from qvgpt.envs.random_walk import RandomWalks
     from qvgpt.errors import QvgptError
     from qvgpt.evaluate import evaluate
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "AWAC": "objectives",
     "AWR": "objectives",
+    "BeamSearch": "decode.beam",
+    "BlockSearch": "decode.blocks",
     "Contrast": "decode.sources",
     "ControlledDecoding": "objectives",
     "DoubleQ": "objectives",
@@ -77,6 +82,7 @@ _HOMES = {
     "TokenScorer": "decode.sources",
     "Tokenizer": "data.tokenizer",
     "Trajectory": "trajectory",
+    "TreeSearch": "decode.tree",
     "ValueModel": "models.value_model",
     "WeightedSum": "decode.sources",
     "collate": "trajectory",
@@ -96,6 +102,8 @@ __all__ = [
     "LM",
     "QSFT",
     "SARSA",
+    "BeamSearch",
+    "BlockSearch",
     "Contrast",
     "ControlledDecoding",
     "DoubleQ",
@@ -114,6 +122,7 @@ __all__ = [
     "TokenScorer",
     "Tokenizer",
     "Trajectory",
+    "TreeSearch",
     "ValueModel",
     "WeightedSum",
     "__version__",

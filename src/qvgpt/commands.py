@@ -19,6 +19,8 @@ from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.search import Search
+from qvgpt.decode.searches import is_sampled, parse_search, search_name, write_searched
 from qvgpt.decode.sources import ValueSource, describe
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
@@ -96,6 +98,10 @@ class GenerateConfig(GuidanceOptions):
     """Texts a prompt."""
     best_of: int = 1
     """Each text is the one of so many whose last token's Q is highest."""
+    search: dict[str, Any] | str | None = None
+    """In the place of sampling: block, beam or tree, with options where they are not the usual
+    ones, such as '{block: {samples: 16, block: 4}}'; docs/decoding.md lists them. Values choose,
+    beta guides besides."""
     seed: int = 0
     """The same seed gives the same texts."""
     max_batch: int = 64
@@ -115,7 +121,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         raise QvgptError(f"--values: {config.model} has no value heads")
     guidance = config.guidance(model, config.model, values)
     strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
-    check_values(model, config.model, strengths, config.best_of, values)
+    search = _search(config, config.max_tokens or 1)
+    searches = [] if search is None else [search]
+    check_values(model, config.model, strengths, config.best_of, values, searches)
     texts, prompts = _prompts(model, config)
     check_guidance(model, [guidance], prompts, config.max_tokens or 1, values)
     context = Guide.of(model, values).context
@@ -125,15 +133,18 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
         for k in range(config.n)
     ]
+    search = _search(config, min(most))
     output = _claim(config.output, "generate", config)
-    chosen = f"best of {config.best_of} by Q" if config.best_of > 1 else ""
+    chosen = "" if search is None else search_name(search)
+    if config.best_of > 1:
+        chosen = f"best of {config.best_of} by Q"
     print(config.in_words(model, guidance, values, chosen), file=sys.stderr)
-    started = time.perf_counter()
-    streamed = config.prompt is not None and config.n == config.best_of == 1 and not config.values
-    if streamed:
-        written = [_stream(model, requests[0], values)]
+    started, spent = time.perf_counter(), list[int]()
+    one = config.prompt is not None and config.n == config.best_of == 1
+    if one and search is None and not config.values:
+        written = [_stream(model, requests[0], values, spent)]
     else:
-        written = _write(model, requests, config, values)
+        written = _write(model, requests, config, values, search, spent)
     seconds = time.perf_counter() - started
     rows = [_row(texts[i // config.n], text) for i, text in enumerate(written)]
     if config.data is not None or output is not None:
@@ -148,10 +159,23 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "forward_tokens_per_token": round(sum(spent) / tokens, 3),
         "guidance": vars(guidance),
     }
     _finish(output, summary)
     return summary
+
+
+def _search(config: GenerateConfig, max_tokens: int) -> Search | None:
+    """The search that is asked for."""
+    if config.search is None:
+        return None
+    search = parse_search(config.search, max_tokens, config.max_batch)
+    if config.best_of > 1:
+        raise QvgptError("generate: search and best_of both choose: give one of them")
+    if config.n > 1 and not is_sampled(search):
+        raise QvgptError(f"generate: {search_name(search)} finds one text a prompt: n must be 1")
+    return search
 
 
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
@@ -168,7 +192,9 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
     return [config.prompt], prompts
 
 
-def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> Text:
+def _stream(
+    model: ValueModel, request: Request, values: ValueSource | None, spent: list[int]
+) -> Text:
     """Print a text while it is written."""
     assert model.tokenizer is not None
     stream = TextStream(model.tokenizer)
@@ -177,20 +203,27 @@ def _stream(model: ValueModel, request: Request, values: ValueSource | None) -> 
         for event in events:
             print(stream.add(event.token), end="", flush=True)
 
-    [text] = write(model, [request], report=True, on_step=show, values=values)
+    [text] = write(model, [request], report=True, on_step=show, values=values, spent=spent)
     print(stream.rest())
     return text
 
 
 def _write(
-    model: ValueModel, requests: list[Request], config: GenerateConfig, values: ValueSource | None
+    model: ValueModel,
+    requests: list[Request],
+    config: GenerateConfig,
+    values: ValueSource | None,
+    search: Search | None,
+    spent: list[int],
 ) -> list[Text]:
     """All texts in batches, with a progress bar; printed where there is one prompt."""
     with TextProgress("generate", len(requests) * config.best_of) as progress:
-        texts = write_best(
-            model, requests, config.best_of,
-            max_batch=config.max_batch, report=True, on_step=progress.step, values=values,
-        )  # fmt: skip
+        how: dict[str, Any] = {"on_step": progress.step, "values": values, "spent": spent}
+        if search is not None:
+            texts = write_searched(search, model, requests, report=True, **how)
+        else:
+            how["max_batch"] = config.max_batch
+            texts = write_best(model, requests, config.best_of, report=True, **how)
     for text in texts if config.prompt is not None or config.values else ():
         _show(model, text) if config.values else print(text.text)
     return texts

@@ -8,7 +8,7 @@ differences are paired. To have single texts as the unit, give a prompt once for
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,10 @@ from qvgpt.bootstrap import Estimate, mean_ci
 from qvgpt.decode.engine import OnStep, Request, Text, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import choice_kl, write_best
+from qvgpt.decode.score import score as score_texts
 from qvgpt.decode.score import sequence_kl
+from qvgpt.decode.search import Search
+from qvgpt.decode.searches import by_values, is_sampled, search_name, write_searched
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
@@ -64,6 +67,8 @@ class Row:
     guidance: Guidance
     best_of: int
     """Texts of which each was chosen by its Q."""
+    search: Search | None
+    """What found the texts, where they were not sampled one by one."""
     score: Estimate
     metrics: dict[str, Estimate]
     kl_per_sequence: float
@@ -71,6 +76,9 @@ class Row:
     s_per_token: float | None
     """Wall seconds over tokens of a whole batch, prompts included, without token reports: to be
     compared where texts are alike in length, since short ones fill a batch less well."""
+    forward_tokens_per_token: float | None
+    """Tokens read by any trunk, prompts and candidates that were dropped included, over tokens of
+    the texts: what a method costs on any machine."""
     tokens_mean: float
     cut: float
     """Share of texts that the length limit cut."""
@@ -81,13 +89,15 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, without the samples."""
-        names = ("kl_per_sequence", "s_per_token", "tokens_mean", "cut", "n", "seed")
+        names = ("kl_per_sequence", "s_per_token", "forward_tokens_per_token", "tokens_mean",
+                 "cut", "n", "seed")  # fmt: skip
         return {
             "method": self.method,
             "beta": self.guidance.beta,
             "kl_budget": self.guidance.kl_budget,
             "temperature": self.guidance.temperature,
             "best_of": self.best_of,
+            "search": None if self.search is None else search_name(self.search),
             **_estimate_dict(self.score, "mean"),
             **{name: getattr(self, name) for name in names},
             "metrics": {name: _estimate_dict(e, "value") for name, e in self.metrics.items()},
@@ -113,6 +123,7 @@ def compare(
     best_of: Mapping[str, int] | None = None,
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
+    searches: Mapping[str, Search] | None = None,
 ) -> list[Row]:
     """Write texts by every guidance from the same prompts and seeds, and compare their scores.
 
@@ -120,7 +131,9 @@ def compare(
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
     tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `best_of` says of
     which methods each text is the one of so many that `model` gives the highest Q; their KL is a
-    bound (`decode.rerank.choice_kl`). `values` guide instead of the model's own.
+    bound (`decode.rerank.choice_kl`). `searches` says which methods search, with their KL as
+    `searches.write_searched` has it. `values` guide and rank instead of the model's own; KL is then
+    to the model itself.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
@@ -128,15 +141,16 @@ def compare(
     if base is not None:
         refuse_other_tokens(model, base)
     of = dict.fromkeys(guidances, 1) | dict(best_of or {})
-    valued = {n for n, g in guidances.items() if g.guides or of[n] > 1}
-    writers = {n: model if base is None or n in valued else base for n in guidances}
-    written = {
-        name: _write(writers[name], prompts, score, guidance, options, of[name], on_step, values)
-        for name, guidance in guidances.items()
-    }
+    found = dict(searches or {})
+    writers = {n: _Writer(model, g, of[n], found.get(n), values) for n, g in guidances.items()}
+    valued = {name for name, writer in writers.items() if writer.valued}
+    if base is not None:
+        plain = {n: replace(w, model=base) for n, w in writers.items() if n not in valued}
+        writers |= plain
+    written = {n: _write(w, prompts, score, options, on_step) for n, w in writers.items()}
     for name in valued:
         if base is not None:
-            _measure_kl(model, guidances[name], base, prompts, written[name], values)
+            _measure_kl(writers[name], base, prompts, written[name])
         for sample in written[name]:
             sample.written.kl += choice_kl(of[name])
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
@@ -144,7 +158,7 @@ def compare(
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
         for name, samples in written.items()
     }
-    seconds = _time(writers, prompts, guidances, options, of, values)
+    costs = _time(writers, prompts, options)
     rows: list[Row] = []
     for name, samples in written.items():
         baseline = _baseline(name, guidances)
@@ -157,10 +171,12 @@ def compare(
             baseline=baseline,
             guidance=guidances[name],
             best_of=of[name],
+            search=found.get(name),
             score=estimates.pop(""),
             metrics=estimates,
             kl_per_sequence=float(np.mean([s.written.kl for s in samples])),
-            s_per_token=seconds.get(name),
+            s_per_token=costs[name].seconds if name in costs else None,
+            forward_tokens_per_token=costs[name].forward_tokens if name in costs else None,
             tokens_mean=float(np.mean([len(s.written.tokens) for s in samples])),
             cut=float(np.mean([not s.written.terminated for s in samples])),
             n=len(prompts),
@@ -179,14 +195,12 @@ def refuse_other_tokens(model: ValueModel, base: ValueModel) -> None:
 
 
 def _measure_kl(
-    model: ValueModel,
-    guidance: Guidance,
+    writer: "_Writer",
     base: ValueModel,
     prompts: Sequence[Sequence[int]],
     samples: Sequence[Sample],
-    values: ValueSource | None,
 ) -> None:
-    """Put the exact KL to `base` in the place of that to the plain `model`."""
+    """Put the KL to `base` in the place of that to the plain model: exact, but for the choice."""
     texts = [
         Trajectory(
             [*prompts[s.prompt], *s.written.tokens],
@@ -196,73 +210,96 @@ def _measure_kl(
         )
         for s in samples
     ]
-    found = sequence_kl(model, guidance, base, texts, values=values)
+    if writer.search is not None and not is_sampled(writer.search):
+        found = [-scored.base_logprob for scored in score_texts(base, texts)]
+    else:
+        found = sequence_kl(writer.model, writer.guidance, base, texts, values=writer.values)
     for sample, kl in zip(samples, found, strict=True):
-        sample.written.kl = kl
+        chosen = getattr(writer.search, "choice_kl", lambda _: 0.0)
+        sample.written.kl = kl + chosen(len(sample.written.tokens))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What writes a method's texts."""
+
+    model: ValueModel
+    guidance: Guidance
+    best_of: int
+    search: Search | None
+    values: ValueSource | None
+
+    @property
+    def valued(self) -> bool:
+        """Whether values change its texts."""
+        searched = self.search is not None and by_values(self.search)
+        return self.guidance.guides or self.best_of > 1 or searched
+
+    def write(self, requests: Sequence[Request], max_batch: int, **how: Any) -> list[Text]:
+        if self.search is not None:
+            return write_searched(self.search, self.model, requests, values=self.values, **how)
+        how |= {"max_batch": max_batch, "values": self.values}
+        return write_best(self.model, requests, self.best_of, **how)
+
+    def requests(
+        self, prompts: Sequence[Sequence[int]], options: CompareOptions
+    ) -> tuple[list[int], list[Request]]:
+        """Each text's prompt and request; sample k of a prompt has the same seed everywhere.
+
+        Greedy writes one text a prompt, and so does a search that leaves nothing to chance.
+        """
+        sampled = self.guidance.temperature > 0 and is_sampled(self.search)
+        copies = options.samples if sampled else 1
+        owners = [i for i in range(len(prompts)) for _ in range(copies)]
+        seed, each = options.seed, options.samples
+        return owners, [
+            Request(prompt, options.max_tokens, self.guidance, row_seed(seed, i * each + k))
+            for i, prompt in enumerate(prompts)
+            for k in range(copies)
+        ]
 
 
 def _write(
-    model: ValueModel,
+    writer: _Writer,
     prompts: Sequence[Sequence[int]],
     score: Score,
-    guidance: Guidance,
     options: CompareOptions,
-    best_of: int,
     on_step: OnStep | None,
-    values: ValueSource | None,
 ) -> list[Sample]:
     """Every prompt's samples, measured and scored."""
-    owners, requests = _requests(prompts, guidance, options)
+    owners, requests = writer.requests(prompts, options)
     shown = {owners.index(i) for i in range(min(options.keep_reports, len(prompts)))}
-    texts = write_best(
-        model,
-        requests,
-        best_of,
-        max_batch=options.max_batch,
-        report=True,
-        keep_reports=shown,
-        on_step=on_step,
-        values=values,
+    texts = writer.write(
+        requests, options.max_batch, report=True, keep_reports=shown, on_step=on_step
     )
     scores = score([text.text for text in texts], owners)
     return [Sample(i, t, float(s)) for i, t, s in zip(owners, texts, scores, strict=True)]
 
 
-def _requests(
-    prompts: Sequence[Sequence[int]], guidance: Guidance, options: CompareOptions
-) -> tuple[list[int], list[Request]]:
-    """Each text's prompt and request; sample k of a prompt has the same seed in every method."""
-    copies = 1 if guidance.temperature == 0 else options.samples
-    owners = [i for i in range(len(prompts)) for _ in range(copies)]
-    seed, samples = options.seed, options.samples
-    return owners, [
-        Request(prompt, options.max_tokens, guidance, row_seed(seed, i * samples + k))
-        for i, prompt in enumerate(prompts)
-        for k in range(copies)
-    ]
+@dataclass(frozen=True)
+class _Cost:
+    """Of a token of the texts."""
+
+    seconds: float
+    forward_tokens: float
 
 
 def _time(
-    writers: Mapping[str, ValueModel],
-    prompts: Sequence[Sequence[int]],
-    guidances: Mapping[str, Guidance],
-    options: CompareOptions,
-    best_of: Mapping[str, int],
-    values: ValueSource | None,
-) -> dict[str, float]:
-    """Seconds per token of each method, the best of several rounds taken in turn: what else the
-    machine does only ever slows decoding down."""
-    best: dict[str, float] = {}
+    writers: Mapping[str, _Writer], prompts: Sequence[Sequence[int]], options: CompareOptions
+) -> dict[str, _Cost]:
+    """What a token of each method costs: seconds are the best of several rounds taken in turn,
+    since what else the machine does only ever slows decoding down."""
+    best: dict[str, _Cost] = {}
     for _ in range(_TIMING_ROUNDS if options.timing else 0):
-        for name, guidance in guidances.items():
-            requests = _requests(prompts, guidance, options)[1][: options.timing]
-            started = time.perf_counter()
-            guide = values if guidance.guides else None  # the base pays for no other model
-            texts = write_best(
-                writers[name], requests, best_of[name], max_batch=options.max_batch, values=guide
-            )
-            rate = (time.perf_counter() - started) / sum(len(t.tokens) for t in texts)
-            best[name] = min(rate, best.get(name, rate))
+        for name, writer in writers.items():
+            if not writer.valued:  # the base pays for no other model
+                writer = replace(writer, values=None)
+            requests = writer.requests(prompts, options)[1][: options.timing]
+            started, spent = time.perf_counter(), list[int]()
+            texts = writer.write(requests, options.max_batch, spent=spent)
+            seconds, tokens = time.perf_counter() - started, sum(len(t.tokens) for t in texts)
+            cost = _Cost(seconds / tokens, sum(spent) / tokens)
+            best[name] = min(cost, best.get(name, cost), key=lambda c: c.seconds)
     return best
 
 

@@ -1,34 +1,32 @@
 """`qvgpt evaluate`: base and guided side by side on a data set, with summary.json and a report."""
 
-import math
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
-
-from rich.table import Table
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
 from qvgpt.categorical import Functional
 from qvgpt.compare import (
     CompareOptions,
     Row,
-    Sample,
     Score,
     compare,
     refuse_other_tokens,
 )
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.search import Search
+from qvgpt.decode.searches import is_sampled, parse_search, search_name
 from qvgpt.decode.sources import HeadValues, describe, own_values
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.envs.rewards import get_reward, references, shape
 from qvgpt.errors import QvgptError
+from qvgpt.evaluate_report import Evaluation, sections, show
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
-from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart, table, write_report
-from qvgpt.report_page import side_by_side
-from qvgpt.run import check_run, open_run, output_console, read_log, write_json
+from qvgpt.report import write_report
+from qvgpt.run import check_run, open_run, write_json
 from qvgpt.sampling import (
     TextProgress,
     check_guidance,
@@ -39,7 +37,6 @@ from qvgpt.sampling import (
     load_values,
 )
 from qvgpt.trajectory import Trajectory
-from qvgpt.value_report import learning_section, value_charts, values_text, watched_section
 
 CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
@@ -66,6 +63,11 @@ class EvaluateConfig:
     """Strengths of guidance, beside the base (0)."""
     best_of: int = 1
     """Beside them: of so many of the base's texts the one whose last token's Q is highest."""
+    searches: list[str | dict[str, Any]] = field(default_factory=list)
+    """Beside them: block, beam, tree, with options where they are not the usual ones, such as
+    '{block: {samples: 16, block: 4}}'; docs/decoding.md lists them."""
+    search_betas: list[float] = field(default_factory=lambda: [0.0])
+    """Strengths of guidance of what is searched; 0: the plain model proposes, values choose."""
     kl_budgets: list[float] = field(default_factory=list)
     """Methods whose strength is found at each token: the KL to the base, in nats, that it may take;
     need top_k."""
@@ -130,9 +132,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     values = load_values(
         model, config.model, config.value_models, config.contrast, config.weights, **kept
     )
-    strengths = [*config.betas, *config.kl_budgets]
-    check_values(model, config.model, strengths, config.best_of, values)
-    guidances = guidances_of(config)
+    guidances, searched = guidances_of(config), searches_of(config)
+    guidances |= {name: guidance for name, (guidance, _) in searched.items()}
+    searches = {name: search for name, (_, search) in searched.items()}
+    strengths = [s for g in guidances.values() for s in (g.beta, g.kl_budget)]
+    check_values(model, config.model, strengths, config.best_of, values, searches.values())
     if config.recommend and values is not None:
         raise QvgptError("recommend: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
@@ -157,12 +161,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         keep_reports=config.texts,
     )
     output = open_run(config.output, "evaluate", asdict(config), config.resume)
-    each = (1 if g.temperature == 0 else config.samples for g in guidances.values())
+    each = (config.samples if g.temperature and is_sampled(searches.get(name)) else 1
+            for name, g in guidances.items())  # fmt: skip
     total = sum(n * best_of.get(name, 1) for n, name in zip(each, guidances, strict=True))
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
             base=base, metrics=judges, best_of=best_of, on_step=progress.step, values=values,
+            searches=searches,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     judged, right = values or own_values(model), None
@@ -182,9 +188,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
-    sections = _sections(config, model, prompts, rows, right)
-    write_report(output / "report.html", f"Evaluation of {config.model}", sections)
-    _show(rows, config.reward, right, output)
+    found = Evaluation(config.model, config.base, config.reward, config.samples, rows, right)
+    parts = sections(found, model, prompts, config.texts)
+    write_report(output / "report.html", f"Evaluation of {config.model}", parts)
+    show(found, output)
     return summary
 
 
@@ -193,13 +200,14 @@ def _refuse(config: EvaluateConfig) -> None:
     for name, least in {"samples": 1, "max_batch": 1, "texts": 0, "seed": 0}.items():
         if getattr(config, name) < least:
             raise QvgptError(f"evaluate: {name} must be at least {least}")
-    if not config.temperatures:
-        raise QvgptError("evaluate: temperatures must not be empty")
+    for name in ("temperatures", *(["search_betas"] if config.searches else [])):
+        if not getattr(config, name):
+            raise QvgptError(f"evaluate: {name} must not be empty")
 
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
     """Let the best method be what the model recommends: its name. The base is none to recommend."""
-    alone = [row for row in rows if row.best_of == 1]  # a guidance is all that can be written down
+    alone = [row for row in rows if row.best_of == 1 and row.search is None]
     best = max(alone, key=lambda row: (row.score.value, -row.guidance.beta))
     guided = best.guidance.beta > 0 or best.guidance.kl_budget is not None
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
@@ -209,15 +217,7 @@ def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> st
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
     """Base, every β and the best of N, at every temperature, by name; with the same candidates."""
-    common = Guidance(
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        candidates=config.candidates,
-        twins=config.twins,
-        functional=config.functional,
-        alpha=config.alpha,
-    )
+    common = _common(config)
     found = {}
     for temperature in dict.fromkeys(config.temperatures):
         how = "greedy" if temperature == 0 else f"T = {temperature:g}"
@@ -231,6 +231,40 @@ def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:
             name = f"best of {config.best_of} by Q, {how}"
             found[name] = replace(common, temperature=temperature)
     return found
+
+
+def searches_of(config: EvaluateConfig) -> dict[str, tuple[Guidance, Search]]:
+    """Every search with every strength of guidance, by name.
+
+    One that samples does so at every temperature above 0; the others write one text a prompt, and
+    are compared with the greedy base where there is one.
+    """
+    found = {}
+    for spec in config.searches:
+        search = parse_search(spec, config.max_tokens, config.max_batch)
+        temperatures = [t for t in dict.fromkeys(config.temperatures) if t > 0]
+        if not is_sampled(search):
+            temperatures = [min(config.temperatures)]
+        for beta, temperature in itertools.product(
+            dict.fromkeys(config.search_betas), temperatures
+        ):
+            name = search_name(search) + (f", β = {beta:g}" if beta else "")
+            name += f", T = {temperature:g}" if is_sampled(search) else ""
+            found[name] = replace(_common(config), beta=beta, temperature=temperature), search
+    return found
+
+
+def _common(config: EvaluateConfig) -> Guidance:
+    """What all methods share."""
+    return Guidance(
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        candidates=config.candidates,
+        twins=config.twins,
+        functional=config.functional,
+        alpha=config.alpha,
+    )
 
 
 def _judge(reward: str, fields: Sequence[Mapping[str, Any]]) -> Score:
@@ -281,138 +315,3 @@ def _logged(
         )
         for s, written, reward in zip(samples, tokens, rewards, strict=True)
     ]
-
-
-def _show(rows: list[Row], metric: str, values: dict[str, Any] | None, output: Path) -> None:
-    """The table and what values are worth, on the standard output."""
-    shown = Table()
-    for heading in ("method", metric, "difference", "KL", "tokens", "µs/token", *rows[0].metrics):
-        shown.add_column(heading, overflow="fold")
-    for row in rows:
-        low, high = row.score.delta_ci95 or (math.nan, math.nan)
-        shown.add_row(
-            row.method,
-            f"{row.score.value:.4g} [{row.score.ci95[0]:.4g}, {row.score.ci95[1]:.4g}]",
-            f"{row.score.delta:+.4g} [{low:+.4g}, {high:+.4g}]",
-            f"{row.kl_per_sequence:.3f}",
-            f"{row.tokens_mean:.1f}",
-            "–" if row.s_per_token is None else f"{1e6 * row.s_per_token:.0f}",
-            *(f"{estimate.value:.4g}" for estimate in row.metrics.values()),
-        )
-    console = output_console()
-    console.print(shown)
-    if values is not None:
-        console.print(values_text(values), highlight=False)
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _sections(
-    config: EvaluateConfig,
-    model: ValueModel,
-    prompts: Sequence[Sequence[int]],
-    rows: list[Row],
-    values: dict[str, Any] | None,
-) -> list[Section]:
-    """The parts of the report."""
-    found = [
-        Section(
-            "What guidance brings",
-            f"{rows[0].n} prompts, {config.samples} texts each where sampled. The base is "
-            f"{config.base or 'the model itself, unguided'}. Intervals are 95 %, "
-            "bootstrapped over prompts; differences are to the base at the same temperature, "
-            "paired by prompt. KL is that to the base at temperature 1 without truncation, "
-            "summed over a text, in nats (greedy: −log of the base's probability; of a best of N "
-            "it is at most what is said, log N − (N − 1)/N more than that of one text).",
-            _reward_chart(rows, config.reward) + _rows_table(rows, config.reward),
-        )
-    ]
-    if values is not None:
-        found.append(Section("Are the values right?", values_text(values), value_charts(values)))
-    shown = min(config.texts, rows[0].n)
-    if shown:
-        found.append(
-            Section(
-                "Texts, coloured by advantage",
-                "Blue: the token promises more than what the model would do on average there; "
-                "red: less. Hover for Q, V and the probabilities.",
-                _texts(model, prompts, rows, shown),
-            )
-        )
-    log = read_log(Path(config.model) / "log.jsonl")
-    return [*found, *learning_section(log), *watched_section(log)]
-
-
-def _reward_chart(rows: list[Row], metric: str) -> str:
-    series = []
-    for temperature in dict.fromkeys(row.guidance.temperature for row in rows):
-        group = [row for row in rows if row.guidance.temperature == temperature]
-        group.sort(key=lambda row: (row.guidance.beta, row.guidance.kl_budget or 0.0))
-        series.append(
-            Series(
-                "greedy" if temperature == 0 else f"T = {temperature:g}",
-                [row.kl_per_sequence for row in group],
-                [row.score.value for row in group],
-                [row.score.ci95[0] for row in group],
-                [row.score.ci95[1] for row in group],
-                [_strength(row) for row in group],
-            )
-        )
-    title, x_label = "Reward against distance from the base", "KL to the base per text, nats"
-    return line_chart(series, title=title, x_label=x_label, y_label=metric, style="both")
-
-
-def _strength(row: Row) -> str:
-    if row.best_of > 1:
-        return f"best of {row.best_of}"
-    budget = row.guidance.kl_budget
-    return f"β = {row.guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
-
-
-def _rows_table(rows: list[Row], metric: str) -> str:
-    lines = []
-    for row in rows:
-        line = {
-            "method": row.method.replace(" ", "\u00a0"),
-            metric: (row.score.value, *row.score.ci95),
-            f"Δ {metric}": (row.score.delta, *(row.score.delta_ci95 or ())),
-            "KL": round(row.kl_per_sequence, 4),
-            "tokens": row.tokens_mean,
-            "cut": row.cut,
-            "µs/token": None if row.s_per_token is None else 1e6 * row.s_per_token,
-        }
-        for name, estimate in row.metrics.items():
-            line[name] = (estimate.value, *estimate.ci95)
-            line[f"Δ {name}"] = (estimate.delta, *(estimate.delta_ci95 or ()))
-        lines.append(line)
-    return table(lines, best=dict.fromkeys((metric, *rows[0].metrics), "max"))
-
-
-def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row], shown: int) -> str:
-    """The first prompts: the base's text beside that of the best guided method."""
-    columns = [rows[0]]
-    guided = [row for row in rows if row.guidance.guides or row.best_of > 1]
-    if guided:
-        best = max(guided, key=lambda row: row.score.value)
-        columns = [next(r for r in rows if r.method == best.baseline), best]
-    tokens = [[_tokens(model, prompts[i], row.by_prompt()[i][0]) for row in columns]
-              for i in range(shown)]  # fmt: skip
-    sizes = sorted(abs(t.advantage or 0.0) for block in tokens for text in block for t in text)
-    scale = sizes[math.ceil(0.95 * len(sizes)) - 1] or None  # one for all, to be compared
-    blocks = []
-    for i, block in enumerate(tokens):
-        cells = []
-        for row, text in zip(columns, block, strict=True):
-            caption = f"{row.method}: {row.by_prompt()[i][0].score:.3g}"
-            cells.append((caption, coloured_text(text, scale=scale, legend=i == shown - 1)))
-        blocks.append(side_by_side(cells))
-    return "".join(blocks)
-
-
-def _tokens(model: ValueModel, prompt: Sequence[int], sample: Sample) -> list[TokenValue]:
-    assert model.tokenizer is not None
-    pieces = model.tokenizer.pieces([*prompt, *sample.written.tokens])
-    found = [TokenValue(piece, 0.0, is_action=False) for piece in pieces[: len(prompt)]]
-    for piece, r in zip(pieces[len(prompt) :], sample.written.reports, strict=True):
-        base, guided = math.exp(r.base_logprob), math.exp(r.logprob)
-        found.append(TokenValue(piece, r.advantage, r.q, r.v, base, guided))
-    return found

@@ -87,7 +87,7 @@ class GuidanceOptions(SourceOptions):
     ) -> str:
         """The guidance in use in one line, lest a model with values is unguided in silence.
 
-        `chosen` says how an unguided text is chosen among others, where it is.
+        `chosen` says how a text is chosen among others, where it is.
         """
         standard = vars(Guidance())
         shown = [f"temperature {guidance.temperature:g}"]
@@ -108,6 +108,7 @@ class GuidanceOptions(SourceOptions):
             silent = model.heads is None or self.beta == 0
             hint = "" if silent else f"; the model has values: try {way}"
             return f"guidance: none (beta 0), {', '.join(shown)}{hint}"
+        shown += [chosen] * bool(chosen)
         strength = [] if guidance.kl_budget is not None else [f"beta {guidance.beta:g}"]
         source = values or own_values(model)
         own_q = values is None and isinstance(source, HeadValues)

@@ -12,6 +12,8 @@ from qvgpt.decode.engine import Request, TokenEvent, row_seed
 from qvgpt.decode.guide import Guide, refuse_other_tokenizer
 from qvgpt.decode.policy import V_ALONE, Guidance
 from qvgpt.decode.rerank import write_best
+from qvgpt.decode.search import Search
+from qvgpt.decode.searches import by_values
 from qvgpt.decode.sources import (
     Contrast,
     HeadValues,
@@ -125,20 +127,25 @@ def check_values(
     betas: Iterable[float | None],
     best_of: int = 1,
     values: ValueSource | None = None,
+    searches: Iterable[Search] = (),
 ) -> None:
     """Raise `QvgptError` where the model in `name` has no values to guide or to rank texts by.
 
     `betas` are strengths of guidance of either kind, β or a budget of KL. Other `values`, where
-    they are given, must guide, and cannot rank.
+    they are given, must guide or rank.
     """
-    guided, ranked = any(betas), best_of > 1
+    guided, judged = any(betas), any(map(by_values, searches))
+    ranked = best_of > 1 or judged
     if best_of < 1:
         raise QvgptError(f"best_of must be at least 1, not {best_of}")
-    if values is not None and ranked:
-        raise QvgptError("best_of: texts are ranked by the model's own values alone")
+    if judged:
+        Guide.of(model, values).refuse_to_judge()
     if values is not None:
-        if not guided:
-            raise QvgptError("value_models and contrast: say how strongly, by beta or kl_budget")
+        if not guided and not ranked:
+            raise QvgptError(
+                "value_models and contrast: say how strongly they guide, by beta or kl_budget, or "
+                "what they choose among, by best_of or a search"
+            )
         return
     if model.heads is None and (guided or ranked):
         wanted = "to rank by: best_of must be 1"

@@ -160,6 +160,7 @@ def test_senseless_strengths_are_refused(options, message):
 def test_hugging_faces_generate_knows_no_position(model):
     class Stock(torch.nn.Module):
         config = type("C", (), {"get_text_config": lambda self: self})()
+        device = torch.device("cpu")
 
         def __init__(self):
             super().__init__()

@@ -1,16 +1,25 @@
-"""Beam search: of each prompt the texts of highest Σ log π, π plain or guided.
+"""Beam search: of each prompt the texts of highest Σ log π, π plain or guided, and highest value.
 
-    score = Σ log π(a|s) / length^length_penalty      length: tokens written, the end token included
+    score = Σ log π(a|s) / length^length_penalty + value_weight · Q(s, a) of the last token
+                                                    length: tokens written, the end token included
 
 Batched over prompts and beams on one KV cache, which is re-ordered instead of recomputed. The
 rules are those of Hugging Face's `generate` with `early_stopping=False`: of the 2K best
 continuations the end tokens among the K best are finished texts and the K best others go on; a
 prompt is done once it has K finished texts and its best running one, at its present length, is
 no better than the worst of them.
+
+The second term makes it the beam search with a value network of He et al., 2017 (Decoding with
+Value Networks for Neural Machine Translation, NeurIPS), in units of reward and added: a beam is
+ranked by what its text is expected to earn too. Values of all candidates are read (see
+`sources.py`), so that it costs what guidance by them costs.
+
+Cost: one token read for each beam and token, prompts once; by values that are read after each
+candidate, `top_k` times as many.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -18,39 +27,20 @@ from torch import Tensor
 
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import NEG_INF, Guidance
-from qvgpt.decode.reading import Reading
+from qvgpt.decode.reading import Reading, States
+from qvgpt.decode.search import (
+    Found,
+    Hypothesis,
+    Judge,
+    at_least,
+    at_one,
+    end_ids,
+    in_parts,
+    next_of,
+)
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One text that a search found."""
-
-    tokens: list[int]
-    """The end token included where there is one."""
-    terminated: bool
-    """False if the length limit cut it."""
-    logprob: float
-    """Σ log π of its tokens, in nats."""
-    score: float
-    """What the search ranks by."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found, and what it cost."""
-
-    texts: list[list[Hypothesis]]
-    """Up to `beams` of each prompt, best first."""
-    forward_tokens: int
-    """Tokens that any trunk has read, prompts and tried candidates included."""
-
-    @property
-    def best(self) -> list[Hypothesis]:
-        """The first of each prompt."""
-        return [several[0] for several in self.texts]
 
 
 @dataclass(frozen=True)
@@ -65,12 +55,16 @@ class BeamSearch:
     """Where a text is cut if no end token came."""
     max_batch: int = 256
     """Texts written at the same time, over all prompts."""
+    value_weight: float = 0.0
+    """What a unit of expected reward weighs against nats of probability; 0: nothing."""
+    per_token: bool = False
+    """Rewards come on the way: Σ advantages in the place of Q. A contrast's are summed always."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        for name in ("beams", "max_tokens", "max_batch"):
-            if getattr(self, name) < 1:
-                raise QvgptError(f"beam search: {name} must be at least 1, not as in {self}")
+        at_least(self, beams=1, max_tokens=1, max_batch=1)
+        if not abs(self.value_weight) < float("inf"):
+            raise QvgptError(f"BeamSearch: value_weight must be finite, not as in {self}")
 
     @torch.no_grad()
     def __call__(
@@ -79,22 +73,24 @@ class BeamSearch:
         prompts: Sequence[Sequence[int]],
         guidance: Guidance | None = None,
         values: ValueSource | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Found:
-        """Search for the texts of each prompt; `values` guide instead of the model's own.
+        """Up to `beams` texts of each prompt; `values` guide and rank instead of the model's own.
 
         Guidance's temperature is ignored: π is that of temperature 1. Raises `QvgptError` for a
-        prompt that does not fit, and for guidance that the model cannot give.
+        prompt that does not fit, and for values that the model does not have.
         """
-        guidance, guide = guidance or Guidance(), Guide.of(model, values)
+        guidance, guide = at_one(guidance or Guidance()), Guide.of(model, values)
+        judge = None
+        if self.value_weight:
+            judge = Judge.of(guide, guidance, self.per_token)
+            guide.refuse_values(guidance)
         for prompt in prompts:
             guide.refuse(prompt, self.max_tokens, guidance)
         texts: list[list[Hypothesis]] = [[] for _ in prompts]
         forward_tokens = 0
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, self.max_batch // self.beams)
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            search = _Search(self, guide, [prompts[i] for i in part], guidance)
+        for part in in_parts(prompts, self.max_batch // self.beams):
+            search = _Search(self, guide, [prompts[i] for i in part], guidance, judge)
             for i, several in zip(part, search.run(), strict=True):
                 texts[i] = several
             forward_tokens += sum(search.reading.counts)
@@ -110,12 +106,13 @@ class _Search:
         guide: Guide,
         prompts: Sequence[Sequence[int]],
         guidance: Guidance,
+        judge: Judge | None,
     ):
-        self.how, self.guide, self.guidance = how, guide, guidance
+        self.how, self.judge = how, judge
+        self.guide, self.guidance = guide, guidance
         self.prompts, model = prompts, guide.model
         device = model.device
-        template = model.tokenizer.template if model.tokenizer else None
-        self.end_ids = torch.tensor(sorted(template.end_ids) if template else [], device=device)
+        self.end_ids = torch.tensor(sorted(end_ids(model)), device=device)
         self.finished: list[list[Hypothesis]] = [[] for _ in prompts]
         self.alive = list(range(len(prompts)))
         room = min(max(map(len, prompts)) + how.max_tokens, guide.context)
@@ -125,6 +122,8 @@ class _Search:
         self.last = last[:, None].expand(-1, how.beams)
         self.logprob = torch.full((len(prompts), how.beams), NEG_INF, device=device)
         self.logprob[:, 0] = 0.0  # at first all beams are the same text: one of them goes on
+        self.value = torch.zeros_like(self.logprob)
+        """What each text is worth, where values have a weight."""
         self.written = last.new_zeros(len(prompts), how.beams, 0)
 
     def run(self) -> list[list[Hypothesis]]:
@@ -137,87 +136,115 @@ class _Search:
 
     def step(self, length: int) -> None:
         """Let every text grow by one token, to `length` of them."""
-        k = self.how.beams
-        guidance, beta = self._at_one(), None
+        k, alive = self.how.beams, len(self.alive)
         states = self.reading.read(self.last.reshape(-1), None, self._texts)
-        if guidance.beta_end is not None:
-            beta = self.logprob.new_full((len(states),), guidance.beta_at(length - 1))
-        picked = self.guide.next_token(states, guidance, beta)
-        grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(len(self.alive), -1)
+        positions = [length - 1] * len(states)
+        picked = next_of(self.guide, states, self.guidance, positions)
+        grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(alive, -1)
+        score, value = grown / length**self.how.length_penalty, torch.zeros_like(grown)
+        if self.judge is not None:
+            value = self._worth(states, picked.tokens).view(alive, -1)
+            score = score + self.how.value_weight * value
         each = picked.tokens.size(1)
-        top = grown.topk(min(k * (1 + len(self.end_ids)), grown.size(1)), dim=1)
+        top = score.topk(min(k * (1 + len(self.end_ids)), score.size(1)), dim=1)
         source = top.indices // each
-        token = picked.tokens.reshape(len(self.alive), -1).gather(1, top.indices)
-        ends = torch.isin(token, self.end_ids)
-        self._finish(top.values, source, token, ends, length)
+        best = _Beams(
+            top.values,
+            grown.gather(1, top.indices),
+            value.gather(1, top.indices),
+            source,
+            picked.tokens.reshape(alive, -1).gather(1, top.indices),
+        )
+        ends = torch.isin(best.token, self.end_ids)
+        self._finish(best, ends, length)
         # the best of those that go on; where candidates run out, a text of probability 0
-        logprob, place = top.values.masked_fill(ends, NEG_INF).topk(min(k, top.values.size(1)))
-        self._go_on(logprob, source.gather(1, place), token.gather(1, place), length)
+        score = best.score.masked_fill(ends, NEG_INF)
+        on = replace(best, score=score, logprob=best.logprob.masked_fill(ends, NEG_INF))
+        self._go_on(on.take(score.topk(min(k, score.size(1))).indices), length)
+
+    def _worth(
+        self, states: States, tokens: Int[Tensor, "rows candidates"]
+    ) -> Float[Tensor, "rows candidates"]:
+        """What each text is worth with each candidate."""
+        assert self.judge is not None
+        everything = tokens.size(1) == self.guide.model.trunk.vocab_size
+        q = self.judge.q(states, None if everything else tokens)
+        if not self.judge.per_token:
+            return q
+        v = self.judge.v(states)
+        assert v is not None
+        return self.value.reshape(-1, 1) + q - v[:, None]
 
     def _texts(self) -> list[list[int]]:
         both = zip(self.alive, self.written.tolist(), strict=True)
         return [[*self.prompts[i], *text] for i, beams in both for text in beams]
 
-    def _at_one(self) -> Guidance:
-        return Guidance(**{**vars(self.guidance), "temperature": 1.0})
-
-    def _finish(
-        self,
-        logprob: Float[Tensor, "prompts top"],
-        source: Int[Tensor, "prompts top"],
-        token: Int[Tensor, "prompts top"],
-        ends: Tensor,
-        length: int,
-    ) -> None:
+    def _finish(self, best: "_Beams", ends: Tensor, length: int) -> None:
         """Put away the texts that end here."""
         k = self.how.beams
-        rows, places = (ends[:, :k] & logprob[:, :k].isfinite()).nonzero().unbind(1)
-        texts = self.written[rows, source[rows, places]].tolist()
-        values, tokens = logprob[rows, places].tolist(), token[rows, places].tolist()
-        for row, text, t, value in zip(rows.tolist(), texts, tokens, values, strict=True):
-            self._keep(row, [*text, t], value, length, terminated=True)
+        rows, places = (ends[:, :k] & best.logprob[:, :k].isfinite()).nonzero().unbind(1)
+        texts = self.written[rows, best.source[rows, places]].tolist()
+        tokens = best.token[rows, places].tolist()
+        logprob, score = best.logprob[rows, places].tolist(), best.score[rows, places].tolist()
+        for row, text, t, *figures in zip(
+            rows.tolist(), texts, tokens, logprob, score, strict=True
+        ):
+            self._keep(row, Hypothesis([*text, t], True, *figures))
 
-    def _keep(
-        self, row: int, tokens: list[int], value: float, length: int, terminated: bool
-    ) -> None:
-        score = value / length**self.how.length_penalty
+    def _keep(self, row: int, found: Hypothesis) -> None:
         texts = self.finished[self.alive[row]]
-        texts.append(Hypothesis(tokens, terminated, value, score))
+        texts.append(found)
         texts.sort(key=lambda t: -t.score)
         del texts[self.how.beams :]
 
-    def _go_on(
-        self,
-        logprob: Float[Tensor, "prompts beams"],
-        source: Int[Tensor, "prompts beams"],
-        token: Int[Tensor, "prompts beams"],
-        length: int,
-    ) -> None:
+    def _go_on(self, best: "_Beams", length: int) -> None:
         """Take the chosen texts further, and leave out the prompts that are done."""
         k = self.how.beams
-        missing = k - logprob.size(1)
-        if missing:
-            pad = torch.nn.functional.pad
-            logprob = pad(logprob, (0, missing), value=NEG_INF)
-            source, token = pad(source, (0, missing)), pad(token, (0, missing))
-        written = self.written.gather(1, source[:, :, None].expand(-1, -1, self.written.size(2)))
-        self.written = torch.cat([written, token[:, :, None]], dim=2)
+        best = best.padded(k)
+        at = best.source[:, :, None].expand(-1, -1, self.written.size(2))
+        self.written = torch.cat([self.written.gather(1, at), best.token[:, :, None]], dim=2)
         if length == self.how.max_tokens:
-            rows, places = logprob.isfinite().nonzero().unbind(1)
+            rows, places = best.logprob.isfinite().nonzero().unbind(1)
             for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                text, value = self.written[row, place].tolist(), float(logprob[row, place])
-                self._keep(row, text, value, length, terminated=False)
+                figures = float(best.logprob[row, place]), float(best.score[row, place])
+                self._keep(row, Hypothesis(self.written[row, place].tolist(), False, *figures))
             self.alive = []
             return
-        best = (logprob[:, 0] / length**self.how.length_penalty).tolist()
-        on = [row for row, value in enumerate(best) if not self._is_done(row, value)]
-        kept = torch.tensor(on, dtype=torch.long, device=logprob.device)
-        rows = (kept[:, None] * k + source[kept]).reshape(-1)
-        self.reading.reorder(rows)
-        self.logprob, self.last, self.written = logprob[kept], token[kept], self.written[kept]
+        running = best.score[:, 0].tolist()
+        on = [row for row, score in enumerate(running) if not self._is_done(row, score)]
+        kept = torch.tensor(on, dtype=torch.long, device=best.score.device)
+        self.reading.reorder((kept[:, None] * k + best.source[kept]).reshape(-1))
+        self.logprob, self.value = best.logprob[kept], best.value[kept]
+        self.last, self.written = best.token[kept], self.written[kept]
         self.alive = [self.alive[row] for row in on]
 
     def _is_done(self, row: int, best_running: float) -> bool:
         texts = self.finished[self.alive[row]]
         full = len(texts) == self.how.beams
         return best_running == NEG_INF or (full and best_running <= texts[-1].score)
+
+
+@dataclass(frozen=True)
+class _Beams:
+    """Continuations of some prompts' texts, the best first."""
+
+    score: Float[Tensor, "prompts several"]
+    logprob: Float[Tensor, "prompts several"]
+    value: Float[Tensor, "prompts several"]
+    source: Int[Tensor, "prompts several"]
+    """The beam that is continued."""
+    token: Int[Tensor, "prompts several"]
+
+    def take(self, places: Int[Tensor, "prompts fewer"]) -> "_Beams":
+        """Those at the given places."""
+        return _Beams(*(x.gather(1, places) for x in vars(self).values()))
+
+    def padded(self, size: int) -> "_Beams":
+        """`size` of them; those that are missing have no probability."""
+        missing = size - self.score.size(1)
+        if missing <= 0:
+            return self
+        pad = torch.nn.functional.pad
+        score, logprob, *others = vars(self).values()
+        dead = [pad(x, (0, missing), value=NEG_INF) for x in (score, logprob)]
+        return _Beams(*dead, *(pad(x, (0, missing)) for x in others))

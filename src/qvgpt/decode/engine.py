@@ -315,12 +315,14 @@ def write(
     keep_reports: Collection[int] | None = None,
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
+    spent: list[int] | None = None,
 ) -> list[Text]:
     """One text per request, in their order.
 
     `report` has every token reported on, which is slower and gives `kl`; the reports themselves
     are kept for the requests whose index is in `keep_reports` (None: for all). `values` guide
-    instead of the model's own. Raises `QvgptError` for what cannot be served.
+    instead of the model's own. To `spent` are added the tokens that were read. Raises `QvgptError`
+    for what cannot be served.
     """
     engine = Engine(model, max_batch, report, values)
     place = {engine.submit(request): i for i, request in enumerate(requests)}
@@ -337,6 +339,8 @@ def write(
                     texts[i].reports.append(event.report)
         if on_step is not None:
             on_step(events)
+    if spent is not None:
+        spent.append(engine.forward_tokens)
     if model.tokenizer is not None:
         for text, request in zip(texts, requests, strict=True):
             whole = model.tokenizer.decode_completion(text.tokens)

@@ -79,7 +79,7 @@ class Guide:
         hidden = states.of(trunk)
 
         def values(tokens: Tensor | None) -> Tensor:
-            return self.values(states, tokens, guidance)
+            return self.values(states, tokens, guidance, relative=True)
 
         known = self.known if self.known < trunk.vocab_size else None
         head, cap = head_of(trunk), trunk.softcap
@@ -98,15 +98,22 @@ class Guide:
         return {}
 
     def values(
-        self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance
+        self,
+        states: States,
+        tokens: Int[Tensor, "rows candidates"] | None,
+        guidance: Guidance,
+        relative: bool = False,
     ) -> Float[Tensor, "rows candidates"]:
-        """The source's values of candidates, or (None) of the model's whole vocabulary."""
+        """The source's values of candidates, or (None) of the model's whole vocabulary.
+
+        With `relative` up to a number per state, where that is cheaper.
+        """
         assert self.source is not None
         # what pads a vocabulary may be a candidate, of probability 0; other models lack it
         asked = None if tokens is None else tokens.clamp(max=self.known - 1)
         if tokens is None and self.source.most_candidates is not None:
             asked = torch.arange(self.known).expand(len(states), -1)
-        if asked is not None and isinstance(self.source, HeadValues):
+        if relative and asked is not None and isinstance(self.source, HeadValues):
             found = self.source.relative(states, asked, guidance).to(self.model.device)
         else:
             found = self.source(states, asked, guidance).to(self.model.device)
@@ -142,12 +149,14 @@ class Guide:
                 f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
                 f"do not fit the context of {limit}{whose}"
             )
-        if not guidance.guides:
-            return
+        if guidance.guides:
+            self.refuse_values(guidance)
+
+    def refuse_values(self, guidance: Guidance) -> None:
+        """Raise `QvgptError` where no value can be had of each of the guidance's candidates."""
         if self.source is None:
             raise QvgptError("this model has no value heads: it can only be run with beta 0")
-        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
-        if any(model.info.level == "turn" for model in asked):
+        if self._of_turns:
             raise QvgptError(
                 "these values are of whole turns and guide no token: leave beta 0 and let them "
                 "rank texts, by best_of"
@@ -162,6 +171,21 @@ class Guide:
                 f"these values are read after each candidate, and there are {candidates}: say "
                 f"top_k, at most {most} (20 is usual), with candidates 'base'"
             )
+
+    def refuse_to_judge(self, whole: bool = False) -> None:
+        """Raise `QvgptError` where the values cannot say what a text is worth that goes on, or
+        (`whole`) one that is over."""
+        if self.source is None:
+            raise QvgptError("this model has no value heads to rank texts by")
+        if self._of_turns and not whole:
+            raise QvgptError("these values are of whole turns: they rank whole texts, by best_of")
+        if not self._knows_q:
+            raise QvgptError(V_ALONE)
+
+    @property
+    def _of_turns(self) -> bool:
+        asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
+        return any(model.info.level == "turn" for model in asked)
 
 
 def refuse_other_tokenizer(model: ValueModel, other: ValueModel, what: str = "") -> None:

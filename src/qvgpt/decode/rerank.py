@@ -1,16 +1,20 @@
 """Best of N by Q: several candidates of a text, of which the one is kept that the values like best.
 
 What is compared is Q of a text's last token, which has the whole text in its history. Values of
-whole turns (`ILQL(level="turn")`) know no other Q. It costs N texts where guidance costs one.
+whole turns (`ILQL(level="turn")`) know no other Q. Of two language models' difference it is the sum
+over the text, Σ log π₊ − log π₋: the last token's says nothing of the others. It costs N texts
+where guidance costs one.
 """
 
 import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qvgpt.decode.engine import OnStep, Request, Text, write
-from qvgpt.decode.sources import ValueSource
+from qvgpt.decode.guide import Guide
+from qvgpt.decode.sources import Contrast, ValueSource, leaves
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 
@@ -25,32 +29,34 @@ def write_best(
     keep_reports: Collection[int] | None = None,
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
+    spent: list[int] | None = None,
 ) -> list[Text]:
     """One text per request, the best of `best_of`; of one, what `write` gives.
 
     The first candidate is the text that `write` would give. `kl` of a text is that of the sampling:
-    what the choice adds to it is not known, see `choice_kl`. Guided by other `values` there is no
-    choice. Raises `QvgptError` where there are no values.
+    what the choice adds to it is not known, see `choice_kl`. `values` guide and rank instead of the
+    model's own; `spent` is told the tokens read, as by `write`. Raises `QvgptError` where there are
+    no values.
     """
+    how: dict[str, Any] = {"max_batch": max_batch, "on_step": on_step, "values": values}
     if best_of == 1:
-        return write(
-            model, requests, max_batch=max_batch, report=report, keep_reports=keep_reports,
-            on_step=on_step, values=values,
-        )  # fmt: skip
-    if values is not None:
-        raise QvgptError("best_of: texts are ranked by the model's own values alone")
-    if best_of < 1 or model.heads is None:
-        what = "this model has no value heads to rank texts by" if best_of > 1 else "at least 1"
-        raise QvgptError(f"best_of: {what}")
+        return write(model, requests, report=report, keep_reports=keep_reports, spent=spent, **how)
+    if best_of < 1:
+        raise QvgptError("best_of: at least 1")
+    guide = Guide.of(model, values)
+    guide.refuse_to_judge(whole=True)
+    sums = any(isinstance(leaf, Contrast) for leaf in leaves(guide.source))
     candidates = [
         replace(request, seed=candidate_seed(request.seed, k))
         for request in requests
         for k in range(best_of)
     ]
-    written = write(model, candidates, max_batch=max_batch, report=True, on_step=on_step)
+    written = write(model, candidates, report=True, spent=spent, **how)
     found = []
     for i in range(len(requests)):
-        best = max(written[i * best_of :][:best_of], key=last_q)  # of equals the first
+        best = max(
+            written[i * best_of :][:best_of], key=advantages if sums else last_q
+        )  # of equals the first
         if not report or (keep_reports is not None and i not in keep_reports):
             best.reports = []
         found.append(best)
@@ -70,6 +76,14 @@ def last_q(text: Text) -> float:
     q = text.reports[-1].q
     assert q is not None
     return q
+
+
+def advantages(text: Text) -> float:
+    """Σ A over the tokens. Raises `QvgptError` where a part of the values knows no V."""
+    found = [report.advantage for report in text.reports]
+    if None in found:
+        raise QvgptError("best_of: a contrast and values that know no V cannot rank together")
+    return sum(a for a in found if a is not None)
 
 
 def candidate_seed(seed: int, k: int) -> int:
