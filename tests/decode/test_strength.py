@@ -1,5 +1,7 @@
 """β found by a budget of KL, or going from one number to another: exact, and reported."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -171,6 +173,10 @@ def test_hugging_faces_generate_knows_no_position(model):
 
         def set_output_embeddings(self, head):
             self.head = head
+
+        def forward(self, tokens, use_cache):
+            hidden = torch.randn(*tokens.shape, model.trunk.embed_dim)
+            return SimpleNamespace(logits=self.head(hidden))
 
     with pytest.raises(QvgptError, match="does not say which token"):
         guide(Stock(), model, Guidance(beta=1.0, beta_end=0.0, beta_tokens=5))
