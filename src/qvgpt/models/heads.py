@@ -32,7 +32,7 @@ from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
 from qvgpt.models.vocab import best, chunk_rows, gather_dot, taken_and_logsumexp, wide
 
-_TAKEN = 2**18  # elements of weights that are gathered at a time: they stay in a core's cache
+_TAKEN = 2**20  # elements of weights that are gathered at a time: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def _dots(
         return (features @ weight.T).gather(1, tokens)
     size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
     parts = zip(features.split(size), tokens.split(size), strict=True)
-    return torch.cat([torch.bmm(weight[t], f[:, :, None])[:, :, 0] for f, t in parts])
+    # of rows that differ, products and sums take a third of the time of a batched product
+    return torch.cat([(weight[t] * f[:, None]).sum(-1) for f, t in parts])
 
 
 class ReturnHead(nn.Module):
