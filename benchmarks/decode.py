@@ -108,9 +108,13 @@ def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
             key = f"kl_budget_overhead_{size}{suffix}"
             keep(key, ours["kl_budget"], ours["guided_top_k_mlp"])
             found[key], intervals[key] = found[key] - 1, [x - 1 for x in intervals[key]]
-        worst = max(found[f"guided_over_unguided_{size}_b{batch}"] for batch in NEW_TOKENS)
-        found[f"guided_over_unguided_{size}"] = worst
-    found["kl_budget_overhead"] = max(found[f"kl_budget_overhead_M_b{b}"] for b in NEW_TOKENS)
+    for key, of in {
+        "guided_over_unguided_S": "guided_over_unguided_S",
+        "guided_over_unguided_M": "guided_over_unguided_M",
+        "kl_budget_overhead": "kl_budget_overhead_M",
+    }.items():  # of the batch where it is most
+        worst = max((f"{of}_b{batch}" for batch in NEW_TOKENS), key=found.__getitem__)
+        found[key], intervals[key] = found[worst], intervals[worst]
     bandwidth = in_process(__file__, do="bandwidth")
     return found | {
         "intervals": intervals,

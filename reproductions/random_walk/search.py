@@ -4,7 +4,7 @@
     python reproductions/random_walk/search.py --quick    one seed, cut short, nothing written
 
 Each seed's model is the demo's. All methods take tokens that are at least a tenth as likely as the
-likeliest (the demo's min_p). Writes search.json and search.md beside itself.
+likeliest (the demo's min_p). Writes search.json, search.md and search.html beside itself.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from qvgpt.decode.tree import TreeSearch
 from qvgpt.demo import GUIDANCE, MAX_NODES, DemoConfig, demo
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.models.value_model import ValueModel
+from qvgpt.report import Section, Series, line_chart, write_report
 
 HERE = Path(__file__).parent
 ROOM = {"max_tokens": MAX_NODES + 1}
 BASE = replace(GUIDANCE, beta=0.0)
 GREEDY = replace(BASE, temperature=0.0)
+BETAS = (4.0, 16.0, GUIDANCE.beta)
 SEARCHES: list[tuple[Guidance, Search]] = [
     (BASE, BlockSearch(1, 8, 1, **ROOM)),
     (BASE, BlockSearch(1, 8, 2, **ROOM)),
@@ -76,6 +78,7 @@ def main() -> None:
     if not options.quick:
         (HERE / "search.json").write_text(json.dumps(results, indent=2) + "\n")
         (HERE / "search.md").write_text(table)
+        _picture(results)
 
 
 def _rows(model: ValueModel, walks: RandomWalks, samples: int) -> list[Row]:
@@ -85,7 +88,7 @@ def _rows(model: ValueModel, walks: RandomWalks, samples: int) -> list[Row]:
         "base": BASE,
         "base, greedy": GREEDY,
         "best of 8": BASE,
-        f"guided, β = {GUIDANCE.beta:g}": GUIDANCE,
+        **{f"guided, β = {beta:g}": replace(GUIDANCE, beta=beta) for beta in BETAS},
         f"guided, β = {GUIDANCE.beta:g}, greedy": replace(GUIDANCE, temperature=0.0),
     }
     searches = {search_name(search): search for _, search in SEARCHES}
@@ -113,6 +116,33 @@ def _table(results: list[dict]) -> str:
             f"| {row['read_per_token']:.2f} | {row['us_per_token']:.0f} | {row['kl']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _picture(results: list[dict]) -> None:
+    """Optimality against what it costs: KL to the base, tokens read, time."""
+    kinds = ("base", "best of", "guided", "block", "beam", "tree")
+    charts = []
+    for key, what in {
+        "kl": "KL to the base, nats a text (for searches and best of N a bound)",
+        "read_per_token": "tokens read for each token written",
+        "us_per_token": "µs for each token written",
+    }.items():
+        series = []
+        for kind in kinds:
+            of = [row for row in results if row["method"].startswith(kind)]
+            labels = [row["method"].removeprefix("guided, ") for row in of]
+            ys = [row["optimality"] for row in of]
+            series.append(Series(kind, [row[key] for row in of], ys, labels=labels))
+        figure = line_chart(
+            series,
+            title=f"Optimality and {what}",
+            x_label=what,
+            y_label="optimality",
+            style="points",
+        )
+        charts.append(figure)
+    section = Section("Ways to spend forwards on values, five seeds", body_html="".join(charts))
+    write_report(HERE / "search.html", "Random walks: guided and searched", [section])
 
 
 if __name__ == "__main__":

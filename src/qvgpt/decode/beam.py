@@ -36,7 +36,6 @@ from qvgpt.decode.search import (
     at_one,
     end_ids,
     in_parts,
-    next_of,
 )
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
@@ -139,7 +138,7 @@ class _Search:
         k, alive = self.how.beams, len(self.alive)
         states = self.reading.read(self.last.reshape(-1), None, self._texts)
         positions = [length - 1] * len(states)
-        picked = next_of(self.guide, states, self.guidance, positions)
+        picked = self.guide.next_token(states, self.guidance, positions)
         grown = (self.logprob.reshape(-1, 1) + picked.logprob).view(alive, -1)
         score, value = grown / length**self.how.length_penalty, torch.zeros_like(grown)
         if self.judge is not None:

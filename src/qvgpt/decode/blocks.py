@@ -39,7 +39,6 @@ from qvgpt.decode.search import (
     end_ids,
     forked,
     in_parts,
-    next_of,
     read_prompts,
 )
 from qvgpt.decode.sources import ValueSource
@@ -206,7 +205,7 @@ class _Search:
         """One token more of every text that runs; then read those that go on."""
         texts = [text for _, text in self.running]
         positions = [len(text.tokens) for text in texts]
-        picked = next_of(self.guide, self.states, self.guidance, positions)
+        picked = self.guide.next_token(self.states, self.guidance, positions)
         numbers = torch.tensor([t.random.random() for t in texts], dtype=torch.float64)
         token, place = picked.sample(numbers.to(picked.logprob.device))
         logprob = picked.logprob.gather(1, place[:, None])[:, 0].tolist()

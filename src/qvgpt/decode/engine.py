@@ -183,11 +183,8 @@ class Engine:
     def _write(self, slots: list[int], states: States, guidance: Guidance) -> list[TokenEvent]:
         """Sample a token for each of the slots, which all share one guidance."""
         rows = [row for i in slots if (row := self._slots[i])]
-        beta = None
-        if guidance.beta_end is not None:
-            now = [guidance.beta_at(len(row.written)) for row in rows]
-            beta = torch.tensor(now, device=self.model.device)
-        picked = self.guide.next_token(states, guidance, beta, self.report)
+        positions = [len(row.written) for row in rows]
+        picked = self.guide.next_token(states, guidance, positions, self.report)
         numbers = [row.random.random() for row in rows]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
         token, place = picked.sample(uniform)

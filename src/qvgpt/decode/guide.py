@@ -66,14 +66,16 @@ class Guide:
         self,
         states: States,
         guidance: Guidance,
-        beta: Float[Tensor, "rows"] | None = None,
+        positions: Sequence[int],
         report: bool = False,
     ) -> NextToken:
-        """The guided distribution after each state; `beta` says that of each row.
+        """The guided distribution after each state, of which so many tokens were written before.
 
         With a `report` base log-probs are asked for too, which a folded head does not know.
         """
-        trunk, folded = self.model.trunk, None
+        trunk, folded, beta = self.model.trunk, None, None
+        if guidance.beta_end is not None:
+            beta = torch.tensor(list(map(guidance.beta_at, positions)), device=self.model.device)
         if not report and folds(self.heads, guidance, trunk.softcap):
             folded = self._fold(guidance.beta)
         hidden = states.of(trunk)

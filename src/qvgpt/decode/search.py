@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import Guidance, NextToken
+from qvgpt.decode.policy import Guidance
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, ValueSource, leaves
 from qvgpt.errors import QvgptError
@@ -141,16 +141,6 @@ class Judge:
 def at_one(guidance: Guidance) -> Guidance:
     """The same at temperature 1."""
     return replace(guidance, temperature=1.0)
-
-
-def next_of(
-    guide: Guide, states: States, guidance: Guidance, positions: Sequence[int]
-) -> NextToken:
-    """π of the next token of each state, of which so many were written before."""
-    beta = None
-    if guidance.beta_end is not None:
-        beta = torch.tensor(list(map(guidance.beta_at, positions)), device=guide.model.device)
-    return guide.next_token(states, guidance, beta)
 
 
 def read_prompts(

@@ -35,7 +35,6 @@ from qvgpt.decode.search import (
     at_one,
     end_ids,
     in_parts,
-    next_of,
     read_prompts,
 )
 from qvgpt.decode.sources import ValueSource
@@ -300,7 +299,7 @@ class _Forest:
         texts: Sequence[list[int]],
     ) -> list[_Node]:
         """What is known of states that were just read."""
-        picked = next_of(self.guide, states, self.guidance, written)
+        picked = self.guide.next_token(states, self.guidance, written)
         logprob, at = picked.logprob.topk(min(self.how.top_k, picked.logprob.size(1)), dim=1)
         tokens, v = picked.tokens.gather(1, at), self.judge.v(states)
         known = None
