@@ -130,7 +130,8 @@ def _picture(results: list[dict]) -> None:
         series = []
         for kind in kinds:
             of = [row for row in results if row["method"].startswith(kind)]
-            labels = [row["method"].removeprefix("guided, ") for row in of]
+            shown = [row["method"].removeprefix("guided, ").split("(")[-1] for row in of]
+            labels = [name.rstrip(")") if kind in ("guided", "block") else "" for name in shown]
             ys = [row["optimality"] for row in of]
             series.append(Series(kind, [row[key] for row in of], ys, labels=labels))
         figure = line_chart(
