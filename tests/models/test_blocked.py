@@ -94,3 +94,10 @@ def test_small_and_foreign_matrices_stay():
     assert not Blocked.suits(torch.zeros(8, 8))
     assert not Blocked.suits(torch.zeros(512, 512, dtype=torch.float64))
     assert not Blocked.suits(torch.zeros(512, 512, device="meta"))
+
+
+def test_weights_elsewhere_are_let_alone(trunk):
+    """On the meta device nothing can be read: looking at a number of them would fail."""
+    elsewhere = trunk.to("meta")
+    lay_out(elsewhere)
+    assert head_of(elsewhere) is elsewhere.output_weight

@@ -105,6 +105,7 @@ def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 def _state(module: Any) -> list[tuple[int, int, float]]:
     """Tells other weights from these: fused optimizers leave a tensor's version as it is."""
     weights: list[Any] = [layer.weight for layer in _layers(module)]
-    if hasattr(module, "output_weight"):
-        weights.append(module.output_weight)
+    head = getattr(module, "output_weight", None)
+    if head is not None and Blocked.suits(head):  # sharded ones and other devices' are let alone
+        weights.append(head)
     return [(w.data_ptr(), w._version, float(w.detach()[0].float().sum())) for w in weights]
