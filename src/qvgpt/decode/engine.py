@@ -166,7 +166,8 @@ class Engine:
             return []
         assert self._reading is not None
         last = [(row.written or row.request.tokens)[-1] if row else 0 for row in self._slots]
-        at_work = torch.tensor([row is not None for row in self._slots])
+        idle = None in self._slots
+        at_work = torch.tensor([row is not None for row in self._slots]) if idle else None
         self._reading.expect(max(row.length for row in self._slots if row) - 1)
         states = self._reading.read(torch.tensor(last), at_work, self._texts)
         events: list[TokenEvent] = []

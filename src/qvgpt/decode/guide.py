@@ -14,8 +14,9 @@ from qvgpt.decode.policy import V_ALONE, Guidance, NextToken, distribution, fold
 from qvgpt.decode.reading import States
 from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
 from qvgpt.errors import QvgptError
-from qvgpt.models.blocked import Blocked, head_of, lay_out
+from qvgpt.models.blocked import Blocked
 from qvgpt.models.heads import ValueHeads
+from qvgpt.models.laid_out import head_of, lay_out
 from qvgpt.models.value_model import ValueModel
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qvgpt.models.backbone import Cache
-from qvgpt.models.blocked import blocked
+from qvgpt.models.laid_out import read
 
 _FORKED_ROWS = 512  # rows of a forked cache at a time: each is a copy of its text's keys and values
 
@@ -88,8 +88,7 @@ class Reading:
         for i, (trunk, cache) in enumerate(zip(self.trunks, self.caches, strict=True)):
             device = trunk.output_weight.device
             seen = None if mask is None else mask.to(device)
-            with blocked(trunk):
-                hidden.append(trunk.hidden(tokens.to(device), seen, cache=cache))
+            hidden.append(read(trunk, tokens.to(device), seen, cache))
             self.counts[i] += count
         return hidden
 
@@ -162,8 +161,7 @@ class States:
         size = max(1, _FORKED_ROWS // each)
         for part, texts in zip(tokens.split(size), at.split(size), strict=True):
             forked = cache.select(_beside(cache, texts.repeat_interleave(each)))
-            with blocked(trunk):
-                found.append(trunk.hidden(part.reshape(-1, 1), cache=forked)[:, 0])
+            found.append(read(trunk, part.reshape(-1, 1), None, forked)[:, 0])
         self.reading.counts[i] += rows * each
         return torch.cat(found).unflatten(0, (rows, each))
 

@@ -30,8 +30,8 @@ from qvgpt.decode.policy import NEG_INF, Guidance, functional_options, slow_q
 from qvgpt.decode.reading import States
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
-from qvgpt.models.blocked import blocked, head_of
 from qvgpt.models.heads import ValueHeads
+from qvgpt.models.laid_out import head_of, laid_out
 from qvgpt.models.value_model import ValueModel
 
 MOST_CANDIDATES = 256
@@ -97,7 +97,7 @@ class HeadValues:
         hidden, heads = states.of(self.model.trunk), self.model.heads
         if tokens is not None:
             tokens = tokens.to(hidden.device)
-        with blocked(heads):
+        with laid_out(heads):
             return slow_q(heads, hidden, tokens, guidance.twins, guidance)
 
     def relative(
@@ -110,7 +110,7 @@ class HeadValues:
             return self(states, tokens, guidance)
         hidden = states.of(self.model.trunk).float()
         slow: list[Any] = [*heads.target_q]
-        with blocked(heads):
+        with laid_out(heads):
             found = [head.relative(hidden, tokens.to(hidden.device)) for head in slow]
         return torch.stack(found).mean(0) / heads.reward_scale
 

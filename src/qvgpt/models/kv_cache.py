@@ -1,14 +1,14 @@
-"""The KV cache of the GPT: one static buffer a layer, and attention of one new token over it."""
+"""The KV cache of the GPT: one static buffer a layer."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qvgpt.models.attention import attend_once
-
 BUCKET = 32
 """Attention over the cache is cut to a multiple of this many slots."""
+
+_Layer = tuple[Tensor, Tensor, Tensor]
 
 
 class KVCache:
@@ -20,11 +20,11 @@ class KVCache:
     one token does with them is faster there, in bf16 up to eight times (benchmarks/decode.py).
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: Int[Tensor, "batch"]):
-        self.keys = keys  # per layer [batch, heads, capacity+1, head_dim]
-        self.values = values
+    def __init__(self, kv: list[Tensor], length: Int[Tensor, "batch"]):
+        self.kv = kv  # per layer [keys and values, batch, heads, capacity+1, head_dim]
         self.length = length
         self.longest = 0  # an upper bound of `length`, kept on the host to spare a device sync
+        self._of_one: tuple[int, Tensor, Tensor, list[_Layer]] | None = None
 
     @classmethod
     def new(
@@ -35,16 +35,19 @@ class KVCache:
         dtype = like.dtype
         if like.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
-        size = (batch, heads, capacity + 1, head_dim)
-        keys, values = (
-            [like.new_zeros(size, dtype=dtype) for _ in range(layers)] for _ in range(2)
-        )
-        return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=like.device))
+        size = (2, batch, heads, capacity + 1, head_dim)
+        kv = [like.new_zeros(size, dtype=dtype) for _ in range(layers)]
+        return cls(kv, torch.zeros(batch, dtype=torch.long, device=like.device))
 
     @property
     def capacity(self) -> int:
         """How many tokens a row can hold."""
-        return self.keys[0].size(2) - 1
+        return self.kv[0].size(3) - 1
+
+    @property
+    def extent(self) -> int:
+        """How many slots attention has to look at: whole buckets."""
+        return min(-(-self.longest // BUCKET) * BUCKET, self.capacity)
 
     def slots(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
         """Where the next tokens go; the last slot for padding."""
@@ -60,32 +63,51 @@ class KVCache:
     ) -> None:
         """Store the keys and values of new tokens."""
         row = torch.arange(slot.size(0), device=slot.device)[:, None]
-        self.keys[layer][row, :, slot] = key.to(self.keys[layer].dtype)
-        self.values[layer][row, :, slot] = value.to(self.values[layer].dtype)
+        for place, new in enumerate((key, value)):
+            self.kv[layer][place, row, :, slot] = new.to(self.kv[layer].dtype)
 
-    def visible(self, slot: Int[Tensor, "batch time"]) -> Tensor:
-        """What `attend` is told: each token sees the slots up to its own.
-
-        For one token a row, on a CPU, added to scores [batch · heads, 1, slots]; else a boolean
-        mask [batch, 1, time, slots].
-        """
-        extent = min(-(-self.longest // BUCKET) * BUCKET, self.capacity)
-        seen = (torch.arange(extent, device=slot.device) <= slot[:, :, None])[:, None]
-        if slot.size(1) > 1 or slot.device.type != "cpu":
-            return seen
-        added = self.keys[0].new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return added.expand(-1, self.keys[0].size(1), -1, -1).flatten(0, 1)
+    def visible(self, slot: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time slots"]:
+        """Each token sees the slots up to its own."""
+        return (torch.arange(self.extent, device=slot.device) <= slot[:, :, None])[:, None]
 
     def attend(
-        self, layer: int, query: Float[Tensor, "batch time heads head_dim"], visible: Tensor
+        self,
+        layer: int,
+        query: Float[Tensor, "batch time heads head_dim"],
+        visible: Bool[Tensor, "batch 1 time slots"],
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """softmax(query · keyᵀ / √head_dim) · value over the `visible` slots."""
-        key, value = (x[layer][:, :, : visible.size(-1)] for x in (self.keys, self.values))
+        key, value = self.kv[layer][:, :, :, : visible.size(-1)].to(query.dtype)
         query = query.transpose(1, 2)
-        if visible.dim() == 4:
-            key, value = key.to(query.dtype), value.to(query.dtype)
-            return F.scaled_dot_product_attention(query, key, value, visible).transpose(1, 2)
-        return attend_once(query, key, value, visible, query.size(-1) ** -0.5).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, visible).transpose(1, 2)
+
+    def for_one(
+        self, slot: Int[Tensor, "batch"]
+    ) -> tuple[
+        Int[Tensor, "batch_kv_heads"],
+        Float[Tensor, "batch_heads 1 slots"],
+        list[_Layer],
+    ]:
+        """What one new token a row needs (`step.py`), all of it views of the buffers.
+
+        Where its keys and values go, what is added to its scores (0, or −inf where a slot is not
+        to be seen); and a layer's keys [batch · heads, head_dim, slots], values [batch · heads,
+        slots, head_dim], and cells [2 · batch · heads · (capacity + 1), head_dim].
+        """
+        extent, (_, batch, heads, slots, head_dim) = self.extent, self.kv[0].shape
+        if self._of_one is None or self._of_one[0] != extent:
+            row = torch.arange(batch * heads).view(batch, 1, heads)
+            first = (row + torch.tensor([[0], [batch * heads]])) * slots
+            flat = [x.view(2, -1, slots, head_dim) for x in self.kv]
+            layers = [
+                (x[0, :, :extent].transpose(1, 2), x[1, :, :extent], x.view(-1, head_dim))
+                for x in flat
+            ]
+            self._of_one = extent, first, torch.arange(extent), layers
+        _, first, every, layers = self._of_one
+        seen = torch.where(every <= slot[:, None], 0.0, float("-inf"))
+        cells = (first + slot[:, None, None]).view(-1)
+        return cells, seen.repeat_interleave(heads, 0)[:, None], layers
 
     def clear(self, rows: Int[Tensor, "rows"]) -> None:
         """Let rows begin anew."""
@@ -94,33 +116,31 @@ class KVCache:
     def select(self, rows: Int[Tensor, "rows"]) -> "KVCache":
         """A copy with the given rows, in the given order; a row may be taken more than once."""
         cut = min(self.longest, self.capacity)
-        picked = KVCache(
-            [_pick(k, rows, cut) for k in self.keys],
-            [_pick(v, rows, cut) for v in self.values],
-            self.length[rows],
-        )
+        picked = KVCache([_pick(x, rows, cut) for x in self.kv], self.length[rows])
         picked.longest = self.longest
         return picked
 
     def reorder(self, rows: Int[Tensor, "rows"]) -> None:
         """Let row i be what row `rows[i]` was, in place; at most as many rows as there were."""
         cut = min(self.longest, self.capacity)
-        for buffers in (self.keys, self.values):
-            for layer, buffer in enumerate(buffers):
-                buffer[: len(rows), :, :cut] = buffer[rows, :, :cut]
-                buffers[layer] = buffer[: len(rows)]
+        for layer, buffer in enumerate(self.kv):
+            buffer[:, : len(rows), :, :cut] = buffer[:, rows, :, :cut]
+            self.kv[layer] = buffer[:, : len(rows)].contiguous()
+        if len(rows) < len(self.length):
+            self._of_one = None
         self.length = self.length[rows]
 
     def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:
         """Overwrite the given rows with those of another cache of no larger capacity."""
         cut = min(other.longest, self.capacity)
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[rows, :, :cut] = theirs[:, :, :cut]
+        for mine, theirs in zip(self.kv, other.kv, strict=True):
+            mine[:, rows, :, :cut] = theirs[:, :, :, :cut]
         self.length[rows] = other.length
         self.longest = max(self.longest, other.longest)
 
 
 def _pick(buffer: Tensor, rows: Tensor, cut: int) -> Tensor:
-    picked = buffer.new_zeros((len(rows), *buffer.shape[1:]))
-    picked[:, :, :cut] = buffer[rows, :, :cut]
+    two, _, *rest = buffer.shape
+    picked = buffer.new_zeros((two, len(rows), *rest))
+    picked[:, :, :, :cut] = buffer[:, rows, :, :cut]
     return picked

@@ -1,13 +1,16 @@
 """Weights laid out for decoding must multiply as before, and be laid out anew once they change."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
-from qvgpt.models import blocked
-from qvgpt.models.blocked import Blocked, head_of, lay_out, product
+from qvgpt.models import laid_out
+from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
+from qvgpt.models.laid_out import head_of, lay_out
 
 pytestmark = pytest.mark.skipif(
     not Blocked.suits(torch.zeros(256, 256)), reason="no oneDNN in this build of torch"
@@ -46,7 +49,7 @@ def test_a_laid_out_trunk_says_the_same_and_is_used(trunk, monkeypatch):
     monkeypatch.setattr(
         Blocked, "__call__", lambda self, *x: used.append(self) or product(self, *x)
     )
-    with blocked.blocked(trunk):
+    with laid_out.laid_out(trunk):
         found = trunk.hidden(tokens)
     assert len(used) == 4 * 2  # the matrices of two blocks
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
@@ -66,7 +69,7 @@ def test_learned_weights_are_laid_out_anew(trunk, fused):
     assert head_of(trunk) is not before
     with torch.no_grad():
         exact = trunk.hidden(tokens)
-        with blocked.blocked(trunk):
+        with laid_out.laid_out(trunk):
             torch.testing.assert_close(trunk.hidden(tokens), exact, atol=1e-4, rtol=1e-4)
 
 
@@ -85,7 +88,7 @@ def test_a_copy_has_weights_of_its_own(trunk):
         parameter.mul_(0.5)
     exact = other.hidden(torch.arange(9)[None])
     lay_out(other)
-    with blocked.blocked(other):
+    with laid_out.laid_out(other):
         found = other.hidden(torch.arange(9)[None])
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
 
@@ -101,3 +104,68 @@ def test_weights_elsewhere_are_let_alone(trunk):
     elsewhere = trunk.to("meta")
     lay_out(elsewhere)
     assert head_of(elsewhere) is elsewhere.output_weight
+
+
+def tokens_and_mask():
+    """Three rows of unlike length, of which one idles."""
+    prompts = torch.randint(0, 200, (3, 7))
+    seen = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [1] * 2 + [0] * 5]).bool()
+    return prompts, seen, torch.tensor([[5], [6], [7]]), torch.tensor([[True], [False], [True]])
+
+
+@pytest.mark.parametrize("embed", [32, 256])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@torch.no_grad()
+def test_a_step_is_what_the_gpt_computes(embed, dtype):
+    torch.manual_seed(1)
+    gpt = GPT(vocab_size=200, embed_dim=embed, num_heads=4, num_layers=3, seq_len=48).to(dtype)
+    for p in gpt.eval().parameters():
+        p.normal_(std=0.2)  # biases and norms too
+    prompts, seen, tokens, real = tokens_and_mask()
+    plain, ours = gpt.new_cache(3, 48), gpt.new_cache(3, 48)
+    for cache in (plain, ours):
+        gpt.hidden(prompts, seen, cache=cache)
+    lay_out(gpt)
+    assert laid_out.step_of(gpt) is not None
+    bound = 2e-5 if dtype == torch.float32 else 0.15
+    for _ in range(30):  # over the border of a bucket
+        exact = gpt.hidden(tokens, real, cache=plain)
+        found = laid_out.read(gpt, tokens, real, ours)
+        difference = (found - exact)[real[:, 0]].abs().max()
+        assert found.shape == exact.shape
+        assert float(difference) < bound
+        tokens = (tokens + 1) % 200
+    assert ours.length.tolist() == plain.length.tolist() == [37, 4, 32]
+    ours.reorder(torch.tensor([2, 0]))
+    plain.reorder(torch.tensor([2, 0]))
+    pair = laid_out.read(gpt, tokens[:2], None, ours), gpt.hidden(tokens[:2], cache=plain)
+    torch.testing.assert_close(*pair, atol=bound, rtol=0.05)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+@torch.no_grad()
+def test_a_step_follows_its_gpt(how):
+    """Also one so small that no matrix of it is laid out."""
+    torch.manual_seed(1)
+    gpt = GPT(vocab_size=20, embed_dim=8, num_heads=2, num_layers=1, seq_len=32).eval()
+    lay_out(gpt)
+    if how == "replaced":
+        gpt.blocks[0].up.weight.data = torch.randn(32, 8)
+    else:
+        gpt.blocks[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    lay_out(gpt)
+    tokens = torch.tensor([[3]])
+    found = laid_out.read(gpt, tokens, None, gpt.new_cache(1, 4))
+    torch.testing.assert_close(found, gpt.hidden(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_keeps_a_trunk_alive(trunk):
+    lay_out(trunk)
+    before = len(laid_out._known)
+    other = copy.deepcopy(trunk)
+    lay_out(other)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    assert len(laid_out._known) == before
