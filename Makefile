@@ -29,6 +29,7 @@ lint: setup
 
 quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/random_walk/run.py --quick
+	$(BIN)/python reproductions/search/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
