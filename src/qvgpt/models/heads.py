@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
-from qvgpt.models.vocab import best, chunk_rows, gather_dot, taken_and_logsumexp, wide
+from qvgpt.models.vocab import best, chunk_rows, gather_dot, pick, taken_and_logsumexp, wide
 
 _TAKEN = 2**20  # elements of weights that are gathered at a time: they stay in a core's cache
 
@@ -135,32 +135,16 @@ class StateHead(nn.Module):
         return read_distribution(found, self.support.centres(found))
 
 
-class QHead(nn.Module):
-    """Q(s, ·) over the vocabulary; see the head of this file."""
+class _OverVocab(nn.Module):
+    """A head with a row of weights for each token, of which their mean is taken off."""
 
-    def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
-        super().__init__()
-        self.kind = config.kind
-        width = {"linear": embed_dim, "low_rank": config.rank, "mlp": 2 * embed_dim}[config.kind]
-        self.baseline = StateHead(embed_dim, config.v)
-        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
-        self._mean: tuple[tuple[int, int], Tensor] | None = None
-        if config.kind == "low_rank":
-            self.project = nn.Linear(embed_dim, width, bias=False)
-        elif config.kind == "mlp":
-            self.project = nn.Linear(embed_dim, width)
+    weight: nn.Parameter
+    _mean: tuple[tuple[int, int], Tensor] | None = None
 
-    def train(self, mode: bool = True) -> "QHead":
+    def train(self, mode: bool = True) -> "_OverVocab":
         """What was kept is forgotten: sharded weights change in ways that nobody sees."""
         self._mean = None
         return super().train(mode)
-
-    def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
-        """f(s): the part that does not depend on the token."""
-        if self.kind == "linear":
-            return hidden
-        projected = self.project(hidden)
-        return projected.relu() if self.kind == "mlp" else projected
 
     def mean_weight(self) -> Float[Tensor, "features"]:
         """w̄; that of a slow copy is kept while decoding, which asks at each token."""
@@ -171,6 +155,28 @@ class QHead(nn.Module):
         if self._mean is None or self._mean[0] != state:
             self._mean = (state, self.weight.mean(0))
         return self._mean[1]
+
+
+class QHead(_OverVocab):
+    """Q(s, ·) over the vocabulary; see the head of this file."""
+
+    def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
+        super().__init__()
+        self.kind = config.kind
+        width = {"linear": embed_dim, "low_rank": config.rank, "mlp": 2 * embed_dim}[config.kind]
+        self.baseline = StateHead(embed_dim, config.v)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+        if config.kind == "low_rank":
+            self.project = nn.Linear(embed_dim, width, bias=False)
+        elif config.kind == "mlp":
+            self.project = nn.Linear(embed_dim, width)
+
+    def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
+        """f(s): the part that does not depend on the token."""
+        if self.kind == "linear":
+            return hidden
+        projected = self.project(hidden)
+        return projected.relu() if self.kind == "mlp" else projected
 
     def centred_weight(self) -> Float[Tensor, "vocab features"]:
         """wₐ − w̄."""
@@ -236,10 +242,10 @@ def _dots(
     size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
     parts = zip(features.split(size), tokens.split(size), strict=True)
     # of rows that differ, products and sums take a third of the time of a batched product
-    return torch.cat([(weight[t] * f[:, None]).sum(-1) for f, t in parts])
+    return torch.cat([(pick(weight, t) * f[:, None]).sum(-1) for f, t in parts])
 
 
-class ReturnHead(nn.Module):
+class ReturnHead(_OverVocab):
     """The distribution of returns of (s, a), for every token: see the head of this file."""
 
     def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
@@ -264,7 +270,7 @@ class ReturnHead(nn.Module):
         self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
     ) -> Float[Tensor, "rows candidates bins"]:
         """Of several tokens a row."""
-        taken = self.weight[tokens] - self.weight.mean(0)
+        taken = pick(self.weight, tokens) - self.mean_weight()
         change = torch.einsum("rbf,rcf->rcb", self.features(hidden), taken)
         return self.baseline.logits(hidden)[:, None] + change
 
@@ -291,7 +297,7 @@ class ReturnHead(nn.Module):
         f, base = self.features(hidden), self.baseline.logits(hidden)[:, None]
         centres, found = self.support.centres(base), []
         size = chunk_rows(max(1, 2 * len(hidden) * self.support.bins))
-        for weight in (self.weight - self.weight.mean(0)).split(size):
+        for weight in (self.weight - self.mean_weight()).split(size):
             logits = base + torch.einsum("rbf,cf->rcb", f, weight)
             found.append(read_distribution(logits, centres, **functional))
         return torch.cat(found, dim=-1)

@@ -26,6 +26,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def pick(
+    weight: Float[Tensor, "vocab features"], tokens: Int[Tensor, "*shape"]
+) -> Float[Tensor, "*shape features"]:
+    """weight[tokens], which takes three times as long (a CPU, rows of 6 KB)."""
+    return weight.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
+
+
 def gather_dot(
     features: Float[Tensor, "rows features"],
     weight: Float[Tensor, "vocab features"],
@@ -188,7 +195,7 @@ class _TakenAndLogSumExp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         f, w = features.to(dtype), weight.to(dtype)
         mean = wide(weight.mean(0)) if centred else None
-        taken = (wide(features) * wide(weight[token])).sum(-1)
+        taken = (wide(features) * wide(pick(weight, token))).sum(-1)
         slope = torch.ones_like(taken)
         if softcap is not None:
             taken = softcap * torch.tanh(taken / softcap)
@@ -225,7 +232,7 @@ class _TakenAndLogSumExp(torch.autograd.Function):
         to_features = to_weight = None
         if expected is not None:
             to_features = wide(expected) * of_lse[:, None]
-            to_features.addcmul_(of_taken[:, None], wide(weight[token]))
+            to_features.addcmul_(of_taken[:, None], wide(pick(weight, token)))
             if mean is not None:
                 to_features -= of_both[:, None] * mean
             to_features = to_features.to(features.dtype)
