@@ -13,6 +13,7 @@ with values, `--plus`: best-of-K fine-tuned, contrasted with the model's own tru
 import argparse
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,12 +111,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="of translation: with values")
     parser.add_argument("--plus", type=Path, help="of translation: the better language model")
     parser.add_argument("--data", type=Path, help="of translation: pairs to translate")
+    parser.add_argument("--draw", action="store_true", help="the picture of TASK.json again")
     parser.add_argument("--rows", type=int, default=200, help="of those pairs")
     options = parser.parse_args()
     if options.quick:
         print(table(spent(WALKS, walks(0, steps=20, logged=200), samples=1)))
         return
-    if options.task == "translation":
+    if options.task and options.draw:
+        kept = json.loads((HERE / f"{options.task}.json").read_text())
+        picture(options.task, kept["methods"], kept["reward"])
+    elif options.task == "translation":
         if None in (options.model, options.plus, options.data):
             parser.error("translation: say --model, --plus and --data")
         asked = translation(options.model, options.plus, options.data, options.rows)
@@ -253,23 +258,22 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def picture(task: str, found: Mapping[str, Mapping[str, Any]], reward: str) -> None:
     """Reward against what it costs: KL to the base, tokens read, time."""
     kinds = ("base", "best of", "guided", "contrast", "block", "beam", "tree")
-    labelled = ("guided", "contrast", "block")
+    axes: dict[str, tuple[str, Callable[[float], float]]] = {
+        "kl": ("KL to the base, nats a text (of searches and best of N a bound)", float),
+        "read_per_token": ("tokens read for each token written", float),
+        "us_per_token": ("log₁₀ of the µs for each token written", math.log10),
+    }
     charts = []
-    for key, what in {
-        "kl": "KL to the base, nats a text (for searches and best of N a bound)",
-        "read_per_token": "tokens read for each token written",
-        "us_per_token": "µs for each token written",
-    }.items():
+    for key, (what, scaled) in axes.items():
         series = []
         for kind in kinds:
             of = {name: row for name, row in found.items() if name.startswith(kind)}
-            labels = [
-                name.split(", ", 1)[-1].split("(")[-1].rstrip(")") if kind in labelled else ""
-                for name in of
-            ]
-            xs, ys = ([row[which] for row in of.values()] for which in (key, "reward"))
+            shown = key == "kl" and kind in ("guided", "contrast")  # elsewhere points are close
+            labels = [n.split(", ")[1] if shown and "greedy" not in n else "" for n in of]
+            xs = [scaled(row[key]) for row in of.values()]
+            ys = [row["reward"] for row in of.values()]
             series.append(Series(kind, xs, ys, labels=labels))
-        title = f"{reward} and {what}"
+        title = f"{reward[0].upper()}{reward[1:]} and {what}"
         charts.append(line_chart(series, title=title, x_label=what, y_label=reward, style="points"))
     section = Section("Ways to spend forwards on values", body_html="".join(charts))
     write_report(HERE / f"{task}.html", f"{task.replace('_', ' ')}: guided and searched", [section])

@@ -30,7 +30,7 @@ def pick(
     weight: Float[Tensor, "vocab features"], tokens: Int[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape features"]:
     """weight[tokens], which takes three times as long (a CPU, rows of 6 KB)."""
-    return weight.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
+    return weight.index_select(0, tokens.flatten()).view(*tokens.shape, weight.size(1))
 
 
 def gather_dot(
