@@ -54,7 +54,9 @@ def test_full_sight_is_worth_the_distance(seed):
         assert values.v([cell], 100) == 1 - maze.distance[cell]
     blind = Maze(maze.cells, maze.goal, full=False)
     assert blind.optimal_return() <= maze.optimal_return()
-    assert blind.data_return() == maze.data_return() < blind.optimal_return()
+    assert blind.data_return(knowing=True) == maze.data_return() < blind.optimal_return()
+    assert blind.data_return() < maze.data_return()
+    assert blind.data_return([0.0]) == pytest.approx(blind.optimal_return())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -100,18 +102,31 @@ def test_the_best_policy_earns_its_value():
     assert sum(returns) / len(returns) == pytest.approx(maze.optimal_return())
 
 
-def test_the_logs_average_to_the_data_value():
-    maze = Maze.draw(0, max_moves=30)
-    rows = maze.logged_games(500, seed=2)
+@pytest.mark.parametrize(("full", "knowing"), [(True, False), (False, False), (False, True)])
+def test_the_logs_average_to_the_data_value(full, knowing):
+    maze = Maze.draw(0, full=full, max_moves=30)
+    rows = maze.logged_games(500, seed=2, knowing=knowing)
     mean = sum(map(row_return, rows)) / len(rows)
-    assert mean == pytest.approx(maze.data_return(), abs=1.6)
-    assert rows[:5] == maze.logged_games(5, seed=2) != maze.logged_games(5, seed=3)
-    assert maze.evaluate(0.0)[30] == {c: -max(d - 1, 0) for c, d in maze.distance.items()}
+    assert mean == pytest.approx(maze.data_return(knowing=knowing), abs=1.6)
+    few = (maze.logged_games(5, seed, knowing=knowing) for seed in (2, 3))
+    assert rows[:5] == next(few) != next(few)
     lengths = [len(row["messages"]) for row in rows]
     assert max(lengths) == 60  # the last observation, after the end, is left out
-    blind = Maze(maze.cells, maze.goal, full=False, max_moves=30).logged_games(5, seed=2)
-    for seen, unseen in zip(rows[:5], blind, strict=True):
-        assert seen["messages"][1::2] == unseen["messages"][1::2]  # the players see everything
+
+
+def test_what_players_know():
+    full = Maze.draw(0, max_moves=30)
+    blind = Maze(full.cells, full.goal, full=False, max_moves=30)
+    shown, known, unknown = (
+        [[m["content"] for m in row["messages"][1::2]] for row in rows]
+        for rows in (
+            full.logged_games(9, seed=2),
+            blind.logged_games(9, seed=2, knowing=True),
+            blind.logged_games(9, seed=2),
+        )
+    )
+    assert shown == known != unknown
+    assert full.data_return([0.0]) == -sum(full.distance[c] - 1 for c in full.starts) / 24
 
 
 def test_the_data_value_by_hand():

@@ -16,7 +16,7 @@ both, backwards in moves left, the limit included.
 
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from string import ascii_letters
 from typing import Any
@@ -33,7 +33,7 @@ DIRECTIONS: dict[str, Cell] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), 
 MOVES = {f"move {name}": step for name, step in DIRECTIONS.items()}
 """The actions, as text."""
 NOISES = (1.0, 0.7, 0.3)
-"""Players that write the logs: each moves at random so often, else the shortest way."""
+"""Players that write the logs: each moves at random so often, else as is best."""
 _DRAWS = 1000
 
 
@@ -148,48 +148,69 @@ class Maze:
         """The cells one may be in after a move that did not end the game."""
         return {self.move(cell, move) for cell in belief} - {self.goal}
 
-    def policy(self, cell: Cell, noise: float) -> dict[str, float]:
-        """A scripted player who sees everything: each move and how likely it is.
+    def policy(self, belief: Collection[Cell], noise: float) -> dict[str, float]:
+        """A scripted player who knows what is shown: each move and how likely it is.
 
-        With probability `noise` any of the four, else one of the shortest ways, the first of them.
+        With probability `noise` any of the four, else the best for the cells one may be in, as if
+        the game had just begun.
         """
-        best = min(MOVES, key=lambda move: self.distance[self.move(cell, move)])
+        best = self._best[frozenset(belief)]
         return {move: noise / len(MOVES) + (1 - noise) * (move == best) for move in MOVES}
 
-    def evaluate(self, noise: float) -> list[dict[Cell, float]]:
-        """Exact values of that player, for each number of moves left, in each cell."""
-        ways = {
-            cell: [(p, self.move(cell, move)) for move, p in self.policy(cell, noise).items()]
-            for cell in self.starts
-        }
-        values = [dict.fromkeys(self.cells, 0.0)]
-        for _ in range(self.max_moves):
-            later = values[-1]
-            now = {
-                cell: sum(p * (later[there] - (there != self.goal)) for p, there in found)
-                for cell, found in ways.items()
-            }
-            values.append({self.goal: 0.0, **now})
-        return values
+    @cached_property
+    def _best(self) -> dict[Belief, str]:
+        values = self.solve()
+        every = {belief: values.q(belief, self.max_moves) for belief in values.later}
+        return {belief: max(q, key=q.__getitem__) for belief, q in every.items()}
 
-    def data_return(self, noises: Sequence[float] = NOISES) -> float:
-        """Expected return of the players who write the logs, exactly."""
-        found = [self.evaluate(noise)[self.max_moves][c] for noise in noises for c in self.starts]
-        return sum(found) / len(found)
+    def data_return(self, noises: Sequence[float] = NOISES, knowing: bool = False) -> float:
+        """Expected return of the players who write the logs, exactly; as for `logged_games`."""
+        players = replace(self, full=True) if knowing else self
+        return sum(map(players._evaluate, noises)) / len(noises)
+
+    def _evaluate(self, noise: float) -> float:
+        """The mean return of a player, by a dynamic programme over (cell, cells it may be)."""
+        starts = [(cell, belief) for belief in self.look(self.starts) for cell in belief]
+        later: dict[tuple[Cell, Belief], list[tuple[float, Any]]] = {}
+        waiting = list(starts)
+        while waiting:
+            cell, belief = state = waiting.pop()
+            if state in later:
+                continue
+            later[state] = []
+            for move, p in self.policy(belief, noise).items():
+                there = self.move(cell, move)
+                parts = self.look(self._after(belief, move)) if there != self.goal else []
+                next_state = next(((there, part) for part in parts if there in part), None)
+                later[state].append((p, next_state))
+                waiting += [next_state] if next_state else []
+        values = dict.fromkeys(later, 0.0)
+        for _ in range(self.max_moves):
+            values = {
+                state: sum(p * (values[after] - 1) for p, after in ways if after is not None)
+                for state, ways in later.items()
+            }
+        return sum(values[start] for start in starts) / len(starts)
 
     def logged_games(
-        self, count: int = 1000, seed: int = 0, noises: Sequence[float] = NOISES
+        self,
+        count: int = 1000,
+        seed: int = 0,
+        noises: Sequence[float] = NOISES,
+        knowing: bool = False,
     ) -> list[dict[str, Any]]:
         """Games of players of mixed skill, as rows of messages; each row's player is drawn anew.
 
-        The players see everything, also where the log shows walls alone.
+        Players know what the log shows. `knowing` ones know the cell where it shows walls alone:
+        what they do tells then where they are, and values learned from it are wrong for whoever
+        does not know (confounding).
         """
         if not noises or not all(0 <= noise <= 1 for noise in noises):
             raise QvgptError(f"a maze's players are told apart by noises in [0, 1], not {noises}")
-        rows = []
+        rows, players = [], replace(self, full=True) if knowing else self
         for i in range(count):
             rng, env = random.Random(f"logged {seed} {i}"), MazeEnv(self)
-            act = _player(env, rng, rng.choice(noises))
+            act = _player(env, players, rng, rng.choice(noises))
             rows.append(log_dialogue(env, act, rng.getrandbits(32)))
         return rows
 
@@ -258,11 +279,18 @@ class MazeEnv:
         return Step(seen, 0.0 if arrived else -1.0, terminated=over, truncated=False)
 
 
-def _player(env: MazeEnv, rng: random.Random, noise: float) -> Callable[[str], str]:
+def _player(env: MazeEnv, players: Maze, rng: random.Random, noise: float) -> Callable[[str], str]:
+    """Who plays one game and knows what `players` shows."""
+    may_be: Collection[Cell] = players.starts
+
     def act(seen: str) -> str:
+        nonlocal may_be
         assert env.cell is not None
-        policy = env.maze.policy(env.cell, noise)
-        return rng.choices(list(policy), list(policy.values()))[0]
+        [belief] = [part for part in players.look(may_be) if env.cell in part]
+        policy = players.policy(belief, noise)
+        move = rng.choices(list(policy), list(policy.values()))[0]
+        may_be = players._after(belief, move)
+        return move
 
     return act
 
