@@ -216,7 +216,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
     for name, full in (("maze_full", True), ("maze_partial", False)):
         games[name] = Setting(
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
-            1000,
+            1000 if full else 8000,
             turns if full else replace(turns, max_steps=3000),
             heads_alone,
             options=by_turns,
