@@ -116,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         few = replace(WALKS, greedy=WALKS.greedy[:-2])
-        print(json.dumps(spent(few, walks(0, steps=20, logged=200), samples=1), indent=1))
+        print(json.dumps(spent(few, walks(0, steps=20, logged=200), 1, 8), indent=1))
         return
     if options.task and options.draw:
         kept = json.loads((HERE / f"{options.task}.json").read_text())
