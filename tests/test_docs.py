@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 PITFALLS = (TESTS.parent / "docs" / "pitfalls.md").read_text()
 
@@ -30,3 +32,19 @@ def test_every_test_of_a_pitfall_is_in_the_table():
         number = int(name[6:8])
         [row] = [line for line in PITFALLS.splitlines() if line.startswith(f"| P{number} |")]
         assert f"`test_pitfalls.py::{name}`" in row
+
+
+@pytest.mark.parametrize("page", ["concepts.md", "concepts.zh.md"])
+def test_lines_that_are_pointed_at_hold_what_is_quoted(page):
+    docs = TESTS.parent / "docs"
+    pointers = re.findall(r"\[`([^`]+)`\]\((\S+?\.py)#L(\d+)\)", (docs / page).read_text())
+    assert len(pointers) == 12
+    for quoted, path, line in pointers:
+        assert quoted in (docs / path).read_text().splitlines()[int(line) - 1], (quoted, line)
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*TESTS.parent.glob("*.md"), *(TESTS.parent / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -43,7 +43,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch time embed"]:
         """Each token looks at the `visible` ones; None means all before it and itself.
 
-        A tensor is a mask [batch, 1, time, keys], or with a cache what that says.
+        A tensor is a mask [batch, 1, time, keys].
         """
         batch, time, embed = x.shape
         qkv = self.qkv(x).view(batch, time, 3, self.num_heads, -1)
