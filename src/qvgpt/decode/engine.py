@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qvgpt.decode.guide import Guide
+from qvgpt.decode.guide import Alternative, Guide
 from qvgpt.decode.policy import Guidance, NextToken
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import ValueSource
@@ -63,6 +63,8 @@ class TokenReport:
     """β of this token, where guidance has not one for all."""
     spent: float | None = None
     """What it took of the `kl_budget`: KL(π ‖ π₀) over the candidates at temperature 1, in nats."""
+    alternatives: tuple[Alternative, ...] = ()
+    """What else was likely there, where it was asked for."""
 
     @property
     def advantage(self) -> float | None:

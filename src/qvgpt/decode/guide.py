@@ -10,13 +10,26 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.policy import V_ALONE, Guidance, NextToken, distribution, fold, folds
+from qvgpt.decode.policy import NEG_INF, V_ALONE, Guidance, NextToken, distribution, fold, folds
 from qvgpt.decode.reading import States
 from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
 from qvgpt.errors import QvgptError
 from qvgpt.models.blocked import Blocked, head_of, lay_out
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that might come next, and what is thought of it."""
+
+    token: int
+    base_logprob: float
+    """log π₀, over the whole vocabulary at temperature 1."""
+    logprob: float
+    """log π; −inf where the token is no candidate of the guidance."""
+    q: float | None
+    """Expected return of the text continued with it."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,30 @@ class Guide:
         q = self.source(states, token[:, None], Guidance(twins=twins))[:, 0].tolist()
         v = self.source.state_value(states)
         return q, [None] * len(states) if v is None else v.tolist()
+
+    def alternatives(
+        self,
+        states: States,
+        base_logprob: Float[Tensor, "rows vocab"],
+        policy: NextToken,
+        count: int,
+        twins: Literal["mean", "min"],
+    ) -> list[tuple[Alternative, ...]]:
+        """The `count` tokens after each state that are likeliest under π or under π₀ (whichever
+        thinks more of a token), likeliest under π first."""
+        guided = torch.full_like(base_logprob, NEG_INF)
+        guided = guided.scatter(1, policy.tokens, policy.logprob.to(guided.dtype))
+        among = base_logprob.maximum(guided)[:, : self.known]
+        tokens = among.topk(min(count, among.size(1)), dim=-1).indices
+        base, guided = base_logprob.gather(1, tokens), guided.gather(1, tokens)
+        q: list[Any] = [[None] * tokens.size(1)] * len(tokens)
+        if self.source is not None:
+            q = self.source(states, tokens, Guidance(twins=twins)).tolist()
+        columns = tokens.tolist(), base.tolist(), guided.tolist(), q
+        return [
+            tuple(sorted(map(Alternative, *row), key=lambda a: (-a.logprob, -a.base_logprob)))
+            for row in zip(*columns, strict=True)
+        ]
 
     @cached_property
     def _knows_q(self) -> bool:
