@@ -71,8 +71,9 @@ def score(
     """One `TextScore` per trajectory, in their order; rewards are not looked at.
 
     Texts of like length share a forward. q, v and what guides are those of `values`, by default
-    the model's own. Each report names so many `alternatives` to its token. Raises `QvgptError` for a text longer than the context, for values that cannot
-    guide as `guidance` says, and as `collate` does.
+    the model's own. Each report names so many `alternatives` to its token. Raises `QvgptError` for
+    a text longer than the context, for values that cannot guide as `guidance` says, and as
+    `collate` does.
     """
     guide, guidance = Guide.of(model, values), guidance or Guidance()
     _refuse(guide, trajectories, guidance)
