@@ -61,6 +61,7 @@ COMMANDS = {
     "score": Command("qvgpt.commands", "score", "V, Q and A of given texts, ranked", "model"),
     "generate": Command("qvgpt.commands", "generate", "write text, guided by the values", "model"),
     "chat": Command("qvgpt.chat", "chat", "talk with a model, guided by the values", "model"),
+    "serve": Command("qvgpt.serve.command", "serve", "an OpenAI-compatible server", "model"),
     "evaluate": Command("qvgpt.evaluate", "evaluate", "base against guided, with intervals"),
     "export": Command(
         "qvgpt.commands", "export", "an ordinary checkpoint for other engines", "model", True

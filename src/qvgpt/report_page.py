@@ -20,13 +20,16 @@ PALETTE = """\
 --c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.8}}
 """
 # The policy forbids every load, so that the page stays self-contained whatever a section holds.
-PAGE_HEAD = """<!DOCTYPE html>
+PAGE_HEAD = (
+    """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
 style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>
-""" + PALETTE + """*{box-sizing:border-box}
+"""
+    + PALETTE
+    + """*{box-sizing:border-box}
 body{margin:0 auto;max-width:1120px;padding:24px 20px 64px;background:var(--bg);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","PingFang SC",
 "Microsoft YaHei","Noto Sans CJK SC",sans-serif;overflow-wrap:anywhere}
@@ -68,6 +71,7 @@ background:var(--ink);color:var(--bg);font-size:.82rem;line-height:1.45;white-sp
 pointer-events:none}
 </style>
 """
+)
 # Hover texts are titles; the script shows them at once, and on touch, in a box of the page's own.
 PAGE_TAIL = """<div id="tip" role="tooltip" hidden></div><script>
 const tip=document.getElementById("tip");

@@ -1,49 +1,58 @@
-"""What tokens are in bytes: a token may be a part of a character, or of several."""
+"""The bytes that each token adds to a text, which need not be whole characters."""
 
+import json
 import re
-from collections.abc import Sequence
 
 from qvgpt.data.tokenizer import Tokenizer
 
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
-"""GPT-2's alphabet, in which byte-level vocabularies spell their tokens."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
-    """The bytes of a token, be it where it may; None for special tokens and unknown ids."""
-    entry = tokenizer.entry(token)
-    if entry is None:
-        return None
-    if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", entry):
-        return bytes.fromhex(fallback[1])
-    if all(c in _BYTE_OF for c in entry):
-        spelled = bytes(_BYTE_OF[c] for c in entry)
-        if spelled.decode(errors="replace") == tokenizer.decode([token], skip_special=False):
-            return spelled
-    return entry.replace("▁", " ").encode()
+class TokenBytes:
+    """Bytes by token id; joined, those of a text's tokens are the text in UTF-8.
 
-
-def text_bytes(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[tuple[str, bytes | None]]:
-    """Each token of a text as `Tokenizer.pieces` shows it, and its bytes; None: a special token.
-
-    Joined, the bytes are the text in UTF-8. Half a character that nothing completes keeps the
-    bytes it has.
+    A special token has none. A space that a tokenizer leaves out at the beginning of a text is
+    there all the same.
     """
-    found: list[tuple[str, bytes | None]] = []
-    pieces = tokenizer.pieces(tokens)
-    begun = 0  # tokens[begun:i] are parts of a character that is not whole yet
-    for i, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
-        raw = token_bytes(tokenizer, token)
-        if raw is None or (begun == i and piece and "\ufffd" not in piece):
-            found.append((piece, None if raw is None else piece.encode()))
-            begun = i + 1
-            continue
-        found.append((piece, raw))
-        if piece:
-            group = [spelled or b"" for _, spelled in found[begun:]]
-            if b"".join(group).decode(errors="replace") != piece:  # spelled in no way known here
-                found[begun:] = [(p, p.encode()) for p, _ in found[begun:]]
-            begun = i + 1
-    return found
+
+    def __init__(self, tokenizer: Tokenizer):
+        hf = tokenizer._hf
+        decoder = json.dumps(json.loads(hf.to_str())["decoder"])
+        self._tokenizer, self._added = tokenizer, hf.get_added_tokens_decoder()
+        self._letters = _byte_letters() if '"ByteLevel"' in decoder else None
+        self._single = '"ByteFallback"' in decoder
+        self._before = tokenizer.encode("a")
+        self._known: dict[int, bytes] = {}
+
+    def __getitem__(self, token: int) -> bytes:
+        """Those of one token; none of an id that no token has."""
+        if token not in self._known:
+            self._known[token] = self._of(token)
+        return self._known[token]
+
+    def name(self, token: int) -> str:
+        """The token for a reader: its text, or a special token's name."""
+        if token in self._tokenizer._special_ids:
+            return self._tokenizer.decode([token], skip_special=False)
+        return self[token].decode("utf-8", "replace")
+
+    def _of(self, token: int) -> bytes:
+        piece = self._tokenizer._hf.id_to_token(token)
+        if piece is None or token in self._tokenizer._special_ids:
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if self._letters is not None:
+            known = all(c in self._letters for c in piece)
+            return bytes(self._letters[c] for c in piece) if known else piece.encode()
+        if self._single and (byte := _BYTE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode([*self._before, token])[len(before) :].encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -190,10 +190,6 @@ class Tokenizer:
                 context, start = start, i + 1
         return shown
 
-    def entry(self, token: int) -> str | None:
-        """How the vocabulary spells a token: no text yet; None for special and unknown ids."""
-        return None if token in self._special_ids else self._hf.id_to_token(token)
-
     def encode_prompt(self, prompt: str) -> list[int]:
         """`bos` prompt `sep`: what stands before a completion (no `sep` where there is none)."""
         sep = [] if self.template.sep is None else [self.template.sep]

@@ -1,6 +1,6 @@
 """A model and what guides it, side by side: which trunks read, and what they can do together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -10,9 +10,25 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.policy import NEG_INF, V_ALONE, Guidance, NextToken, distribution, fold, folds
+from qvgpt.decode.policy import (
+    NEG_INF,
+    V_ALONE,
+    Guidance,
+    NextToken,
+    distribution,
+    fold,
+    folds,
+    functional_options,
+)
 from qvgpt.decode.reading import States
-from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
+from qvgpt.decode.sources import (
+    HeadValues,
+    PrefixValues,
+    ValueSource,
+    heads_of,
+    leaves,
+    own_values,
+)
 from qvgpt.errors import QvgptError
 from qvgpt.models.blocked import Blocked, head_of, lay_out
 from qvgpt.models.heads import ValueHeads
@@ -21,15 +37,15 @@ from qvgpt.models.value_model import ValueModel
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that might come next, and what is thought of it."""
+    """A token that might have been written, and what was thought of it."""
 
     token: int
+    logprob: float
+    """log π."""
     base_logprob: float
     """log π₀, over the whole vocabulary at temperature 1."""
-    logprob: float
-    """log π; −inf where the token is no candidate of the guidance."""
     q: float | None
-    """Expected return of the text continued with it."""
+    """Expected return of the text continued with this token; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,9 @@ class Guide:
 
     model: ValueModel
     source: ValueSource | None
+    foldable: Collection[float] | None = None
+    """The β that may be folded into the LM head, each a matrix of its size; None: any. Where β
+    comes from strangers there is no end of them."""
 
     @classmethod
     def of(cls, model: ValueModel, source: ValueSource | None = None) -> "Guide":
@@ -89,7 +108,8 @@ class Guide:
         trunk, folded, beta = self.model.trunk, None, None
         if guidance.beta_end is not None:
             beta = torch.tensor(list(map(guidance.beta_at, positions)), device=self.model.device)
-        if not report and folds(self.heads, guidance, trunk.softcap):
+        may_fold = self.foldable is None or guidance.beta in self.foldable
+        if not report and may_fold and folds(self.heads, guidance, trunk.softcap):
             folded = self._fold(guidance.beta)
         hidden = states.of(trunk)
 
@@ -148,27 +168,20 @@ class Guide:
         return q, [None] * len(states) if v is None else v.tolist()
 
     def alternatives(
-        self,
-        states: States,
-        base_logprob: Float[Tensor, "rows vocab"],
-        policy: NextToken,
-        count: int,
-        twins: Literal["mean", "min"],
+        self, states: States, picked: NextToken, count: int, twins: Literal["mean", "min"]
     ) -> list[tuple[Alternative, ...]]:
-        """The `count` tokens after each state that are likeliest under π or under π₀ (whichever
-        thinks more of a token), likeliest under π first."""
-        guided = torch.full_like(base_logprob, NEG_INF)
-        guided = guided.scatter(1, policy.tokens, policy.logprob.to(guided.dtype))
-        among = base_logprob.maximum(guided)[:, : self.known]
-        tokens = among.topk(min(count, among.size(1)), dim=-1).indices
-        base, guided = base_logprob.gather(1, tokens), guided.gather(1, tokens)
-        q: list[Any] = [[None] * tokens.size(1)] * len(tokens)
-        if self.source is not None:
-            q = self.source(states, tokens, Guidance(twins=twins)).tolist()
-        columns = tokens.tolist(), base.tolist(), guided.tolist(), q
+        """The `count` likeliest candidates after each state, likeliest first, none of them cut."""
+        if count == 0:
+            return [()] * len(states)
+        logprob, place = picked.logprob.topk(min(count, picked.logprob.size(1)), dim=-1)
+        tokens, base = (x.gather(1, place) for x in (picked.tokens, picked.base_logprob))
+        unknown = [[None] * tokens.size(1)] * len(states)
+        asked = tokens.clamp(max=self.known - 1)
+        q = self.source(states, asked, Guidance(twins=twins)).tolist() if self.source else unknown
+        rows = zip(tokens.tolist(), logprob.tolist(), base.tolist(), q, strict=True)
         return [
-            tuple(sorted(map(Alternative, *row), key=lambda a: (-a.logprob, -a.base_logprob)))
-            for row in zip(*columns, strict=True)
+            tuple(Alternative(*each) for each in zip(*row, strict=True) if each[1] > NEG_INF)
+            for row in rows
         ]
 
     @cached_property
@@ -202,6 +215,9 @@ class Guide:
             )
         if not self._knows_q:
             raise QvgptError(V_ALONE)
+        for leaf in leaves(self.source):
+            if isinstance(leaf, HeadValues | PrefixValues):
+                functional_options(heads_of(leaf.model), guidance)
         most, candidates = self.source.most_candidates, self.known
         if guidance.top_k is not None and guidance.candidates == "base":
             candidates = min(candidates, guidance.top_k)

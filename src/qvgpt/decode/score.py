@@ -6,7 +6,7 @@ token only where guidance asks for V after candidates that the text does not go 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -66,20 +66,22 @@ def score(
     guidance: Guidance | None = None,
     batch_size: int = 32,
     values: ValueSource | None = None,
-    alternatives: int = 0,
+    alternatives: int | None = None,
 ) -> list[TextScore]:
     """One `TextScore` per trajectory, in their order; rewards are not looked at.
 
     Texts of like length share a forward. q, v and what guides are those of `values`, by default
-    the model's own. Each report names so many `alternatives` to its token. Raises `QvgptError` for
-    a text longer than the context, for values that cannot guide as `guidance` says, and as
-    `collate` does.
+    the model's own. `alternatives` is that of a `Request`. Raises `QvgptError` for a text longer
+    than the context, for values that cannot guide as `guidance` says, and as `collate` does.
     """
     guide, guidance = Guide.of(model, values), guidance or Guidance()
     _refuse(guide, trajectories, guidance)
+    if alternatives is not None and guidance.temperature == 0:
+        guidance = replace(guidance, temperature=1.0)
     scores: dict[int, TextScore] = {}
     for chosen in _batches(trajectories, batch_size):
-        found = _score_batch(guide, [trajectories[i] for i in chosen], guidance, alternatives)
+        some = [trajectories[i] for i in chosen]
+        found = _score_batch(guide, some, guidance, alternatives or 0)
         scores |= dict(zip(chosen, found, strict=True))
     return [scores[i] for i in range(len(trajectories))]
 
@@ -198,9 +200,9 @@ class _Read:
         text, step = self.batch.mask.nonzero(as_tuple=True)
         place, trunks = self.batch.state_index[text, step], self.guide.trunks
         at_once = (HeadValues, Contrast, TokenScorer)
-        asks = guidance.guides or alternatives  # for values of other tokens than the text's
-        if not asks or all(isinstance(s, at_once) for s in leaves(self.guide.source)):
-            size = vocab.chunk_rows(self.guide.model.trunk.vocab_size, tensors=6 * len(trunks))
+        asked = guidance.guides or alternatives > 0
+        if not asked or all(isinstance(s, at_once) for s in leaves(self.guide.source)):
+            size = vocab.chunk_rows(self.guide.model.trunk.vocab_size, tensors=4 * len(trunks))
             for at in torch.arange(len(text)).split(size):
                 yield at, self.states(text[at], place[at])
             return
@@ -286,6 +288,5 @@ def _reports(
     ]
     for of_budget in (policy.beta, policy.spent):
         columns.append([None] * len(action) if of_budget is None else of_budget.tolist())
-    if alternatives:
-        columns.append(guide.alternatives(states, base, policy, alternatives, guidance.twins))
+    columns.append(guide.alternatives(states, policy, alternatives, guidance.twins))
     return [TokenReport(*values) for values in zip(*columns, strict=True)]

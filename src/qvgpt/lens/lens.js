@@ -42,14 +42,14 @@ const Lens = (() => {
   // A token to be read by itself: spaces and bytes are seen.
   function label(record) {
     const { token, bytes } = record;
-    if (bytes && (token === "" || token.includes("\ufffd"))) {
+    if (bytes?.length && (token === "" || token.includes("\ufffd"))) {
       return bytes.map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ") || "∅";
     }
     return (token || "∅").replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
   }
 
   const same = (a, b) =>
-    a.bytes && b.bytes ? String(a.bytes) === String(b.bytes) : a.token === b.token;
+    a.bytes?.length && b.bytes ? String(a.bytes) === String(b.bytes) : a.token === b.token;
 
   // ── from tokens to characters ──────────────────────────────────────────────────────────────
 
@@ -63,6 +63,9 @@ const Lens = (() => {
     return bytes.length > 0;
   }
 
+  // A token with a name and no bytes, such as the end.
+  const isSpecial = ({ token, bytes }) => token !== "" && bytes !== undefined && !bytes?.length;
+
   // Which characters belong to which tokens: [{from, to, text, special}]. Tokens that share what a
   // reader takes for one character are one span. Unless `finished`, half a character waits.
   function spans(records, finished = true) {
@@ -75,7 +78,7 @@ const Lens = (() => {
       [from, bytes] = [to, []];
     };
     records.forEach((record, i) => {
-      if (record.bytes === null && record.token !== "") {
+      if (isSpecial(record)) {
         close(i);
         found.push({ from: i, to: i + 1, text: record.token, special: true });
         from = i + 1;

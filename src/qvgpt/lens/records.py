@@ -6,19 +6,17 @@ A token that the model chose, or could have:
      "q": 0.61, "v": 0.52, "advantage": 0.09, "kl": 0.1,
      "alternatives": [{"token": "dem", "logprob": -1.7, "base_logprob": -1.2, "q": 0.4}, …]}
 
-`token` is "" where it only begins a character, which then stands at the token that completes it;
-`bytes` is null for special tokens, such as the end. Null numbers are unknown, but for a null
-`logprob`: that token is no candidate of the guidance, its probability is 0.
+One that was given has `token` and `bytes` alone. Special tokens, such as the end, have a name and
+no bytes. Null numbers are unknown, but for a null `logprob`: that token is no candidate of the
+guidance, its probability is 0. Numbers have six significant digits.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from qvgpt.data.token_bytes import text_bytes, token_bytes
-from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.data.token_bytes import TokenBytes
 from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.guide import Alternative
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import score
 from qvgpt.decode.sources import ValueSource
@@ -28,7 +26,7 @@ from qvgpt.trajectory import Trajectory
 
 Record = dict[str, Any]
 MOST_ALTERNATIVES = 20
-"""So many alternatives to a token at most."""
+"""So many likely tokens beside one at most."""
 
 
 def read_texts(
@@ -38,62 +36,53 @@ def read_texts(
     *,
     alternatives: int = 5,
     values: ValueSource | None = None,
-) -> list[list[Record]]:
-    """Each text's tokens, in their order: with numbers where the model acts, else without.
+) -> tuple[list[list[Record]], list[float | None]]:
+    """Each text's tokens in their order, with numbers where the model acts; and V at its end.
 
-    Raises `QvgptError` for more than `MOST_ALTERNATIVES`, and as `score` does.
+    Where the guidance is greedy, probabilities are those at temperature 1. Raises `QvgptError` for
+    more than `MOST_ALTERNATIVES`, and as `score` does.
     """
     if not 0 <= alternatives <= MOST_ALTERNATIVES:
         raise QvgptError(f"alternatives: from 0 to {MOST_ALTERNATIVES}, not {alternatives}")
     if model.tokenizer is None:
         raise QvgptError("the model has no tokenizer to show texts with")
-    found = []
+    shown, found = TokenBytes(model.tokenizer), []
     scores = score(model, texts, guidance, values=values, alternatives=alternatives)
     for text, scored in zip(texts, scores, strict=True):
-        reports, each = iter(scored.reports), list[TokenReport | None]()
-        for acts in text.is_action:  # of an action without a target nothing is known
-            each.append(next(reports, None) if acts else None)
-        found.append(token_records(model.tokenizer, text.tokens, each))
-    return found
+        reports = iter(scored.reports)
+        both = zip(text.tokens, text.is_action, strict=True)
+        # of an action without a target nothing is known
+        found.append([record(shown, t, next(reports, None) if acts else None) for t, acts in both])
+    return found, [scored.end_value for scored in scores]
 
 
-def token_records(
-    tokenizer: Tokenizer, tokens: Sequence[int], reports: Sequence[TokenReport | None]
-) -> list[Record]:
-    """The tokens of one text, each with its report where it has one."""
-    records = []
-    both = zip(text_bytes(tokenizer, tokens), reports, strict=True)
-    for (piece, spelled), report in both:
-        record: Record = {"token": piece, "bytes": None if spelled is None else list(spelled)}
-        records.append(record if report is None else record | numbers(tokenizer, report))
-    return records
-
-
-def numbers(tokenizer: Tokenizer, report: TokenReport) -> Record:
-    """A report in the words of a record."""
-    return {
-        "logprob": _finite(report.logprob),
-        "base_logprob": _finite(report.base_logprob),
-        "q": report.q,
-        "v": report.v,
-        "advantage": report.advantage,
-        "kl": _finite(report.kl),
-        "alternatives": [_alternative(tokenizer, each) for each in report.alternatives],
+def record(
+    shown: TokenBytes, token: int, report: TokenReport | None, alternatives: int | None = None
+) -> Record:
+    """A token as said above, with at most so many alternatives (None: all that were reported)."""
+    spelled: Record = {"token": shown.name(token), "bytes": list(shown[token])}
+    if report is None:
+        return spelled
+    return spelled | {
+        "logprob": number(report.logprob),
+        "base_logprob": number(report.base_logprob),
+        "q": number(report.q),
+        "v": number(report.v),
+        "advantage": number(report.advantage),
+        "kl": number(report.kl),
+        "alternatives": [
+            {
+                "token": shown.name(other.token),
+                "bytes": list(shown[other.token]),
+                "logprob": number(other.logprob),
+                "base_logprob": number(other.base_logprob),
+                "q": number(other.q),
+            }
+            for other in report.alternatives[:alternatives]
+        ],
     }
 
 
-def _alternative(tokenizer: Tokenizer, found: Alternative) -> Record:
-    spelled = token_bytes(tokenizer, found.token)
-    named = tokenizer.decode([found.token], skip_special=False)
-    return {
-        "token": named if spelled is None else spelled.decode(errors="replace"),
-        "bytes": None if spelled is None else list(spelled),
-        "logprob": _finite(found.logprob),
-        "base_logprob": _finite(found.base_logprob),
-        "q": found.q,
-    }
-
-
-def _finite(number: float) -> float | None:
-    """JSON knows no infinity."""
-    return number if math.isfinite(number) else None
+def number(value: float | None) -> float | None:
+    """As JSON knows it: nothing that is not finite."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
