@@ -1,8 +1,10 @@
 """What frames a report: style (it names the classes `report.py` writes), script and escaping."""
 
 import html
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 MARKERS = (  # circle, square, triangle, diamond: a second cue beside colour
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
@@ -99,3 +101,16 @@ def escape(value: object) -> str:
     """Text safe in HTML and in attributes; control characters and lone surrogates are replaced."""
     unprintable = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
     return html.escape(re.sub(unprintable, "\ufffd", str(value)))
+
+
+def write_page(path: str | Path, page: str) -> Path:
+    """Write a page whole or not at all; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -18,6 +18,8 @@ from qvgpt.report_page import PALETTE, escape
 
 SCRIPTS = ("words.js", "lens.js", "curve.js")
 """What every page with a lens runs first, in this order."""
+MARK = b'id="lens-data"'
+"""What only pages of ours hold."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LensText:
 
 
 def lens_page(texts: Sequence[LensText], title: str, about: str = "") -> str:
-    """The page. Every text handed in is escaped; numbers have six significant digits."""
+    """The page. Every text handed in is escaped."""
     script = "".join(resource(name) for name in (*SCRIPTS, "standalone.js"))
     style = stylesheet()
     data = {"texts": [_text(text) for text in texts]}
@@ -80,16 +82,8 @@ def _plain(text: LensText) -> str:
 
 def _json(data: Any) -> str:
     """JSON that ends no script element, whatever its strings hold."""
-    text = json.dumps(_rounded(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
-
-
-def _rounded(data: Any) -> Any:
-    if isinstance(data, float):
-        return float(f"{data:.6g}")
-    if isinstance(data, dict):
-        return {key: _rounded(value) for key, value in data.items()}
-    return [_rounded(value) for value in data] if isinstance(data, list) else data
 
 
 def _hash(text: str) -> str:
