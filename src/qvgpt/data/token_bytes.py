@@ -23,6 +23,8 @@ class TokenBytes:
         self._single = '"ByteFallback"' in decoder
         self._before = tokenizer.encode("a")
         self._known: dict[int, bytes] = {}
+        self.longest = max(map(len, hf.get_vocab(with_added_tokens=True)))
+        """Of all tokens; in characters, or in bytes where tokens are of bytes."""
 
     def __getitem__(self, token: int) -> bytes:
         """Those of one token; none of an id that no token has."""

@@ -25,6 +25,11 @@ _FAULTS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_NO_TELEMETRY: Any = dict.fromkeys(
+    ("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False
+)
+
+
 def create_app(service: Service) -> FastAPI:
     """The application around a service; `secure` puts the gate before it."""
 
@@ -34,11 +39,17 @@ def create_app(service: Service) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="qvgpt", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_FAULTS
+        title="qvgpt",
+        lifespan=lifespan,
+        docs_url=None,  # these pages come from a CDN
+        redoc_url=None,
+        responses=_FAULTS,
+        telemetry=_NO_TELEMETRY,
     )
     app.add_exception_handler(Refusal, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _internal)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest) -> Response:
@@ -167,3 +178,8 @@ async def _http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = fault(error.status_code, printable(str(error.detail)))
     return _respond(error.status_code, body, dict(error.headers or {}))
+
+
+async def _internal(_: Request, error: Exception) -> Response:
+    """Nothing of it is told; the gate logs it."""
+    return _respond(500, fault(500, "internal error", code="internal_error"))

@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,18 +46,15 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C."""
     key, hosts = check(config)
     try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
+        from qvgpt.serve.server import Limits, LogFormatter, make_server
+        from qvgpt.serve.service import Service
     except ImportError as error:
+        if (error.name or "").startswith("qvgpt"):
+            raise
         raise QvgptError(
             f"serve needs the package {error.name}: pip install 'qvgpt[serve]'"
         ) from None
     from qvgpt.decode.policy import recommended
-    from qvgpt.serve.api import create_app
-    from qvgpt.serve.gate import Gate
-    from qvgpt.serve.server import Server, protocol
-    from qvgpt.serve.service import Service
 
     model, values = config.load(config.model)
     if model.tokenizer is None:
@@ -69,26 +67,24 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         max_batch=config.max_batch,
         max_waiting=config.max_waiting,
     )
-    app = create_app(service)
-    routes = {getattr(route, "path", "") for route in app.routes}
-    settings = uvicorn.Config(
-        Gate(app, service, key=key, hosts=hosts, routes=routes),
-        host=config.host,
-        port=config.port,
-        http=protocol(config.max_connections),
-        ws="none",
-        lifespan="on",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=16384,
-    )
-    with _logging():
-        Server(settings, service, config.drain_seconds).run()
+    limits = Limits(config.max_connections, config.drain_seconds)
+    with _listening(config.host, config.port) as listener, _logging(LogFormatter()):
+        place = listener.getsockname()
+        shown = f"[{place[0]}]" if ":" in place[0] else place[0]
+        print(f"serving {service.name} at http://{shown}:{place[1]}", file=sys.stderr, flush=True)
+        make_server(service, key, hosts, limits).run(sockets=[listener])
     return {}
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; an `OSError` says why not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise QvgptError(f"serve: cannot listen on {host}:{port}: {error.strerror or error}") from (
+            None
+        )
 
 
 def check(config: ServeConfig) -> tuple[str | None, frozenset[str] | None]:
@@ -119,21 +115,19 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def _logging() -> Iterator[None]:
+def _logging(formatter: logging.Formatter) -> Iterator[None]:
     """Lines on stderr, ours and uvicorn's warnings."""
-    from qvgpt.serve.server import LogFormatter
-
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter())
-    ours, theirs = logging.getLogger("qvgpt.serve"), logging.getLogger("uvicorn.error")
-    ours.setLevel(logging.INFO)
-    theirs.setLevel(logging.INFO)
-    for logger in (ours, theirs):
+    handler.setFormatter(formatter)
+    levels = {"qvgpt.serve": logging.INFO, "uvicorn.error": logging.WARNING}
+    loggers = [logging.getLogger(name) for name in levels]
+    for logger in loggers:
+        logger.setLevel(levels[logger.name])
         logger.addHandler(handler)
         logger.propagate = False
     try:
         yield
     finally:
-        for logger in (ours, theirs):
+        for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True

@@ -6,13 +6,16 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qvgpt.serve.api import create_app
 from qvgpt.serve.faults import fault, printable
+from qvgpt.serve.gate import LOOPBACK, Gate
 from qvgpt.serve.service import Service
 
 HEAD_SECONDS = 10.0
@@ -119,6 +122,42 @@ class Server(uvicorn.Server):
         if self._deadline and time.monotonic() > self._deadline:
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a server, all in all."""
+
+    connections: int = 512
+    drain_seconds: float = 30.0
+
+
+def make_server(
+    service: Service,
+    key: str | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
+    limits: Limits | None = None,
+) -> Server:
+    """The whole server around a service; `run(sockets=[…])` serves.
+
+    Without a key nobody is asked for one; `hosts` None: any.
+    """
+    limits, app = limits or Limits(), create_app(service)
+    routes = {getattr(route, "path", "") for route in app.routes}
+    settings = uvicorn.Config(
+        Gate(app, service, key=key, hosts=hosts, routes=routes),
+        http=protocol(limits.connections),
+        ws="none",
+        lifespan="on",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=16384,
+    )
+    return Server(settings, service, limits.drain_seconds)
 
 
 class LogFormatter(logging.Formatter):

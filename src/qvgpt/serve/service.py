@@ -5,7 +5,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +76,8 @@ class Service:
         self.model, self.name, self.values = model, name, values
         self.tokenizer, self.guidance = model.tokenizer, guidance or Guidance()
         self.shown = TokenBytes(self.tokenizer)
+        self.most_characters = self.shown.longest * self.model.trunk.seq_len
+        """No longer text can fit the context: it need not even be read."""
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.metrics = Metrics()
         self.worker = Worker(
@@ -136,12 +138,14 @@ class Service:
         prompts: Any = asked.prompt
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
+        self._check_size(p for p in prompts if isinstance(p, str))
         read = [await self._read(self._prompt, prompt) for prompt in prompts]
         return self._begin(asked, read, asked.logprobs, chat=False)
 
     async def chat(self, asked: ChatRequest) -> Writing:
         """Begin to write what `/v1/chat/completions` asks."""
         messages = [message.as_row() for message in asked.messages]
+        self._check_size(["".join(message["content"] for message in messages)])
         read = await self._read(self.tokenizer.encode_history, messages)
         if asked.max_completion_tokens is not None:
             asked = asked.model_copy(update={"max_tokens": asked.max_completion_tokens})
@@ -156,6 +160,17 @@ class Service:
         if max(prompt) >= size:
             raise QvgptError(f"token id {max(prompt)}: the vocabulary has {size}")
         return prompt
+
+    def _check_size(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            if len(text) > self.most_characters:
+                raise Refusal(
+                    400,
+                    f"{len(text)} characters do not fit the context of "
+                    f"{self.worker.guide.context} tokens",
+                    "prompt",
+                    "context_length_exceeded",
+                )
 
     async def _read(self, function: Callable[[Any], list[int]], given: Any) -> list[int]:
         """Text as tokens, in a thread of its own: a long text must not keep others waiting."""
@@ -338,6 +353,8 @@ class Service:
             raise Refusal(400, "give text, or prompt and completion, or messages")
         if asked.messages is not None:
             given["messages"] = [message.as_row() for message in asked.messages]
+        self._check_size(["".join(m["content"] for m in given.get("messages", []))])
+        self._check_size(value for value in given.values() if isinstance(value, str))
         guidance = self._guidance(asked.guidance, None, None)
         row = Row("the request", {**given, "truncated": not asked.ended})
         assert self._loop is not None

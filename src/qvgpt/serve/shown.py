@@ -108,13 +108,20 @@ class Form:
             "token_logprobs": [_finite(report.logprob) for _, report in kept],
             "top_logprobs": [
                 {
-                    self.shown.name(a.token): _finite(a.logprob)
+                    self._unlike(a.token): _finite(a.logprob)
                     for a in report.alternatives[: self.logprobs]
                 }
                 for _, report in kept
             ],
             "text_offset": offsets,
         }
+
+    def _unlike(self, token: int) -> str:
+        """A name that no other token has: halves of characters all look alike."""
+        name = self.shown.name(token)
+        if "\ufffd" not in name:
+            return name
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.shown[token])
 
     def _likely(self, token: int, report: TokenReport) -> dict[str, Any]:
         assert self.logprobs is not None
