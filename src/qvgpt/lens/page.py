@@ -56,6 +56,19 @@ def lens_page(texts: Sequence[LensText], title: str, about: str = "") -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], resource("lens.html"))
 
 
+def site() -> dict[str, tuple[str, str]]:
+    """The server's page and what it loads: path → content and its type.
+
+    Nothing in it is inline: a policy may forbid that.
+    """
+    scripts = (*SCRIPTS, "server_words.js", "server.js")
+    return {
+        "/": (resource("server.html"), "text/html; charset=utf-8"),
+        "/lens.css": (stylesheet(), "text/css; charset=utf-8"),
+        **{f"/{s}": (resource(s), "text/javascript; charset=utf-8") for s in scripts},
+    }
+
+
 def resource(name: str) -> str:
     """A file of this package."""
     return (files("qvgpt.lens") / name).read_text("utf-8")

@@ -1,11 +1,6 @@
 """The pages: a fixed table, read once. No path of a request ever names a file."""
 
-from importlib.resources import files
-
-STATIC: dict[str, tuple[str, str, str]] = {
-    "/": ("qvgpt.serve", "index.html", "text/html; charset=utf-8"),
-}
-"""Path → package, resource in it, content type."""
+from qvgpt.lens.page import site
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -15,7 +10,4 @@ CSP = (
 
 def load() -> dict[str, tuple[bytes, str]]:
     """Path → content and its type."""
-    return {
-        path: (files(package).joinpath(name).read_bytes(), kind)
-        for path, (package, name, kind) in STATIC.items()
-    }
+    return {path: (body.encode(), kind) for path, (body, kind) in site().items()}
