@@ -131,11 +131,11 @@ const Lens = (() => {
 
   function card(records) {
     const names = ["q", "v", "advantage", "base", "guided"];
-    const word = (name) => Words.get(name);
+    const word = (name) => Words.get(name);  // map hands more than the name
     if (records.length > 1) {
       const rows = records.map((r) => ({ cells: [label(r), ...(acts(r) ? figures(r) : [])] }));
       const heads = ["token", ...names].map(word);
-      return [make("strong", "", word("joined", records.length)), table(heads, rows)];
+      return [make("strong", "", Words.get("joined", records.length)), table(heads, rows)];
     }
     const [record] = records;
     const list = make("dl");

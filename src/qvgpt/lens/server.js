@@ -141,7 +141,7 @@
     Words.tell(place, error.tell);
   }
 
-  async function both(signal) {
+  async function both(signal, ...above) {
     const guided = guidance();
     const name = () =>
       "kl_budget" in guided
@@ -149,7 +149,7 @@
         : Words.get("guidedBy", guided.beta);
     const panes = [pane("plain")];
     if (state.model?.has_values ?? true) panes.push(pane(name));
-    place(panes);
+    place(panes, ...above);
     const settings = [plain(guided), guided];
     return Promise.all(panes.map((one, i) => stream(one, settings[i], signal)));
   }
@@ -172,12 +172,12 @@
     }
   }
 
-  // Panes side by side: in a dialogue below what was said before, else in its place.
-  function place(panes) {
+  // Panes side by side: in a dialogue the newest first, else in the place of those before.
+  function place(panes, ...above) {
     const pair = Lens.make("div", "pair", ...panes.map((one) => one.element));
     if (way() !== "chat") clear();
     state.turns.push(...panes);
-    by("answers").append(pair);
+    by("answers").prepend(...above, pair);
   }
 
   function clear() {
@@ -190,9 +190,9 @@
     const said = by("prompt").value;
     const before = state.dialogue;
     state.dialogue = [...before, { role: "user", content: said }];
-    by("answers").append(Lens.make("p", "said", Words.tell(Lens.make("strong"), "you"), " ", said));
     by("prompt").value = "";
-    const answers = await both(signal);
+    const you = Words.tell(Lens.make("strong"), "you");
+    const answers = await both(signal, Lens.make("p", "said", you, " ", said));
     const answer = answers.at(-1);
     if (answer) state.dialogue.push({ role: "assistant", content: answer });
     else [state.dialogue, by("prompt").value] = [before, said];
@@ -234,6 +234,7 @@
     by("status").replaceChildren();
     by("completion-field").hidden = chosen !== "judge";
     by("anew").hidden = chosen !== "chat";
+    for (const id of ["length", "seed"]) by(id).closest(".field").hidden = chosen === "judge";
     Words.tell(by("prompt-name"), chosen === "chat" ? "message" : "prompt");
     Words.tell(by("go"), { complete: "write", chat: "send", judge: "read" }[chosen]);
     by("prompt").required = chosen !== "judge";
