@@ -19,7 +19,7 @@ PALETTE = """\
 --good:47,128,196;--bad:222,92,66;--full:.68}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e6e9ed;--soft:#9aa5b1;--rule:#2b3138;
 --panel:#1c2026;--c0:#56b4e9;--c1:#f0803c;--c2:#2fc39a;--c3:#e39ac6;--c4:#f0b840;--c5:#9fd0f5;
---c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.8}}
+--c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.76}}
 """
 # The policy forbids every load, so that the page stays self-contained whatever a section holds.
 PAGE_HEAD = (

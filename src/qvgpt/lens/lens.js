@@ -93,7 +93,7 @@ const Lens = (() => {
 
   function graphemes(parts) {
     const plain = parts.filter((part) => !part.special).map((part) => part.text).join("");
-    if (!/[^\0-\x7f]/.test(plain) || !Intl.Segmenter) return parts;
+    if (!/[^\0-\x7f]|\r/.test(plain) || !Intl.Segmenter) return parts;
     const segments = new Intl.Segmenter("und", { granularity: "grapheme" }).segment(plain);
     const begins = new Set(Array.from(segments, (segment) => segment.index));
     const joined = [];
