@@ -26,20 +26,23 @@ ROWS = [
     {"prompt": "b", "completions": ["好 e\u0301 👩‍👧\n", "no\n\n" + EVIL], "rewards": [1.0, 0.0]},
     {"prompt": EVIL, "completion": "no 好", "reward": 0.25},
 ]
+DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "好"}]
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """`model` and `rows.jsonl`: a byte is a token, so that every Chinese character is of three."""
     place = tmp_path_factory.mktemp("lens")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS]
-    (place / "rows.jsonl").write_text("".join(lines), "utf-8")
+    talk = {"messages": DIALOGUE, "reward": 1.0}
+    for name, rows in {"rows.jsonl": ROWS, "talk.jsonl": [talk]}.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (place / name).write_text("".join(lines), "utf-8")
     tokenizer = Tokenizer.train(["a"], "bpe", 261)
-    texts, _ = load_trajectories(place / "rows.jsonl", tokenizer)
+    texts, _ = load_trajectories([place / "rows.jsonl", place / "talk.jsonl"], tokenizer)
     torch.manual_seed(0)
     trunk = GPT(tokenizer.vocab_size, 32, 2, 1, seq_len=200)
     model = ValueModel(trunk, HeadsConfig("linear", num_q=1), tokenizer)
-    options = FitOptions(epochs=1000.0, max_steps=60, batch_size=5, lr=1e-2, tau=0.2)
+    options = FitOptions(epochs=1000.0, max_steps=60, batch_size=6, lr=1e-2, tau=0.2)
     quiet = Console(file=io.StringIO())
     fit(model, texts, parse_objectives(["LM", "MonteCarlo"]), options, console=quiet)
     model.info.recommended_guidance = {"beta": 2.0}

@@ -185,8 +185,8 @@ const Lens = (() => {
 
     // Full colour is reached at the 95th percentile of |A| over all texts.
     rescale() {
-      const sizes = this.texts.flatMap((text) => text.records).map((r) => Math.abs(r.advantage));
-      const sorted = sizes.filter(known).sort((a, b) => a - b);
+      const advantages = this.texts.flatMap((text) => text.records.map((r) => r.advantage));
+      const sorted = advantages.filter(known).map(Math.abs).sort((a, b) => a - b);
       const full = sorted[Math.ceil(0.95 * sorted.length) - 1] || sorted.at(-1) || 1;
       for (const text of this.texts) text.element.style.setProperty("--scale", full);
       this.key.hidden = !sorted.length;
