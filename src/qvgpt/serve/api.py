@@ -10,6 +10,7 @@ from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from qvgpt.serve import static
@@ -51,11 +52,13 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _internal)
 
-    @app.post("/v1/completions")
+    streamed: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", responses=streamed)
     async def completions(asked: CompletionRequest) -> Response:
         return _Answer(service, await service.completion(asked), bool(asked.stream))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streamed)
     async def chat(asked: ChatRequest) -> Response:
         return _Answer(service, await service.chat(asked), bool(asked.stream))
 
@@ -83,7 +86,7 @@ def create_app(service: Service) -> FastAPI:
             raise Refusal(503, "the server is about to end", headers={"Retry-After": "5"})
         return {"status": "ready"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         content = service.metrics
         return Response(content.page(), headers={"content-type": content.content_type})
