@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint quick harness clean
+.PHONY: demo test setup lint quick harness fuzz clean
 
 demo: setup
 	$(BIN)/qvgpt demo
@@ -38,6 +38,9 @@ quick: setup  # every reproduction and benchmark in its reduced form
 harness: setup  # lm-evaluation-harness on a guided model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	$(BIN)/pytest -m harness tests/test_harness.py
+
+fuzz: setup  # the server under more than five hundred requests made up from its schema
+	QVGPT_FUZZ=120 $(BIN)/pytest -s tests/serve/test_schema.py
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

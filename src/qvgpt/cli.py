@@ -59,8 +59,16 @@ COMMANDS = {
         "qvgpt.commands", "check", "look through data: counts, rewards, faults", "data"
     ),
     "score": Command("qvgpt.commands", "score", "V, Q and A of given texts, ranked", "model"),
+    "lens": Command(
+        "qvgpt.lens.command",
+        "lens",
+        "what each token of given texts is worth, as a page",
+        "model",
+        prints_summary=True,
+    ),
     "generate": Command("qvgpt.commands", "generate", "write text, guided by the values", "model"),
     "chat": Command("qvgpt.chat", "chat", "talk with a model, guided by the values", "model"),
+    "serve": Command("qvgpt.serve.command", "serve", "an OpenAI-compatible server", "model"),
     "evaluate": Command("qvgpt.evaluate", "evaluate", "base against guided, with intervals"),
     "export": Command(
         "qvgpt.commands", "export", "an ordinary checkpoint for other engines", "model", True

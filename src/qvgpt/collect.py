@@ -7,13 +7,15 @@ collection goes on at its last whole chunk and ends with the file it would have 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any, Literal
 
-from qvgpt.data.rows import FORMS, Row
+from qvgpt.collected import summary as summary_of
+from qvgpt.collected import whole_chunks
+from qvgpt.data.rows import FORMS, Row, read_rows
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, Text, row_seed
@@ -24,6 +26,7 @@ from qvgpt.envs.rewards import Metric, expected, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
+from qvgpt.remote import Server
 from qvgpt.run import alone_in, check_run, open_run, write_json
 from qvgpt.sampling import (
     TextProgress,
@@ -102,8 +105,19 @@ class CollectConfig:
     """Of the language model's weights in memory; auto: as they are stored."""
     device_map: str | None = None
     """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
+    base_url: str | None = None
+    """Of an OpenAI-compatible server (http://127.0.0.1:8000/v1), which writes in the place of a
+    model here; `model` is then its name there. Rows hold text, since token ids are unknown."""
+    api_key_env: str | None = None
+    """The environment variable that holds the server's key; none: OPENAI_API_KEY."""
+    as_chat: bool | None = None
+    """Send text prompts to the server as a user's message, as prompts of messages always are."""
     resume: bool = False
     """Go on with a collection that was stopped."""
+
+
+Write = Callable[[range, TextProgress], list[list[Text]]]
+"""The texts of each of some prompts."""
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
@@ -113,10 +127,19 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_run(config.output, "collect", asdict(config), config.resume)
-    task = prepare(config)
+    if config.base_url is not None:
+        rows, write = prepare_remote(config)
+        reward, tokenizer = get_reward(config.reward), None
+    else:
+        model, values, rows, prompts, reward = prepare(config)
+        tokenizer = model.tokenizer
+
+        def write(chunk: range, progress: TextProgress, /) -> list[list[Text]]:
+            return _written(model, values, prompts, chunk, config, progress)
+
     output = open_run(config.output, "collect", asdict(config), config.resume)
     with alone_in(output):
-        return _collect(config, *task, started)
+        return _collect(config, write, rows, reward, tokenizer, started)
 
 
 def prepare(
@@ -126,19 +149,10 @@ def prepare(
 
     Raises `QvgptError` for all that could only fail later; writes nothing.
     """
-    if config.samples < (0 if config.beams else 1) or not config.temperatures:
-        raise QvgptError(
-            "collect: samples must be at least 1 (0 with beams), and temperatures not be empty"
-        )
-    if config.max_batch < 1:
-        raise QvgptError("collect: max_batch must be at least 1")
+    _check_counts(config)
     model = ValueModel.from_pretrained(
         config.model, dtype=config.dtype, device_map=config.device_map
     )
-    if config.beams < 0:
-        raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
-    if config.compare_with == "samples" and config.samples < 2:
-        raise QvgptError("collect: compare_with samples needs at least 2 samples")
     values = load_values(
         model, config.model, config.value_models, config.contrast, config.weights,
         dtype=config.dtype, device_map=config.device_map,
@@ -146,23 +160,75 @@ def prepare(
     check_values(model, config.model, [config.beta, config.kl_budget], config.best_of, values)
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
     reward = get_reward(config.reward)
-    if config.include_references:
-        for row in rows:
-            _own_completion(row)
-    if config.compare_with == "row":
-        check_references(rows, [config.reward])
+    _check_rows(config, rows)
     guidances = [_guidance(config, temperature) for temperature in config.temperatures]
     check_guidance(model, guidances, prompts, config.max_tokens, values)
     return model, values, rows, prompts, reward
 
 
+def prepare_remote(config: CollectConfig) -> tuple[list[Row], Write]:
+    """Rows and how a server writes to their prompts; raises `QvgptError` as `prepare` does."""
+    _check_counts(config)
+    for name in ("beams", "value_models", "contrast", "weights", "shaped", "device_map"):
+        if getattr(config, name):
+            raise QvgptError(f"collect: {name} needs the model here, not at a base_url")
+    if config.best_of != 1:
+        raise QvgptError("collect: best_of needs the model here, not at a base_url")
+    rows = list(islice(read_rows(config.data), config.limit))
+    _check_rows(config, rows)
+    guidances = [_guidance(config, temperature) for temperature in config.temperatures]
+    key = os.environ.get(config.api_key_env or "OPENAI_API_KEY")
+    server = Server(config.base_url or "", config.model, key, bool(config.as_chat))
+    asked = [server.prompt(row) for row in rows]
+    served = server.guided(guidances)
+
+    def write(chunk: range, progress: TextProgress) -> list[list[Text]]:
+        n = config.samples
+        requests = [
+            {
+                **asked[i],
+                **served[k % len(served)],
+                "max_tokens": config.max_tokens,
+                "seed": row_seed(config.seed, i * n + k) % 2**31,
+            }
+            for i in chunk
+            for k in range(n)
+        ]
+        texts = server.write(requests, config.max_batch, progress.add)
+        return [texts[k * n :][:n] for k in range(len(chunk))]
+
+    return rows, write
+
+
+def _check_counts(config: CollectConfig) -> None:
+    if config.samples < (0 if config.beams else 1) or not config.temperatures:
+        raise QvgptError(
+            "collect: samples must be at least 1 (0 with beams), and temperatures not be empty"
+        )
+    if config.max_batch < 1:
+        raise QvgptError("collect: max_batch must be at least 1")
+    if config.beams < 0:
+        raise QvgptError(f"collect: beams must be 0 or more, not {config.beams}")
+    if config.max_tokens < 1 or (config.limit is not None and config.limit < 1):
+        raise QvgptError("collect: max_tokens and limit must be at least 1")
+    if config.compare_with == "samples" and config.samples < 2:
+        raise QvgptError("collect: compare_with samples needs at least 2 samples")
+
+
+def _check_rows(config: CollectConfig, rows: Sequence[Row]) -> None:
+    if config.include_references:
+        for row in rows:
+            _own_completion(row)
+    if config.compare_with == "row":
+        check_references(rows, [config.reward])
+
+
 def _collect(
     config: CollectConfig,
-    model: ValueModel,
-    values: ValueSource | None,
+    write: Write,
     rows: list[Row],
-    prompts: list[list[int]],
     reward: Metric,
+    tokenizer: Tokenizer | None,
     started: float,
 ) -> dict[str, Any]:
     """Sample, score and write what is not written yet, then the summary."""
@@ -170,21 +236,21 @@ def _collect(
     file = output / "data.jsonl"
     each = config.samples * config.best_of + config.beams
     size = max(1, _BATCHES_PER_CHUNK * config.max_batch // each)
-    done = _whole_chunks(file, rows, size)
+    done = whole_chunks(file, rows, size)
     progress = TextProgress("collect", len(rows) * each, done * each)
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
-            groups = _written(model, values, prompts, chunk, config, progress)
+            groups = write(chunk, progress)
             found = [
-                _collected(rows[i], group, reward, model, config)
+                _collected(rows[i], group, reward, tokenizer, config)
                 for i, group in zip(chunk, groups, strict=True)
             ]
             lines.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found).encode())
             lines.flush()
             os.fsync(lines.fileno())
     seconds = time.perf_counter() - started
-    summary = _summary(file) | {
+    summary = summary_of(file) | {
         "reward": config.reward,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(progress.tokens / seconds, 1),
@@ -257,34 +323,42 @@ def _beams(
 
 
 def _collected(
-    row: Row, texts: Sequence[Text], reward: Metric, model: ValueModel, config: CollectConfig
+    row: Row,
+    texts: Sequence[Text],
+    reward: Metric,
+    tokenizer: Tokenizer | None,
+    config: CollectConfig,
 ) -> dict[str, Any]:
-    """The line of data.jsonl for one prompt."""
-    assert model.tokenizer is not None
+    """The line of data.jsonl for one prompt; without a tokenizer token ids are unknown."""
+
+    def like(text: Text) -> Any:
+        return text.text if tokenizer is None else tuple(text.tokens)
+
     samples, texts = list(texts[: config.samples]), list(texts)
     if config.unique:
-        first: dict[tuple[int, ...], Text] = {}
+        first: dict[Any, Text] = {}
         for text in texts:
-            first.setdefault(tuple(text.tokens), text)
+            first.setdefault(like(text), text)
         texts = list(first.values())
     sampled = len(texts)
     if config.include_references:
-        reference = _reference(row, model)
-        if not config.unique or all(reference.tokens != text.tokens for text in texts):
+        reference = _reference(row, tokenizer)
+        if not config.unique or all(like(reference) != like(text) for text in texts):
             texts.append(reference)
     ids = [text.tokens for text in texts]
     fields: list[Mapping[str, Any]] = [row.fields] * len(texts)
     if config.compare_with == "samples":
         reward, fields = expected(reward), _others(row, texts, samples)
     if config.shaped:
-        spread = shape(reward, ids, fields, model.tokenizer, brevity=config.brevity)
+        assert tokenizer is not None
+        spread = shape(reward, ids, fields, tokenizer, brevity=config.brevity)
         scored: dict[str, Any] = {"token_rewards": spread}
     else:
         scored = {"rewards": reward([text.text for text in texts], fields)}
     return {
         **_kept(row.fields),
         "completions": [text.text for text in texts],
-        "completion_ids": ids,
+        **({} if tokenizer is None else {"completion_ids": ids}),
         **scored,
         # a reward for the whole text is final, also where the length limit cut it: a value to
         # bootstrap from on top of it would count twice
@@ -320,12 +394,10 @@ def _own_completion(row: Row) -> str:
     return own if isinstance(own, str) else references(row.fields)[0]
 
 
-def _reference(row: Row, model: ValueModel) -> Text:
+def _reference(row: Row, tokenizer: Tokenizer | None) -> Text:
     """The row's own completion as if the model had written it."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
     text = _own_completion(row)
-    tokens = [*tokenizer.encode(text), _end_token(row, tokenizer)]
+    tokens = [] if tokenizer is None else [*tokenizer.encode(text), _end_token(row, tokenizer)]
     return Text(tokens, text, terminated=True)
 
 
@@ -335,65 +407,3 @@ def _end_token(row: Row, tokenizer: Tokenizer) -> int:
     if isinstance(row.fields.get("prompt"), list) and template.eot is not None:
         return template.eot
     return template.eos
-
-
-def _whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
-    """How many rows are collected already; what follows the last whole chunk is cut off.
-
-    Rows of a broken chunk could be kept, but then the rest of it would be sampled in batches of
-    another make-up, whose rounding might change a token.
-    """
-    if not file.exists():
-        return 0
-    whole = kept = length = 0
-    for number, (row, line) in enumerate(zip(rows, _lines(file), strict=False), 1):
-        if line.get("prompt") != row.fields.get("prompt"):
-            raise QvgptError(f"{file}:{number}: another prompt than at {row.where}; collect anew")
-        length += line["bytes"]
-        if number % size == 0 or number == len(rows):
-            whole, kept = number, length
-    with file.open("r+b") as lines:
-        lines.truncate(kept)
-    return whole
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file up to the first broken one, each with its length in `bytes`."""
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                content = None
-            if not isinstance(content, dict):
-                return
-            yield {**content, "bytes": len(line)}
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    """Counts and rewards of what the model wrote; references that were added count for nothing."""
-    returns: list[list[float]] = []
-    distinct: list[int] = []
-    limited: list[bool] = []
-    tokens = references_added = 0
-    for line in _lines(file):
-        n = line["sampled"]
-        given = line.get("rewards") or [float(sum(r)) for r in line["token_rewards"]]
-        returns.append(given[:n])
-        ids = line["completion_ids"][:n]
-        distinct.append(len({tuple(i) for i in ids}))
-        tokens += sum(map(len, ids))
-        limited += line["length_limited"][:n]
-        references_added += len(line["completion_ids"]) - n
-    flat = [value for group in returns for value in group]
-    return {
-        "prompts": len(returns),
-        "samples": len(flat),
-        "references_added": references_added,
-        "tokens": tokens,
-        "reward_mean": fmean(flat),
-        "reward_std": pstdev(flat),
-        "reward_std_within_prompt": fmean(pstdev(group) for group in returns),
-        "distinct_per_prompt": fmean(distinct),
-        "length_limited_share": fmean(limited),
-    }

@@ -24,7 +24,7 @@ from qvgpt.decode.searches import is_sampled, parse_search, search_name, write_s
 from qvgpt.decode.sources import ValueSource, describe
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
-from qvgpt.guidance_options import GuidanceOptions, SourceOptions
+from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
 from qvgpt.sampling import (
@@ -34,6 +34,7 @@ from qvgpt.sampling import (
     check_values,
     load_prompts,
 )
+from qvgpt.source_options import SourceOptions
 from qvgpt.terminal import TextStream, shade
 
 

@@ -1,39 +1,13 @@
 """Options that say how text is guided, shared by the commands that write or judge it."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from qvgpt.categorical import Functional
 from qvgpt.decode.policy import Guidance, recommended
 from qvgpt.decode.sources import HeadValues, ValueSource, describe, own_values
-from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
-from qvgpt.sampling import load_values
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """Whose values are read."""
-
-    value_models: list[str] = field(default_factory=list)
-    """Directories of models, of any size and the same tokenizer, whose values are read instead of
-    the model's own; those of several are added up."""
-    contrast: list[str] = field(default_factory=list)
-    """Two directories of language models, PLUS and MINUS: log π₊ − log π₋ are the values, in nats
-    (proxy tuning, DExperts); beside value_models it is added to them."""
-    weights: list[float] = field(default_factory=list)
-    """Of each of value_models, then of the contrast; none: 1 each."""
-    dtype: Dtype = "float32"
-    """Of the language model's weights in memory; auto: as they are stored."""
-    device_map: str | None = None
-    """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
-
-    def load(self, directory: str) -> tuple[ValueModel, ValueSource | None]:
-        """The model, and what is read instead of its own values; raises as `load_values` does."""
-        how: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map}
-        model = ValueModel.from_pretrained(directory, **how)
-        others = self.value_models, self.contrast, self.weights
-        return model, load_values(model, directory, *others, **how)
+from qvgpt.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,13 @@ Text handed in is escaped. What is no finite number (NaN, ±inf, None) becomes a
 
 import itertools
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qvgpt.report_page import MARKERS, PAGE_HEAD, PAGE_TAIL, escape
+from qvgpt.report_page import MARKERS, PAGE_HEAD, PAGE_TAIL, escape, write_page
 
 Number = float | int | None
 """What a figure may hold; None (JSON's null) reads as NaN."""
@@ -383,13 +382,4 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
         lead = re.split(r"\n\s*\n", section.paragraph.strip())
         parts += [f'<p class="lead">{escape(text)}</p>\n' for text in lead if text]
         parts.append(f'<div class="body">{section.body_html}</div></section>\n')
-    page = "".join([*parts, PAGE_TAIL])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_page(path, "".join([*parts, PAGE_TAIL]))

@@ -1,8 +1,10 @@
 """What frames a report: style (it names the classes `report.py` writes), script and escaping."""
 
 import html
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 MARKERS = (  # circle, square, triangle, diamond: a second cue beside colour
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
@@ -10,21 +12,26 @@ MARKERS = (  # circle, square, triangle, diamond: a second cue beside colour
     "M0,-5L4.6,3.6H-4.6Z",
     "M0,-5.2L5.2,0L0,5.2L-5.2,0Z",
 )
-# The policy forbids every load, so that the page stays self-contained whatever a section holds.
 # Colours: Okabe and Ito's palette (legible to the colour-blind), brightened for the dark ground.
-PAGE_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
+PALETTE = """\
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#59636e;--rule:#dfe3e8;--panel:#f6f7f9;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b5598c;--c4:#c58500;--c5:#3b9ad0;--c6:#555;
 --good:47,128,196;--bad:222,92,66;--full:.68}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e6e9ed;--soft:#9aa5b1;--rule:#2b3138;
 --panel:#1c2026;--c0:#56b4e9;--c1:#f0803c;--c2:#2fc39a;--c3:#e39ac6;--c4:#f0b840;--c5:#9fd0f5;
---c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.8}}
-*{box-sizing:border-box}
+--c6:#b9c0c8;--good:52,132,208;--bad:214,82,58;--full:.76}}
+"""
+# The policy forbids every load, so that the page stays self-contained whatever a section holds.
+PAGE_HEAD = (
+    """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+"""
+    + PALETTE
+    + """*{box-sizing:border-box}
 body{margin:0 auto;max-width:1120px;padding:24px 20px 64px;background:var(--bg);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","PingFang SC",
 "Microsoft YaHei","Noto Sans CJK SC",sans-serif;overflow-wrap:anywhere}
@@ -66,6 +73,7 @@ background:var(--ink);color:var(--bg);font-size:.82rem;line-height:1.45;white-sp
 pointer-events:none}
 </style>
 """
+)
 # Hover texts are titles; the script shows them at once, and on touch, in a box of the page's own.
 PAGE_TAIL = """<div id="tip" role="tooltip" hidden></div><script>
 const tip=document.getElementById("tip");
@@ -93,3 +101,16 @@ def escape(value: object) -> str:
     """Text safe in HTML and in attributes; control characters and lone surrogates are replaced."""
     unprintable = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
     return html.escape(re.sub(unprintable, "\ufffd", str(value)))
+
+
+def write_page(path: str | Path, page: str) -> Path:
+    """Write a page whole or not at all; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -217,6 +217,8 @@ def _refuse(config: RoundsConfig) -> None:
 
 def _refuse_reading(config: RoundsConfig) -> None:
     """The same of what lies in files: model, prompts, references."""
+    if config.collect.base_url is not None:
+        raise QvgptError("collect.base_url: a server's model does not learn from round to round")
     model, _, rows, _, _ = prepare(_collecting(config, 1))
     check_references(rows, [config.reward])
     if config.eval_data:

@@ -7,25 +7,34 @@ from qvgpt.decode.engine import TokenReport
 
 
 class TextStream:
-    """Tokens come, text goes; half a character waits for the rest."""
+    """Tokens come, text goes; half a character waits for the rest.
+
+    Only the last tokens are read again, from one whole character on, so that a text of any length
+    costs each token the same.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens: list[int] = []
-        self.shown = ""
         self._tokenizer = tokenizer
+        self._context, self._start = 0, 0  # tokens[context:start] are shown, and give the spacing
+        self._before = 0  # how long their text is
 
-    def add(self, token: int) -> str:
-        """What the token lets be shown."""
-        self.tokens.append(token)
-        text = self._tokenizer.decode_completion(self.tokens)
-        return "" if text.endswith("\ufffd") else self._beyond(text)
+    def add(self, *tokens: int) -> str:
+        """What the tokens let be shown."""
+        self.tokens += tokens
+        return self._beyond(whole=False)
 
     def rest(self) -> str:
         """What never became a whole character."""
-        return self._beyond(self._tokenizer.decode_completion(self.tokens))
+        return self._beyond(whole=True)
 
-    def _beyond(self, text: str) -> str:
-        new, self.shown = text[len(self.shown) :], text
+    def _beyond(self, whole: bool) -> str:
+        text = self._tokenizer.decode_completion(self.tokens[self._context :])
+        new = text[self._before :]
+        if not new or (not whole and text.endswith("\ufffd")):
+            return ""
+        self._context, self._start = self._start, len(self.tokens)
+        self._before = len(self._tokenizer.decode_completion(self.tokens[self._context :]))
         return new
 
 

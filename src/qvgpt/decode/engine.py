@@ -12,13 +12,13 @@ what guides (`sources.py`), by default the model's own heads; each model read ha
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qvgpt.decode.guide import Guide
+from qvgpt.decode.guide import Alternative, Guide
 from qvgpt.decode.policy import Guidance, NextToken
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import ValueSource
@@ -42,6 +42,9 @@ class Request:
     stop: Sequence[str] = ()
     """Strings that end the text when they appear. `Text.text` is what stands before the first;
     the tokens stay as sampled."""
+    alternatives: int | None = None
+    """Report on every token, so many of the likeliest beside it. At temperature 0 reports are of
+    the distribution at temperature 1, whose mode is written. None: as the engine does."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class TokenReport:
     """β of this token, where guidance has not one for all."""
     spent: float | None = None
     """What it took of the `kl_budget`: KL(π ‖ π₀) over the candidates at temperature 1, in nats."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The likeliest tokens by log π, this one perhaps among them, where they were asked for."""
 
     @property
     def advantage(self) -> float | None:
@@ -171,37 +176,53 @@ class Engine:
         self._reading.expect(max(row.length for row in self._slots if row) - 1)
         states = self._reading.read(torch.tensor(last), at_work, self._texts)
         events: list[TokenEvent] = []
-        for guidance in dict.fromkeys(row.request.guidance for row in self._slots if row):
-            slots = [i for i, r in enumerate(self._slots) if r and r.request.guidance == guidance]
+        kinds: dict[tuple[Guidance, int | None], list[int]] = {}
+        for i, row in enumerate(self._slots):
+            if row:
+                kinds.setdefault((row.request.guidance, row.request.alternatives), []).append(i)
+        for (guidance, alternatives), slots in kinds.items():
             some = states if len(slots) == len(states) else states.take(slots)
-            events += self._write(slots, some, guidance)
+            events += self._write(slots, some, guidance, alternatives)
         self._shrink()
         return events
 
     def _texts(self) -> list[list[int]]:
         return [[*row.request.tokens, *row.written] if row else [] for row in self._slots]
 
-    def _write(self, slots: list[int], states: States, guidance: Guidance) -> list[TokenEvent]:
-        """Sample a token for each of the slots, which all share one guidance."""
+    def _write(
+        self, slots: list[int], states: States, guidance: Guidance, alternatives: int | None
+    ) -> list[TokenEvent]:
+        """Sample a token for each of the slots, which all share guidance and reports."""
         rows = [row for i in slots if (row := self._slots[i])]
         positions = [len(row.written) for row in rows]
-        picked = self.guide.next_token(states, guidance, positions, self.report)
+        report, mode = self.report or alternatives is not None, False
+        if alternatives is not None and guidance.temperature == 0:
+            guidance, mode = replace(guidance, temperature=1.0), True
+        picked = self.guide.next_token(states, guidance, positions, report)
         numbers = [row.random.random() for row in rows]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
-        token, place = picked.sample(uniform)
-        reports = self._reports(states, guidance, picked, token, place) if self.report else None
+        token, place = picked.greedy().sample(uniform) if mode else picked.sample(uniform)
+        if mode:
+            place = picked.logprob.argmax(-1)
+        count = alternatives or 0
+        reports = self._reports(states, guidance, picked, token, place, count) if report else None
         events = []
         for i, (slot, row, t) in enumerate(zip(slots, rows, token.tolist(), strict=True)):
             row.written.append(t)
             finished = self._finished(row, t)
             if finished:
                 self._slots[slot] = None
-            report = reports[i] if reports else None
-            events.append(TokenEvent(row.request_id, t, finished, report))
+            events.append(TokenEvent(row.request_id, t, finished, reports[i] if reports else None))
         return events
 
     def _reports(
-        self, states: States, guidance: Guidance, picked: NextToken, token: Tensor, place: Tensor
+        self,
+        states: States,
+        guidance: Guidance,
+        picked: NextToken,
+        token: Tensor,
+        place: Tensor,
+        count: int,
     ) -> list[TokenReport]:
         at = place[:, None]
         columns = [
@@ -212,6 +233,7 @@ class Engine:
         ]
         for of_budget in (picked.beta, picked.spent):
             columns.append([None] * len(at) if of_budget is None else of_budget.tolist())
+        columns.append(self.guide.alternatives(states, picked, count, guidance.twins))
         return [TokenReport(*values) for values in zip(*columns, strict=True)]
 
     def _finished(self, row: _Row, token: int) -> Literal["end", "length", "stop"] | None:

@@ -1,6 +1,6 @@
 """A model and what guides it, side by side: which trunks read, and what they can do together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -10,9 +10,25 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.policy import V_ALONE, Guidance, NextToken, distribution, fold, folds
+from qvgpt.decode.policy import (
+    NEG_INF,
+    V_ALONE,
+    Guidance,
+    NextToken,
+    distribution,
+    fold,
+    folds,
+    functional_options,
+)
 from qvgpt.decode.reading import States
-from qvgpt.decode.sources import HeadValues, ValueSource, heads_of, leaves, own_values
+from qvgpt.decode.sources import (
+    HeadValues,
+    PrefixValues,
+    ValueSource,
+    heads_of,
+    leaves,
+    own_values,
+)
 from qvgpt.errors import QvgptError
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.heads import ValueHeads
@@ -21,11 +37,27 @@ from qvgpt.models.value_model import ValueModel
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token that might have been written, and what was thought of it."""
+
+    token: int
+    logprob: float
+    """log π."""
+    base_logprob: float
+    """log π₀, over the whole vocabulary at temperature 1."""
+    q: float | None
+    """Expected return of the text continued with this token; None: unknown."""
+
+
+@dataclass(frozen=True)
 class Guide:
     """A source beside the model that it guides: what both can do together, checked once."""
 
     model: ValueModel
     source: ValueSource | None
+    foldable: Collection[float] | None = None
+    """The β that may be folded into the LM head, each a matrix of its size; None: any. Where β
+    comes from strangers there is no end of them."""
 
     @classmethod
     def of(cls, model: ValueModel, source: ValueSource | None = None) -> "Guide":
@@ -77,7 +109,8 @@ class Guide:
         trunk, folded, beta = self.model.trunk, None, None
         if guidance.beta_end is not None:
             beta = torch.tensor(list(map(guidance.beta_at, positions)), device=self.model.device)
-        if not report and folds(self.heads, guidance, trunk.softcap):
+        may_fold = self.foldable is None or guidance.beta in self.foldable
+        if not report and may_fold and folds(self.heads, guidance, trunk.softcap):
             folded = self._fold(guidance.beta)
         hidden = states.of(trunk)
 
@@ -135,6 +168,23 @@ class Guide:
         v = self.source.state_value(states)
         return q, [None] * len(states) if v is None else v.tolist()
 
+    def alternatives(
+        self, states: States, picked: NextToken, count: int, twins: Literal["mean", "min"]
+    ) -> list[tuple[Alternative, ...]]:
+        """The `count` likeliest candidates after each state, likeliest first, none of them cut."""
+        if count == 0:
+            return [()] * len(states)
+        logprob, place = picked.logprob.topk(min(count, picked.logprob.size(1)), dim=-1)
+        tokens, base = (x.gather(1, place) for x in (picked.tokens, picked.base_logprob))
+        unknown = [[None] * tokens.size(1)] * len(states)
+        asked = tokens.clamp(max=self.known - 1)
+        q = self.source(states, asked, Guidance(twins=twins)).tolist() if self.source else unknown
+        rows = zip(tokens.tolist(), logprob.tolist(), base.tolist(), q, strict=True)
+        return [
+            tuple(Alternative(*each) for each in zip(*row, strict=True) if each[1] > NEG_INF)
+            for row in rows
+        ]
+
     @cached_property
     def _knows_q(self) -> bool:
         """Whether all heads that are asked for Q know it: weights are looked through but once."""
@@ -166,6 +216,9 @@ class Guide:
             )
         if not self._knows_q:
             raise QvgptError(V_ALONE)
+        for leaf in leaves(self.source):
+            if isinstance(leaf, HeadValues | PrefixValues):
+                functional_options(heads_of(leaf.model), guidance)
         most, candidates = self.source.most_candidates, self.known
         if guidance.top_k is not None and guidance.candidates == "base":
             candidates = min(candidates, guidance.top_k)

@@ -6,7 +6,7 @@ token only where guidance asks for V after candidates that the text does not go 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -66,18 +66,22 @@ def score(
     guidance: Guidance | None = None,
     batch_size: int = 32,
     values: ValueSource | None = None,
+    alternatives: int | None = None,
 ) -> list[TextScore]:
     """One `TextScore` per trajectory, in their order; rewards are not looked at.
 
     Texts of like length share a forward. q, v and what guides are those of `values`, by default
-    the model's own. Raises `QvgptError` for a text longer than the context, for values that cannot
-    guide as `guidance` says, and as `collate` does.
+    the model's own. `alternatives` is that of a `Request`. Raises `QvgptError` for a text longer
+    than the context, for values that cannot guide as `guidance` says, and as `collate` does.
     """
     guide, guidance = Guide.of(model, values), guidance or Guidance()
     _refuse(guide, trajectories, guidance)
+    if alternatives is not None and guidance.temperature == 0:
+        guidance = replace(guidance, temperature=1.0)
     scores: dict[int, TextScore] = {}
     for chosen in _batches(trajectories, batch_size):
-        found = _score_batch(guide, [trajectories[i] for i in chosen], guidance)
+        some = [trajectories[i] for i in chosen]
+        found = _score_batch(guide, some, guidance, alternatives or 0)
         scores |= dict(zip(chosen, found, strict=True))
     return [scores[i] for i in range(len(trajectories))]
 
@@ -189,12 +193,15 @@ class _Read:
         trunks = self.guide.trunks
         return _WholeTexts(Reading(trunks, [], [0] * len(trunks)), of(0), None, texts, of(1))
 
-    def decisions(self, guidance: Guidance) -> Iterator[tuple[Int[Tensor, "rows"], States]]:
+    def decisions(
+        self, guidance: Guidance, alternatives: int = 0
+    ) -> Iterator[tuple[Int[Tensor, "rows"], States]]:
         """The states of all decisions that count, in pieces, and which they are."""
         text, step = self.batch.mask.nonzero(as_tuple=True)
         place, trunks = self.batch.state_index[text, step], self.guide.trunks
         at_once = (HeadValues, Contrast, TokenScorer)
-        if not guidance.guides or all(isinstance(s, at_once) for s in leaves(self.guide.source)):
+        asked = guidance.guides or alternatives > 0
+        if not asked or all(isinstance(s, at_once) for s in leaves(self.guide.source)):
             size = vocab.chunk_rows(self.guide.model.trunk.vocab_size, tensors=4 * len(trunks))
             for at in torch.arange(len(text)).split(size):
                 yield at, self.states(text[at], place[at])
@@ -242,14 +249,14 @@ def _policy(
 
 
 def _score_batch(
-    guide: Guide, trajectories: Sequence[Trajectory], guidance: Guidance
+    guide: Guide, trajectories: Sequence[Trajectory], guidance: Guidance, alternatives: int
 ) -> list[TextScore]:
     batch = collate(trajectories)
     texts, action, betas = _Read(guide, batch), batch.action[batch.mask], _betas(batch, guidance)
     found: dict[int, TokenReport] = {}
-    for at, states in texts.decisions(guidance):
+    for at, states in texts.decisions(guidance, alternatives):
         beta = None if betas is None else betas[at]
-        reports = _reports(guide, states, action[at], guidance, beta)
+        reports = _reports(guide, states, action[at], guidance, beta, alternatives)
         found |= dict(zip(at.tolist(), reports, strict=True))
     each = (found[i] for i in range(len(found)))
     ends = texts.ends([t.terminated for t in trajectories])
@@ -263,6 +270,7 @@ def _reports(
     action: Int[Tensor, "rows"],
     guidance: Guidance,
     beta: Float[Tensor, "rows"] | None,
+    alternatives: int,
 ) -> list[TokenReport]:
     """Reports on the given next tokens, which need not be candidates."""
     model = guide.model
@@ -280,4 +288,5 @@ def _reports(
     ]
     for of_budget in (policy.beta, policy.spent):
         columns.append([None] * len(action) if of_budget is None else of_budget.tolist())
+    columns.append(guide.alternatives(states, policy, alternatives, guidance.twins))
     return [TokenReport(*values) for values in zip(*columns, strict=True)]

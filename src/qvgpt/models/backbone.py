@@ -1,13 +1,12 @@
 """What a trunk must offer to carry value heads."""
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Dtype = Literal["float32", "bfloat16", "auto"]
-"""Of a trunk's weights in memory; auto: as they are stored."""
+from qvgpt.models.dtype import Dtype as Dtype
 
 
 @runtime_checkable
