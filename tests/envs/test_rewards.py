@@ -13,7 +13,17 @@ from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.envs.rewards import bleu_prefixes, get_reward, shape
 from qvgpt.errors import QvgptError
 
-BUILT_IN = ["bleu", "chrf", "rouge_l", "rouge_2", "exact_match", "token_f1", "length"]
+BUILT_IN = [
+    "bleu",
+    "bleu:zh",
+    "chrf",
+    "rouge_1",
+    "rouge_l",
+    "rouge_2",
+    "exact_match",
+    "token_f1",
+    "length",
+]
 WORDS = ["the", "cat", "sat", "on", "mat", ",", "3.5", "1-2", "a.b", "Hund", "läuft", "&quot;", "-"]
 sentence = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 anything = st.one_of(sentence, st.text(st.characters(codec="utf-8"), max_size=30))
