@@ -89,7 +89,7 @@ def load_examples(
         raise QvgptError(f"data: every label is {order[0]!r}; two classes or more are needed")
     if names and len(names) != len(order):
         raise QvgptError(f"labels: {len(order)} names were expected, for the values {order}")
-    items = [Example(t, index[v]) for (t, _, _), v in zip(found, values, strict=True)]
+    items = [Example(t, float(index[v])) for (t, _, _), v in zip(found, values, strict=True)]
     return Examples("classes", items, list(names) or order, order)
 
 

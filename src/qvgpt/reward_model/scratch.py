@@ -1,5 +1,6 @@
 """A small BERT or RoBERTa from nothing, its size and tokenizer taken from the data."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,25 +58,19 @@ def new_tokenizer(texts: Sequence[str], family: Family, vocab_size: int) -> Any:
 
     if family == "bert":
         named = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"}
-        kept = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        kept.normalizer = normalizers.BertNormalizer(lowercase=True)
-        kept.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        kept.decoder = decoders.WordPiece()
-        trainer: Any = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=[*named.values()], show_progress=False
-        )
+        kept = _word_pieces(texts, vocab_size, [*named.values()])
     else:
         named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
-        kept = Tokenizer(models.BPE(unk_token="<unk>"))
+        kept = Tokenizer(models.BPE())
         kept.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         kept.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        trainer: Any = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[*named.values()],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-    kept.train_from_iterator(texts, trainer)
+        kept.train_from_iterator(texts, trainer)
     if family == "bert":
         single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
     else:
@@ -93,6 +88,41 @@ def new_tokenizer(texts: Sequence[str], family: Family, vocab_size: int) -> Any:
     if family == "bert":
         reads.insert(1, "token_type_ids")
     return PreTrainedTokenizerFast(tokenizer_object=kept, model_input_names=reads, **tokens)
+
+
+def _word_pieces(texts: Sequence[str], vocab_size: int, specials: Sequence[str]) -> Tokenizer:
+    """BERT's tokenizer, the same for the same texts.
+
+    The trainer gives the pieces `##c` numbers in the order of a hash table, and by these settles
+    ties: so they are told it beforehand, as if they were special tokens, by frequency.
+    """
+    normalise, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in cut.pre_tokenize_str(normalise.normalize_str(text)))
+    letters: Counter[str] = Counter()
+    for word, n in counts.items():
+        for letter in _letters(word):
+            letters[letter] += n
+    known = sorted(letters, key=lambda x: (-letters[x], x))[: 3 * vocab_size // 4]
+    all_known = frozenset(known).issuperset
+    words = sorted(word for word in counts if all_known(_letters(word)))
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer: Any = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*specials, *known], show_progress=False
+    )
+    trained.train_from_iterator((" ".join([w] * counts[w]) for w in words), trainer)
+    vocab = trained.get_vocab()
+    kept = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    kept.add_special_tokens([*specials])
+    kept.normalizer, kept.pre_tokenizer, kept.decoder = normalise, cut, decoders.WordPiece()
+    return kept
+
+
+def _letters(word: str) -> list[str]:
+    """As WordPiece writes them."""
+    return [*word[:1], *(f"##{letter}" for letter in word[1:])]
 
 
 def new_model(

@@ -195,7 +195,10 @@ class Training:
         found = loss(self.kind, logits, targets).mean()
         self.accelerator.backward(found)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.rates.clip)
-        parts = {"loss": float(found), "grad_norm": math.nan if norm is None else float(norm)}
+        parts = {
+            "loss": float(found.detach()),
+            "grad_norm": math.nan if norm is None else float(norm),
+        }
         if not all(map(math.isfinite, parts.values())):
             raise QvgptError(f"step {self.state.step + 1}: the loss became NaN; lower rates.lr")
         schedule = FitOptions(warmup=self.rates.warmup)

@@ -181,8 +181,12 @@ def joined(prompt: str, completion: str) -> str:
 def encode(
     tokenizer: Any, texts: Sequence[tuple[str, str | None]], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """`input_ids` and their like of each text or pair, cut on the right at `max_length` tokens."""
+    """`input_ids` and their like of each text or pair, cut on the right at `max_length` tokens.
+
+    What is written like a special token, as `[SEP]`, is read as plain text.
+    """
     how: dict[str, Any] = {"truncation": True, "max_length": max_length}
+    how["split_special_tokens"] = True
     if any(pair is not None for _, pair in texts):
         return [dict(tokenizer(text, pair, **how).data) for text, pair in texts]
     found = tokenizer([text for text, _ in texts], **how).data if texts else {}
