@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from importlib import import_module
@@ -12,15 +13,23 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from qvgpt.collect import CollectConfig, collect
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.sources import Contrast
 from qvgpt.envs.rewards import get_reward
 from qvgpt.envs.rewards.classifier import encode
 from qvgpt.errors import QvgptError
+from qvgpt.evaluate import EvaluateConfig, evaluate, judges_trained_on
+from qvgpt.fit_options import FitOptions
+from qvgpt.models.gpt import GPT
+from qvgpt.models.value_model import ValueModel
 from qvgpt.reward_model import RewardModelConfig, train_reward_model
 from qvgpt.reward_model import training as training_module
 from qvgpt.reward_model.examples import load_examples
 from qvgpt.reward_model.judged import judged, loss
 from qvgpt.reward_model.scratch import Size, new_tokenizer
 from qvgpt.reward_model.training import Rates
+from qvgpt.trainer import TrainConfig, train
 
 judges = import_module("qvgpt.envs.rewards.classifier")
 SMALL = Size(width=32, layers=1, vocab_size=400, dropout=0.0)
@@ -270,3 +279,44 @@ def test_a_new_tokenizer_is_the_same_each_time(family):
     if family == "bert":
         assert one.tokenize("味道好") == ["味", "道", "好"]
         assert one.unk_token_id not in encode(one, [("unread tears", None)], 50)[0]["input_ids"]
+
+
+def test_who_trained_does_not_judge(judge, tmp_path, capsys):
+    """The judge's weights are told from rows to model to evaluation, wherever they lie."""
+    tokenizer = Tokenizer.train(WORDS, "char", 40)
+    gpt = GPT(tokenizer.vocab_size, embed_dim=16, num_heads=2, num_layers=1, seq_len=16)
+    ValueModel(gpt, None, tokenizer).save(tmp_path / "lm")
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "tea"}, {"prompt": "cup", "judged_by": "x"}])
+    spec = f"classifier:{judge[0]}#plus"
+    collected = CollectConfig(
+        str(tmp_path / "lm"), prompts, spec, str(tmp_path / "c"), samples=2, max_tokens=4
+    )
+    collect(collected)
+    data = tmp_path / "c" / "data.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    assert [row["judged_by"] for row in rows] == [[judge[1]["sha256"]]] * 2
+    texts = [text for row in rows for text in row["completions"]]
+    both = get_reward(spec)(texts, [row for row in rows for _ in range(2)])
+    assert [x for row in rows for x in row["rewards"]] == pytest.approx(both, abs=1e-6)
+    for name, objectives in {"values": ["MonteCarlo"], "plain": ["LM"]}.items():
+        train(
+            TrainConfig(
+                [str(data)], str(tmp_path / name), model=str(tmp_path / "lm"),
+                objectives=objectives, fit=FitOptions(max_steps=1),
+            )
+        )  # fmt: skip
+        model = ValueModel.from_pretrained(tmp_path / name)
+        assert model.info.judged_by == [judge[1]["sha256"]]
+    copy = tmp_path / "copy"
+    shutil.copytree(judge[0], copy)
+    capsys.readouterr()
+    how = EvaluateConfig(
+        str(tmp_path / "values"), prompts, f"classifier:{copy}#minus", str(tmp_path / "e"),
+        metrics=["length"], betas=[1.0], max_tokens=4,
+    )  # fmt: skip
+    assert evaluate(how)["judges_trained_on"] == [f"classifier:{copy}#minus"]
+    assert "is no evidence; judge by another one" in capsys.readouterr().err
+    rewards = {"a": get_reward(spec), "b": get_reward("length")}
+    lm, plain = (ValueModel.from_pretrained(tmp_path / name) for name in ("lm", "plain"))
+    assert judges_trained_on(rewards, lm, None) == []
+    assert judges_trained_on(rewards, lm, Contrast(plain, lm)) == ["a"]

@@ -43,7 +43,7 @@ class Kind:
     direction: str
     """What a higher reward means."""
     cost: str
-    """Of one text, on one CPU core."""
+    """Of one text of 20 words, on one CPU core."""
     argument: str = ""
     """What may stand after the name; in brackets where it may be left out."""
     compares: bool = False
@@ -54,41 +54,40 @@ def _plain(name: str, score: Callable[[str, Row], float]) -> Callable[[str], Met
     return lambda _: Metric(name, score)
 
 
-_MICROSECONDS = "some 10 µs"
+_CHEAP = "< 0.1 ms"
 KINDS: dict[str, Kind] = {
-    "bleu": Kind(bleu, "0..1", "nearer to a reference, in pairs to quadruples of words",
-                 "some 50 µs", "[:zh]", True),
-    "chrf": Kind(lambda _: overlap.chrf(), "0..1", "nearer to a reference, in characters",
-                 "some 500 µs", "", True),
+    "bleu": Kind(bleu, "0..1", "nearer to a reference, by one to four words in a row",
+                 "0.1 ms", "[:zh]", True),
+    "chrf": Kind(lambda _: overlap.chrf(), "0..1", "nearer to a reference, by characters",
+                 "0.7 ms", "", True),
     "rouge_1": Kind(lambda _: overlap.rouge("1"), "0..1", "shares more words with a reference",
-                    "some 100 µs", "", True),
+                    "0.1 ms", "", True),
     "rouge_2": Kind(lambda _: overlap.rouge("2"), "0..1", "shares more pairs of words",
-                    "some 100 µs", "", True),
-    "rouge_l": Kind(lambda _: overlap.rouge("L"), "0..1", "a longer common subsequence of words",
-                    "some 100 µs, more for long texts", "", True),
+                    "0.1 ms", "", True),
+    "rouge_l": Kind(lambda _: overlap.rouge("L"), "0..1", "shares a longer subsequence of words",
+                    "0.3 ms, more for long texts", "", True),
     "exact_match": Kind(_plain("exact_match", overlap.exact_match), "0 or 1",
-                        "equals a reference after SQuAD's normalisation", _MICROSECONDS, "", True),
+                        "equals a reference, as SQuAD normalises", _CHEAP, "", True),
     "token_f1": Kind(_plain("token_f1", overlap.token_f1), "0..1",
-                     "shares more words with a reference after SQuAD's normalisation",
-                     _MICROSECONDS, "", True),
+                     "shares more words with a reference, as SQuAD normalises", _CHEAP, "", True),
     "number": Kind(_plain("number", overlap.number), "0 or 1",
-                   "its last number is the reference's last number", _MICROSECONDS, "", True),
-    "length": Kind(form.length, "0.. words; with N 0..1", "longer; with N nearer to N words",
-                   _MICROSECONDS, "[:N]"),
-    "distinct": Kind(form.distinct, "0..1", "fewer n-grams said twice (N: 2)", _MICROSECONDS,
+                   "its last number is that of a reference", _CHEAP, "", True),
+    "length": Kind(form.length, "words; with N 0..1", "longer; with N nearer to N words", _CHEAP,
+                   "[:N]"),
+    "distinct": Kind(form.distinct, "0..1", "fewer runs of N words (2) said twice", _CHEAP,
                      "[:N]"),
     "repetition": Kind(form.repetition, "−1..0", "fewer words said again within N words (16)",
-                       _MICROSECONDS, "[:N]"),
-    "regex": Kind(form.regex, "0 or 1", "the pattern is found", "the pattern's", ":PATTERN"),
-    "json": Kind(form.json_object, "0 or 1", "is one JSON object with these keys", _MICROSECONDS,
+                       _CHEAP, "[:N]"),
+    "regex": Kind(form.regex, "0 or 1", "Python's pattern is found", "the pattern's", ":PATTERN"),
+    "json": Kind(form.json_object, "0 or 1", "is one JSON object, which has the keys", _CHEAP,
                  "[:KEY,KEY]"),
     "command": Kind(command, "0 or 1, or what it prints", "the program says so",
-                    "the program's, and a process", ":[timeout=S ]PROGRAM ARGUMENTS"),
-    "classifier": Kind(classifier, "0..1; logits and regressors: any",
-                       "the model finds the label likelier, or the value higher",
-                       "a forward pass, in batches", ":DIR[#LABEL[:logit]]"),
+                    "the program's, and 6 ms", ":[timeout=S ]PROGRAM ARGUMENTS"),
+    "classifier": Kind(classifier, "0..1; logits and regressors any",
+                       "the label is likelier, the value higher", "a forward pass, in batches",
+                       ":DIR[#LABEL[:logit]]"),
 }  # fmt: skip
-_WEIGHTED = re.compile(r"\s*([+-]?\s*(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*\s*")
+_WEIGHTED = re.compile(r"\s*([+-]?\s*-?\s*)((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*\s*")
 
 
 def get_reward(spec: str) -> Metric:
@@ -129,12 +128,12 @@ def _unknown(spec: str) -> Metric:
 
 def _terms(spec: str) -> list[tuple[float, str]] | None:
     """The weights and rewards of a sum; None where it is none."""
-    starts = [m for m in _WEIGHTED.finditer(spec) if m.start() == 0 or m[1][0] in "+-"]
+    starts = [m for m in _WEIGHTED.finditer(spec) if m.start() == 0 or m[1][:1] in ("+", "-")]
     if not starts or starts[0].start() > 0:
         return None
     ends = [*(m.start() for m in starts[1:]), len(spec)]
     return [
-        (float(m[1].replace(" ", "")), spec[m.end() : end].strip())
+        ((-1) ** m[1].count("-") * float(m[2]), spec[m.end() : end].strip())
         for m, end in zip(starts, ends, strict=True)
     ]
 
