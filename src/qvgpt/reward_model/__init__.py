@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers.utils import logging
 
 from qvgpt.envs.rewards.classifier import (
     Classifier,
@@ -140,6 +141,7 @@ def _written(
 ) -> dict[str, Any]:
     """Write the model, its card and the summary."""
     output, model = Path(config.output), training.model
+    logging.disable_progress_bar()
     model.config.qvgpt = {"reads": config.reads}
     with writing(output, "go on with --resume"):
         model.save_pretrained(output)
