@@ -31,6 +31,7 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/random_walk/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
+	$(BIN)/python reproductions/sentiment/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
 

@@ -243,13 +243,23 @@ def test_a_program_of_ones_own(tmp_path):
         "said = row['completion']\n"
         "if said == 'sleep':\n"
         "    subprocess.Popen(['sleep', '30']).wait()\n"
-        "if said == 'half': print('log'); print(0.5)\n"
+        "if said == 'half':\n"
+        "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)\n"
+        "    print(child.pid, file=open(row['note'], 'w'))\n"
+        "    print('log'); print(0.5)\n"
         "sys.exit(0 if said in ('half', row['reference']) else 3)\n"
     )
-    reward = get_reward(f"command:timeout=2 {sys.executable} -S -E {tmp_path}/check.py")
-    row = {"completion": "right; rm -rf $HOME"}
+    reward = get_reward(f"command:timeout=20 {sys.executable} -S -E {tmp_path}/check.py")
+    row = {"completion": "right; rm -rf $HOME", "note": str(tmp_path / "pid")}
     texts = ["right; rm -rf $HOME", "wrong", "half"]
     assert reward(texts, [row] * 3) == [1.0, 0.0, 0.5]
+    child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    for _ in range(100):  # what a program leaves behind ends with it
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the program's child goes on")
     started = time.monotonic()
     slow = get_reward(f"command:timeout=0.3 {sys.executable} -S -E {tmp_path}/check.py")
     assert slow(["sleep"], [row]) == [0.0]
