@@ -32,6 +32,7 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/search/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
+	$(BIN)/python reproductions/sentiment/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
 

@@ -186,10 +186,21 @@ def load_checkpoint(
     load_model(path, model)
     if model.slow is not None:
         model.slow.load_state_dict(load_tensors(path / _SLOW))
+    put_optimizer_state(load_tensors(path / "optimizer.safetensors"), names, optimizer, path)
+    return TrainState(**read_json(path / "trainer.json"))
+
+
+def put_optimizer_state(
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+) -> None:
+    """Put back what `optimizer_state` gave; `path` is where it was read, for the error."""
     indices = {name: index for index, name in enumerate(names)}
     parameters = _parameters(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
-    for full, value in load_tensors(path / "optimizer.safetensors").items():
+    for full, value in tensors.items():
         name, _, key = full.rpartition(".")
         if name not in indices:
             raise QvgptError(f"{path}: there {name} was trained, which now it is not")
@@ -197,7 +208,6 @@ def load_checkpoint(
         state.setdefault(indices[name], {})[key] = sharded_like(value, own)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return TrainState(**read_json(path / "trainer.json"))
 
 
 def load_model(path: Path, model: ValueModel) -> None:

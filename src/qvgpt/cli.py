@@ -49,6 +49,12 @@ COMMANDS = {
     "collect": Command(
         "qvgpt.collect", "collect", "sample completions and score them", prints_summary=True
     ),
+    "reward-model": Command(
+        "qvgpt.reward_model",
+        "train_reward_model",
+        "a classifier or regressor of text, to be a reward",
+        prints_summary=True,
+    ),
     "rounds": Command(
         "qvgpt.rounds",
         "rounds",
@@ -138,7 +144,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<14}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: qvgpt COMMAND [options]", "", "A GPT with Q- and V-functions.", "", *lines, "",
          "qvgpt COMMAND --help lists its options; --config x.yaml reads them from a file."]

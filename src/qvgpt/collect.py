@@ -50,7 +50,8 @@ class CollectConfig:
     data: str
     """Rows with prompts (and what the reward needs: references, completion, …)."""
     reward: str
-    """bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
+    """bleu, chrf, rouge_l, exact_match, token_f1, length …, classifier:DIR#LABEL, a sum such as
+    '0.7*chrf + 0.3*distinct', or module:function; docs/rewards.md lists them."""
     output: str
     """Where data.jsonl and summary.json go; a new directory."""
     samples: int = 8
@@ -241,11 +242,16 @@ def _collect(
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
+<<<<<<< HEAD
             groups = write(chunk, progress)
             found = [
                 _collected(rows[i], group, reward, tokenizer, config)
                 for i, group in zip(chunk, groups, strict=True)
             ]
+=======
+            groups = _written(model, values, prompts, chunk, config, progress)
+            found = _collected([rows[i] for i in chunk], groups, reward, model, config)
+>>>>>>> rewards
             lines.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found).encode())
             lines.flush()
             os.fsync(lines.fileno())
@@ -323,6 +329,7 @@ def _beams(
 
 
 def _collected(
+<<<<<<< HEAD
     row: Row,
     texts: Sequence[Text],
     reward: Metric,
@@ -335,6 +342,55 @@ def _collected(
         return text.text if tokenizer is None else tuple(text.tokens)
 
     samples, texts = list(texts[: config.samples]), list(texts)
+=======
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[Text]],
+    reward: Metric,
+    model: ValueModel,
+    config: CollectConfig,
+) -> list[dict[str, Any]]:
+    """The lines of data.jsonl for the prompts of a chunk, whose texts are judged all at once."""
+    assert model.tokenizer is not None
+    chosen = [_chosen(row, texts, model, config) for row, texts in zip(rows, groups, strict=True)]
+    fields: list[Mapping[str, Any]] = []
+    for row, written, (texts, _) in zip(rows, groups, chosen, strict=True):
+        if config.compare_with == "samples":
+            fields += _others(row, texts, written[: config.samples])
+        else:
+            fields += [row.fields] * len(texts)
+    judge = expected(reward) if config.compare_with == "samples" else reward
+    every = [text for texts, _ in chosen for text in texts]
+    if config.shaped:
+        ids = [text.tokens for text in every]
+        scores: Iterator[Any] = iter(
+            shape(judge, ids, fields, model.tokenizer, brevity=config.brevity)
+        )
+    else:
+        scores = iter(judge([text.text for text in every], fields))
+    lines = []
+    for row, (texts, sampled) in zip(rows, chosen, strict=True):
+        rewards = [next(scores) for _ in texts]
+        line = {
+            **_kept(row.fields),
+            "completions": [text.text for text in texts],
+            "completion_ids": [text.tokens for text in texts],
+            "token_rewards" if config.shaped else "rewards": rewards,
+            # a reward for the whole text is final, also where the length limit cut it: a value to
+            # bootstrap from on top of it would count twice
+            "truncated": [config.shaped and not text.terminated for text in texts],
+            "length_limited": [not text.terminated for text in texts],
+            "sampled": sampled,
+        }
+        lines.append(line | ({"judged_by": sorted(reward.models)} if reward.models else {}))
+    return lines
+
+
+def _chosen(
+    row: Row, texts: Sequence[Text], model: ValueModel, config: CollectConfig
+) -> tuple[list[Text], int]:
+    """The texts of a prompt that are kept, and how many of them, the first, the model wrote."""
+    texts = list(texts)
+>>>>>>> rewards
     if config.unique:
         first: dict[Any, Text] = {}
         for text in texts:
@@ -345,6 +401,7 @@ def _collected(
         reference = _reference(row, tokenizer)
         if not config.unique or all(like(reference) != like(text) for text in texts):
             texts.append(reference)
+<<<<<<< HEAD
     ids = [text.tokens for text in texts]
     fields: list[Mapping[str, Any]] = [row.fields] * len(texts)
     if config.compare_with == "samples":
@@ -366,6 +423,9 @@ def _collected(
         "length_limited": [not text.terminated for text in texts],
         "sampled": sampled,
     }
+=======
+    return texts, sampled
+>>>>>>> rewards
 
 
 def _others(row: Row, texts: Sequence[Text], samples: Sequence[Text]) -> list[Mapping[str, Any]]:
@@ -380,7 +440,8 @@ def _others(row: Row, texts: Sequence[Text], samples: Sequence[Text]) -> list[Ma
 
 def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Prompt, references and metadata of a row, without what it says of its own completion."""
-    kept = {k: v for k, v in fields.items() if k in ("prompt", "prompt_ids") or k not in _KNOWN}
+    dropped = (_KNOWN | {"judged_by"}) - {"prompt", "prompt_ids"}
+    kept = {k: v for k, v in fields.items() if k not in dropped}
     own = fields.get("completion")
     if fields.get("references") or isinstance(own, str):
         kept["references"] = list(fields.get("references") or [own])

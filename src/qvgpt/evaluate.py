@@ -1,6 +1,7 @@
 """`qvgpt evaluate`: base and guided side by side on a data set, with summary.json and a report."""
 
 import itertools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +19,9 @@ from qvgpt.compare import (
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.search import Search
 from qvgpt.decode.searches import is_sampled, parse_search, search_name
-from qvgpt.decode.sources import HeadValues, describe, own_values
+from qvgpt.decode.sources import HeadValues, ValueSource, describe, leaves, own_values
 from qvgpt.diagnostics import value_diagnostics
-from qvgpt.envs.rewards import get_reward, references, shape
+from qvgpt.envs.rewards import Metric, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate_report import Evaluation, sections, show
 from qvgpt.models.backbone import Dtype
@@ -51,7 +52,8 @@ class EvaluateConfig:
     data: str
     """Rows with prompts (and what the reward needs: references, completion, …)."""
     reward: str
-    """What is compared: bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
+    """What is compared, as of `collect`: bleu, chrf, classifier:DIR#LABEL … (docs/rewards.md). Of a
+    model that learned from a classifier's rewards another classifier is the judge."""
     output: str
     """Where summary.json and report.html go; a new directory."""
     base: str | None = None
@@ -150,8 +152,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
-    judges = {n: _judge(n, fields) for n in config.metrics if n not in CORPUS_METRICS}
-    score = _judge(config.reward, fields)
+    names = [config.reward, *(n for n in config.metrics if n not in CORPUS_METRICS)]
+    rewards = {name: get_reward(name) for name in names}
+    partial = judges_trained_on(rewards, model, values)
+    for name in partial:
+        print(
+            f"evaluate: {name} gave the rewards that this model learned from: what it gains by it "
+            "is no evidence; judge by another one",
+            file=sys.stderr,
+        )
+    judges = {name: _judge(rewards[name], fields) for name in names[1:]}
+    score = _judge(rewards[config.reward], fields)
     best_of = dict.fromkeys((n for n in guidances if n.startswith("best of")), config.best_of)
     options = CompareOptions(
         samples=config.samples,
@@ -178,6 +189,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "metric": config.reward,
         "model": config.model,
         "base": config.base,
+        "judges_trained_on": partial,
         "guided_by": None if judged is None else describe(judged),
         "data": config.data,
         "prompts": len(prompts),
@@ -267,8 +279,18 @@ def _common(config: EvaluateConfig) -> Guidance:
     )
 
 
-def _judge(reward: str, fields: Sequence[Mapping[str, Any]]) -> Score:
-    metric = get_reward(reward)
+def judges_trained_on(
+    rewards: Mapping[str, Metric], model: ValueModel, values: ValueSource | None
+) -> list[str]:
+    """Which rewards are by models whose rewards the model, or what guides it, has learned from."""
+    known = set(model.info.judged_by)
+    for leaf in leaves(values):
+        for source in (getattr(leaf, name, None) for name in ("model", "plus", "minus")):
+            known.update(source.info.judged_by if source is not None else ())
+    return [name for name, reward in rewards.items() if reward.models & known]
+
+
+def _judge(metric: Metric, fields: Sequence[Mapping[str, Any]]) -> Score:
     return lambda texts, index: metric(texts, [fields[i] for i in index])
 
 

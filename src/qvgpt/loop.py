@@ -400,7 +400,8 @@ def fit(
         one.eval()
         one.slow = None
         if stale:
-            one.heads, one.info = None, ValueInfo(dialogues=one.info.dialogues)
+            kept = ValueInfo(dialogues=one.info.dialogues, judged_by=one.info.judged_by)
+            one.heads, one.info = None, kept
     if output is not None and plain is not None:
         with writing(output, "go on with --resume"):
             plain.save(output)

@@ -53,7 +53,7 @@ class RoundsConfig:
     data: str
     """Rows with prompts to write from (and what the reward needs: references, completion, …)."""
     reward: str
-    """bleu, chrf, rouge_l, exact_match, token_f1, length or module:function."""
+    """As of `collect`: bleu, chrf, classifier:DIR#LABEL … (docs/rewards.md)."""
     output: str
     """A new directory, with one for each round in it."""
     beta: float

@@ -166,9 +166,11 @@ def _train(
     if scale != 1:
         data, eval_data = scaled(data, scale), scaled(eval_data, scale)
     objectives = objectives.fitted_to(data)
+    judges = model.info.judged_by
     dialogues = model.info.dialogues or _are_dialogues(data, model)
     model = _equipped(config, model, objectives, [*data, *eval_data], newest, console)
     model.info.dialogues = dialogues
+    model.info.judged_by = sorted({*judges, *counts["judged_by"]})
     if objectives.needs_reference:
         _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
@@ -361,7 +363,7 @@ def _new(config: TrainConfig) -> ValueModel:
 
 def _load(
     config: TrainConfig, paths: list[str], model: ValueModel, console: Console
-) -> tuple[list[Trajectory], dict[str, int]]:
+) -> tuple[list[Trajectory], dict[str, Any]]:
     """The texts of some files, and their counts; says what was cut or dropped."""
     assert model.tokenizer is not None
     context = model.trunk.seq_len

@@ -1,7 +1,10 @@
 import math
 import random
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,10 +13,20 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.envs.random_walk import RandomWalks
-from qvgpt.envs.rewards import bleu_prefixes, get_reward, shape
+from qvgpt.envs.rewards import KINDS, bleu_prefixes, compares, get_reward, shape
 from qvgpt.errors import QvgptError
 
-BUILT_IN = ["bleu", "chrf", "rouge_l", "rouge_2", "exact_match", "token_f1", "length"]
+BUILT_IN = [
+    "bleu",
+    "bleu:zh",
+    "chrf",
+    "rouge_1",
+    "rouge_l",
+    "rouge_2",
+    "exact_match",
+    "token_f1",
+    "length",
+]
 WORDS = ["the", "cat", "sat", "on", "mat", ",", "3.5", "1-2", "a.b", "Hund", "läuft", "&quot;", "-"]
 sentence = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 anything = st.one_of(sentence, st.text(st.characters(codec="utf-8"), max_size=30))
@@ -171,3 +184,118 @@ def test_faults(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(QvgptError, match=r"needs rouge-score: pip install 'qvgpt\[text\]'"):
         get_reward("rouge_l")
+
+
+def test_chinese_words_are_characters():
+    assert score("token_f1", "我喜欢北京。", "我喜欢上海") == pytest.approx(3 / 5)
+    assert score("exact_match", "答案：北京！", "答案北京") == 1.0
+    assert score("rouge_l", "今天天气好", "今天好") == pytest.approx(2 * 3 / 8)
+    assert score("rouge_1", "GPT很好。", "gpt 很坏") == pytest.approx(2 / 3)
+    assert score("length", "我用GPT 写", "") == 4.0
+    text, reference = "我喜欢北京，hello world。", "我很喜欢北京，hello world！"
+    expected = BLEU(effective_order=True, tokenize="zh").sentence_score(text, [reference])
+    assert 0 < score("bleu:zh", text, reference) == pytest.approx(expected.score / 100)
+    assert score("bleu:zh", text, reference) != pytest.approx(score("bleu", text, reference))
+
+
+def test_form_by_hand():
+    assert score("length:4", "a b", "") == score("length:4", "a b c d e f", "") == 0.5
+    assert score("length:2", "a b c d e", "") == 0.0
+    assert score("distinct", "a b a b", "") == pytest.approx(2 / 3)  # ab ba ab
+    assert score("distinct:1", "a b a b", "") == 0.5
+    assert score("distinct:3", "a b", "") == 0.0
+    assert score("repetition:2", "a b a c c a", "") == pytest.approx(-2 / 6)
+    assert score("repetition", "a b a c c a", "") == pytest.approx(-3 / 6)
+    assert score("repetition", "", "") == 0.0
+    assert score(r"regex:^\d+: x$", "12: x", "") == 1.0
+    assert score(r"regex:^\d+: x$", "12: xy", "") == 0.0
+    assert score("json:a, b", '{"a": 1, "b": {}}', "") == 1.0
+    assert (
+        score("json", "[1]", "") == score("json:a", '{"b": 1}', "") == score("json", "{", "") == 0
+    )
+    assert score("number", "so 3 + 4 = 7.0 apples", "it is 7") == 1.0
+    assert score("number", "-1,000.", "x", "-1000") == 1.0
+    assert score("number", "3-5", "-5") == score("number", "none", "none") == 0.0
+
+
+def test_sums_of_rewards():
+    both = score("0.7*rouge_l + 0.3*length:4", "a c x", "a b c d")
+    assert both == pytest.approx(0.7 * 4 / 7 + 0.3 * 0.75)
+    assert score("2*length - .5*length + 1e-1*length:8", "a b", "") == pytest.approx(3.025)
+    assert score("1*regex:a\\*b+ + -1*length", "a*bb", "") == 0.0
+    assert (compares("1*length + 2*bleu"), compares("1*length"), compares("bleu:zh")) == (
+        True, False, True,
+    )  # fmt: skip
+    tokens, row = [*TOK.encode("the cat sat"), TOK.template.eos], {"references": ["the cat on"]}
+    shaped = {
+        spec: np.array(shape(get_reward(spec), [tokens], [row], TOK)[0])
+        for spec in ("bleu", "length", "2*bleu - 0.1*length")
+    }
+    expected = 2 * shaped["bleu"] - 0.1 * shaped["length"]
+    assert shaped["2*bleu - 0.1*length"] == pytest.approx(expected)
+
+
+def test_a_program_of_ones_own(tmp_path):
+    """Status, printed number, time-out; what the text says is data, never a command."""
+    (tmp_path / "check.py").write_text(
+        "import json, os, subprocess, sys\n"
+        "row = json.loads(sys.stdin.readline())\n"
+        "said = row['completion']\n"
+        "if said == 'sleep':\n"
+        "    subprocess.Popen(['sleep', '30']).wait()\n"
+        "if said == 'half':\n"
+        "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)\n"
+        "    print(child.pid, file=open(row['note'], 'w'))\n"
+        "    print('log'); print(0.5)\n"
+        "sys.exit(0 if said in ('half', row['reference']) else 3)\n"
+    )
+    reward = get_reward(f"command:timeout=20 {sys.executable} -S -E {tmp_path}/check.py")
+    row = {"completion": "right; rm -rf $HOME", "note": str(tmp_path / "pid")}
+    texts = ["right; rm -rf $HOME", "wrong", "half"]
+    assert reward(texts, [row] * 3) == [1.0, 0.0, 0.5]
+    child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    for _ in range(100):  # what a program leaves behind ends with it
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the program's child goes on")
+    started = time.monotonic()
+    slow = get_reward(f"command:timeout=0.3 {sys.executable} -S -E {tmp_path}/check.py")
+    assert slow(["sleep"], [row]) == [0.0]
+    assert time.monotonic() - started < 10
+    for spec, match in [
+        ("command:no-such-program x", "no program 'no-such-program'"),
+        ("command:timeout=0 true", "seconds above 0"),
+        ("command:'", "No closing quotation"),
+    ]:
+        with pytest.raises(QvgptError, match=match):
+            get_reward(spec)
+
+
+def test_arguments_are_checked():
+    for spec, match in [
+        ("chrf:zh", "takes nothing after it"),
+        ("regex", "say regex:PATTERN"),
+        ("regex:(", "no pattern"),
+        ("length:0", "at least 1"),
+        ("distinct:x", "a whole number"),
+        ("bleu:ja", "13a or zh"),
+        ("0.5*rouge_l+length", "every term has a weight"),
+        ("0.5*blue", "did you mean 'bleu'"),
+    ]:
+        with pytest.raises(QvgptError, match=match):
+            get_reward(spec)
+
+
+def test_every_reward_is_documented():
+    """docs/rewards.md holds the registry, line by line."""
+    lines = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    expected = [
+        f"| `{name}{kind.argument}` | {kind.range} | {kind.direction} | "
+        f"{'yes' if kind.compares else 'no'} | {kind.cost} |"
+        for name, kind in KINDS.items()
+    ]
+    assert rows[:-1] == expected
+    assert rows[-1].startswith("| `MODULE:FUNCTION` |")

@@ -32,6 +32,8 @@ class LoadReport:
     """How many were longer than `max_length`: those cut and those dropped."""
     cut: int
     dropped: int
+    judged_by: tuple[str, ...] = ()
+    """SHA-256 of the reward models that gave the rewards, as `collect` notes them in the rows."""
 
 
 def load_trajectories(
@@ -48,10 +50,11 @@ def load_trajectories(
     Raises `DataError` at the first faulty row (`check` finds them all).
     """
     every: list[Trajectory] = []
-    rows = 0
+    rows, judges = 0, set[str]()
     for path in path_list(paths):
         for row in read_rows(path):
             rows += 1
+            judges.update(map(str, row.fields.get("judged_by") or ()))
             every += row_to_trajectories(row, tokenizer)
     limit = sys.maxsize if max_length is None else max_length
     kept = [t for t in every if len(t.tokens) <= limit]
@@ -66,7 +69,9 @@ def load_trajectories(
     if too_long and on_too_long == "cut":
         kept = [c for t in every if (c := _cut(t, limit)) is not None]
         cut = len(kept) - (len(every) - too_long)
-    return kept, LoadReport(rows, len(kept), longest, too_long, cut, too_long - cut)
+    return kept, LoadReport(
+        rows, len(kept), longest, too_long, cut, too_long - cut, tuple(sorted(judges))
+    )
 
 
 def _cut(t: Trajectory, limit: int) -> Trajectory | None:

@@ -58,6 +58,8 @@ class ValueInfo:
     """Whether returns were counted from the mean of each prompt's texts."""
     dialogues: bool = False
     """Whether it was trained on dialogues, so that it knows what `eot` is for."""
+    judged_by: list[str] = field(default_factory=list)
+    """SHA-256 of the reward models whose rewards it learned from: no judges of what it gained."""
     recommended_guidance: Any = None
     """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
     `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
@@ -309,7 +311,12 @@ class ValueModel(nn.Module):
                 "pad_token_id": template.pad,
             }
             self.tokenizer.save(path)
-            said = {"tokenizer_sha256": self.tokenizer.sha256, "dialogues": self.info.dialogues}
+            said: dict[str, Any] = {
+                "tokenizer_sha256": self.tokenizer.sha256,
+                "dialogues": self.info.dialogues,
+            }
+            if self.info.judged_by:
+                said["judged_by"] = self.info.judged_by
             extra["qvgpt"] = said
         if merged or self.trunk.lora is None:
             self.trunk.save(path, **extra)
@@ -372,6 +379,7 @@ class ValueModel(nn.Module):
                 )
             plain = cls(trunk, None, tokenizer, freeze_trunk)
             plain.info.dialogues = ours.get("dialogues") is True
+            plain.info.judged_by = [str(sha256) for sha256 in ours.get("judged_by") or ()]
             return plain
         config = read_json(path / "value_config.json")
         if config.get("format_version") != FORMAT_VERSION:

@@ -1,0 +1,245 @@
+"""How each method's model is made, from files to directories; nothing is done twice."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data import Files, read, write
+from judging import MAX_TOKENS
+from rich.console import Console
+
+from qvgpt.collect import CollectConfig, collect
+from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import Contrast, ValueSource
+from qvgpt.fit_options import FitOptions
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.reward_model import RewardModelConfig, train_reward_model
+from qvgpt.reward_model.scratch import Size
+from qvgpt.reward_model.training import Rates
+from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+
+QUIET = Console(file=io.StringIO())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes and rates; the quick form has others."""
+
+    gpt: GPTShape
+    vocab_size: int
+    lm_fit: FitOptions
+    value_fit: FitOptions
+    tune_fit: FitOptions
+    reward: Size | None
+    judge: Size
+    reward_rates: Rates
+    prompts: int
+    """To collect from."""
+    samples: int
+    """Of each of them."""
+    validation: int
+    test: int
+    """Prompts of each of two kinds."""
+    judged_samples: int
+    """Of each prompt, for every method."""
+    base_samples: int
+    """Of the base, for best of N too."""
+    max_n: int
+    few_strengths: bool = False
+
+
+FULL = Setting(
+    gpt=GPTShape(256, 4, 4, 64, 0.2),
+    vocab_size=6000,
+    lm_fit=FitOptions(
+        epochs=20.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
+    ),
+    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=2e-4, value_lr=1e-3, bf16=True),
+    tune_fit=FitOptions(epochs=2.0, batch_size=64, lr=2e-4, bf16=True),
+    reward=None,
+    judge=Size(192, 3),
+    reward_rates=Rates(epochs=4.0, evals_per_epoch=2, bf16=True),
+    prompts=1000,
+    samples=16,
+    validation=200,
+    test=250,
+    judged_samples=4,
+    base_samples=32,
+    max_n=16,
+)
+QUICK = replace(
+    FULL,
+    gpt=GPTShape(32, 2, 1, 64, 0.0),
+    vocab_size=300,
+    lm_fit=FitOptions(max_steps=30, batch_size=16, lr=3e-3),
+    value_fit=FitOptions(max_steps=8, batch_size=32, lr=1e-3),
+    tune_fit=FitOptions(max_steps=4, batch_size=16, lr=1e-3),
+    reward=Size(32, 1, 200),
+    judge=Size(32, 1, 300),
+    reward_rates=Rates(epochs=2.0, lr=3e-3),
+    prompts=24,
+    samples=4,
+    validation=6,
+    test=6,
+    judged_samples=2,
+    base_samples=4,
+    max_n=2,
+    few_strengths=True,
+)
+
+
+PLAIN = Guidance()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained from the base on rewarded samples, and how it guides."""
+
+    objectives: tuple[str | dict[str, Any], ...]
+    heads: HeadsConfig | None = None
+    betas: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    guidance: Guidance = PLAIN
+
+
+LINEAR = HeadsConfig("linear", num_q=1)
+CANDIDATES = 50  # of methods that append each candidate
+VALUES: dict[str, Method] = {
+    "MonteCarlo": Method(("LM", "MonteCarlo"), LINEAR),
+    "ILQL": Method(("LM", {"ILQL": {"expectile": 0.8}}), HeadsConfig("linear", num_q=2)),
+    "Q♯": Method(
+        ("LM", "ReturnDistribution"),
+        HeadsConfig("categorical", rank=64, num_q=1, bins=21, low=-0.05, high=1.05),
+        guidance=Guidance(functional="soft"),
+    ),
+    "FUDGE": Method(
+        ("LM", "FUDGE"), HeadsConfig("categorical", rank=8, num_q=1, bins=2),
+        betas=(0.5, 1.0, 2.0, 4.0), guidance=Guidance(top_k=CANDIDATES),
+    ),
+    "CD": Method(
+        ("LM", "ControlledDecoding"), LINEAR, betas=(2.0, 8.0, 16.0, 32.0),
+        guidance=Guidance(top_k=CANDIDATES),
+    ),
+}  # fmt: skip
+SHARES = (0.5, 0.25, 0.1)
+CONTRAST_BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def resumes(output: Path) -> dict[str, Any]:
+    return {"output": str(output), "resume": (output / "run.json").exists()}
+
+
+def language_model(output: Path, files: Files, side: str, setting: Setting, seed: int) -> Path:
+    """A GPT from scratch on a half's texts."""
+    train(
+        TrainConfig(
+            data=[str(files.texts(side))],
+            eval_data=[str(files.texts("validation"))],
+            gpt=setting.gpt,
+            tokenizer=TokenizerConfig(vocab_size=setting.vocab_size),
+            fit=replace(setting.lm_fit, seed=seed),
+            on_too_long="drop",
+            **resumes(output),
+        ),
+        QUIET,
+    )
+    return output
+
+
+def judge_model(
+    output: Path, files: Files, side: str, setting: Setting, seed: int, judge: bool
+) -> Path:
+    """A classifier on a half's labels: the reward a BERT, the judge a smaller RoBERTa."""
+    size = setting.judge if judge else setting.reward
+    train_reward_model(
+        RewardModelConfig(
+            data=[str(files.labelled(side))],
+            eval_data=[str(files.labelled("validation"))],
+            labels=["negative", "positive"],
+            family="roberta" if judge else "bert",
+            size=size or Size(),
+            max_length=64,
+            rates=setting.reward_rates,
+            seed=seed,
+            **resumes(output),
+        ),
+        QUIET,
+    )
+    return output
+
+
+def samples_of(
+    output: Path, base: Path, reward: Path, files: Files, setting: Setting, seed: int
+) -> dict[str, Path]:
+    """Rewarded samples of the base, for each direction."""
+    if not (output / "summary.json").exists():
+        collect(
+            CollectConfig(
+                model=str(base),
+                data=str(files.prompts("train")),
+                reward=f"classifier:{reward}#positive",
+                samples=setting.samples,
+                limit=setting.prompts,
+                max_tokens=MAX_TOKENS,
+                max_batch=128,
+                seed=seed,
+                **resumes(output),
+            )
+        )
+    turned = output / "negative.jsonl"
+    if not turned.exists():
+        rows = read(output / "data.jsonl")
+        write(turned, ({**r, "rewards": [1 - x for x in r["rewards"]]} for r in rows))
+    return {"positive": output / "data.jsonl", "negative": turned}
+
+
+def tuned(
+    output: Path,
+    base: Path,
+    data: Path,
+    objectives: Sequence[str | dict[str, Any]],
+    fit: FitOptions,
+    seed: int,
+    heads: HeadsConfig | None = None,
+) -> ValueModel:
+    """The base trained further."""
+    train(
+        TrainConfig(
+            data=[str(data)],
+            model=str(base),
+            objectives=[*objectives],
+            heads=None if heads is None else _fitting(heads, base),
+            fit=replace(fit, seed=seed),
+            on_too_long="drop",
+            **resumes(output),
+        ),
+        QUIET,
+    )
+    return ValueModel.from_pretrained(output)
+
+
+def _fitting(heads: HeadsConfig, base: Path) -> HeadsConfig:
+    """A rank that the toy's width allows."""
+    width = json.loads((base / "config.json").read_text())["n_embd"]
+    return replace(heads, rank=min(heads.rank, width // 4))
+
+
+def contrast(
+    work: Path, base: Path, files: Files, setting: Setting, seed: int, direction: str
+) -> ValueSource:
+    """DExperts: the base tuned on the texts of each label."""
+    tuned_to = {
+        label: tuned(work / f"expert-{label}", base, files.texts("A", label), ["LM"],
+                     setting.tune_fit, seed)
+        for label in ("positive", "negative")
+    }  # fmt: skip
+    other = "negative" if direction == "positive" else "positive"
+    return Contrast(tuned_to[direction], tuned_to[other])
+
+
+def seconds_of(directory: Path) -> float:
+    """What a training or collection took."""
+    return json.loads((directory / "summary.json").read_text())["seconds"]

@@ -1,0 +1,209 @@
+"""Seeds taken together: the headline, the comparisons, the table and the picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from judging import Figures
+
+from qvgpt.bootstrap import Estimate, mean_ci
+from qvgpt.report import Section, Series, line_chart, write_report
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def summarise(
+    cells: Cells, guided: Sequence[str], rivals: Sequence[str], facts: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """What results.json holds, and the frontier of each direction.
+
+    Figures are means over seeds; intervals are bootstrapped over prompts, each prompt's figure
+    being the mean over samples and seeds.
+    """
+    rows = {d: _rows(cells, d) for d in ("positive", "negative")}
+    headline = [_one(cell, "positive", cell["positive"]["headline"]) for cell in cells]
+    base = [_base(cell, "positive") for cell in cells]
+    first = _paired(headline, base, "positive")
+    equal = {}
+    for name in rivals:
+        theirs = [_one(c, "positive", name, c["positive"]["equal"][name]) for c in cells]
+        equal[name] = _difference(headline, theirs, "positive")
+    for name in [r for r in {row["method"] for row in rows["positive"]} if r.startswith("filt")]:
+        theirs = [_one(cell, "positive", name) for cell in cells]
+        equal[name] = _difference(headline, theirs, "positive")
+    cost = {}
+    for n in sorted({r["strength"] for r in rows["positive"] if r["method"].endswith("of N")}):
+        theirs = [_one(c, "positive", "base", n, best_of=True) for c in cells]
+        cost[f"guided, once, against best of {n:g}"] = _difference(headline, theirs, "positive")
+    results = {
+        "metric": "judge_success: share of texts that the judge calls positive",
+        "base": first.value - (first.delta or 0.0),
+        "guided": first.value,
+        "delta": first.delta,
+        "delta_ci95": first.delta_ci95,
+        "relative_decode_time": float(np.mean([c["positive"]["time"] for c in cells])),
+        "seeds": len(cells),
+        "headline": [[c["positive"]["headline"], c["positive"]["beta"]] for c in cells],
+        "against_others": equal,
+        "against_best_of_n": cost,
+        **facts,
+        "reward_accuracy": float(np.mean([c["reward_accuracy"] for c in cells])),
+        "negative": _second(cells),
+        "rows": [row for direction in rows.values() for row in direction],
+    }
+    return results, rows
+
+
+def _second(cells: Cells) -> dict[str, Any]:
+    """The headline of the second direction."""
+    ours = [_one(cell, "negative", cell["negative"]["headline"]) for cell in cells]
+    found = _paired(ours, [_base(cell, "negative") for cell in cells], "negative")
+    return {
+        "base": found.value - (found.delta or 0.0),
+        "guided": found.value,
+        "delta": found.delta,
+        "delta_ci95": found.delta_ci95,
+    }
+
+
+def _figures(cell: Mapping[str, Any], direction: str, name: str) -> list[Figures]:
+    return [Figures(**f) for f in cell[direction]["test"][name]]
+
+
+def _base(cell: Mapping[str, Any], direction: str) -> Figures:
+    return next(f for f in _figures(cell, direction, "base") if f.method == "base")
+
+
+def _one(
+    cell: Mapping[str, Any],
+    direction: str,
+    name: str,
+    strength: float | None = None,
+    best_of: bool = False,
+) -> Figures:
+    """A method's figures, at the strength that validation chose where none is said."""
+    wanted = f"{name}, best of N" if best_of else name
+    found = [f for f in _figures(cell, direction, name) if f.method == wanted]
+    if strength is None:
+        strength = cell[direction]["beta"] if len(found) > 1 else found[0].strength
+    return next(f for f in found if f.strength == strength)
+
+
+def _mean(figures: Sequence[Figures], direction: str, what: str) -> list[float]:
+    return np.mean([f.towards(direction)[what] for f in figures], axis=0).tolist()
+
+
+def _paired(
+    ours: Sequence[Figures], theirs: Sequence[Figures], direction: str, what: str = "success"
+) -> Estimate:
+    return mean_ci(_mean(ours, direction, what), _mean(theirs, direction, what))
+
+
+def _difference(
+    ours: Sequence[Figures], theirs: Sequence[Figures], direction: str
+) -> dict[str, Any]:
+    """Ours less theirs, and at what KL each is."""
+    found = _paired(ours, theirs, direction)
+    return {
+        "delta": found.delta,
+        "delta_ci95": found.delta_ci95,
+        "kl": float(np.mean([f.kl for f in ours])),
+        "their_kl": float(np.mean([f.kl for f in theirs])),
+        "their_strength": float(np.mean([f.strength for f in theirs])),
+    }
+
+
+def _rows(cells: Cells, direction: str) -> list[dict[str, Any]]:
+    """A row for each method and strength that every seed has, in the order of the first."""
+    rows = []
+    base = [_base(cell, direction) for cell in cells]
+    for name in cells[0][direction]["test"]:
+        for one in _figures(cells[0], direction, name):
+            every = [
+                [f for f in _figures(cell, direction, name)
+                 if (f.method, f.strength) == (one.method, one.strength)]
+                for cell in cells
+            ]  # fmt: skip
+            if not all(every):  # strengths of equal KL differ from seed to seed
+                continue
+            figures = [found[0] for found in every]
+            success = _paired(figures, base, direction)
+            rows.append({
+                "direction": direction,
+                "method": one.method,
+                "strength": one.strength,
+                "success": success.value,
+                "success_ci95": success.ci95,
+                "delta": success.delta,
+                "delta_ci95": success.delta_ci95,
+                "judge": float(np.mean(_mean(figures, direction, "judge"))),
+                "reward": float(np.mean(_mean(figures, direction, "reward"))),
+                "kl": float(np.mean([f.kl for f in figures])),
+                "perplexity": float(np.mean([f.perplexity for f in figures])),
+                "distinct": np.mean([f.distinct for f in figures], axis=0).tolist(),
+                "tokens": float(np.mean([f.tokens for f in figures])),
+                "read_per_token": _mean_or_none([f.read_per_token for f in figures]),
+            })  # fmt: skip
+    return rows
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """table.md"""
+    lines = [
+        f"Judge: accuracy {results['judge_accuracy']:.3f} on validation sentences, reward model "
+        f"{results['reward_accuracy']:.3f}; {results['seeds']} seeds.",
+        "",
+        "| towards | method | β, N or share | success | difference to the base | judge's P "
+        "| reward | KL, nats a text | perplexity | distinct 1 / 2 / 3 | tokens | read per token |",
+        "|" + " --- |" * 12,
+    ]
+    for r in results["rows"]:
+        low, high = r["delta_ci95"]
+        read = "" if r["read_per_token"] is None else f"{r['read_per_token']:.2f}"
+        lines.append(
+            f"| {r['direction']} | {r['method']} | {r['strength']:g} | {r['success']:.3f} | "
+            f"{r['delta']:+.3f} [{low:+.3f}, {high:+.3f}] | {r['judge']:.3f} | {r['reward']:.3f} | "
+            f"{r['kl']:.2f} | {r['perplexity']:.1f} | "
+            f"{' / '.join(f'{d:.2f}' for d in r['distinct'])} | {r['tokens']:.1f} | {read} |"
+        )
+    lines += ["", "Guided (β chosen on validation) less others, share of texts:", ""]
+    lines += ["| against | difference | KL, theirs |", "| --- | --- | --- |"]
+    for name, d in (results["against_others"] | results["against_best_of_n"]).items():
+        low, high = d["delta_ci95"]
+        lines.append(
+            f"| {name} | {d['delta']:+.3f} [{low:+.3f}, {high:+.3f}] | {d['kl']:.2f}, "
+            f"{d['their_kl']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Success against KL, a line a method."""
+    charts = []
+    for direction, found in rows.items():
+        series = []
+        for method in dict.fromkeys(_line_of(r["method"]) for r in found):
+            of = sorted(
+                (r for r in found if _line_of(r["method"]) == method), key=lambda r: r["kl"]
+            )
+            xs, ys = [r["kl"] for r in of], [r["success"] for r in of]
+            low, high = ([r["success_ci95"][i] for r in of] for i in (0, 1))
+            series.append(Series(method, xs, ys, low, high, [f"{r['strength']:g}" for r in of]))
+        charts.append(
+            line_chart(
+                series, title=f"Towards {direction}", x_label="KL to the base, nats a text "
+                "(of best of N a bound)", y_label="judge's success", style="both",
+            )
+        )  # fmt: skip
+    section = Section("Success and distance from the base", body_html="".join(charts))
+    write_report(path, "Sentiment: what guidance brings", [section])
+
+
+def _line_of(method: str) -> str:
+    return "filtered" if method.startswith("filtered") else method

@@ -1,0 +1,303 @@
+"""Sentiment: a GPT from scratch on SST-2, guided to please a reward model, judged by another one.
+
+    python reproductions/sentiment/run.py --data DIR --work DIR [--seeds 3]     hours on two cores
+    python reproductions/sentiment/run.py --quick                               a toy, nothing kept
+
+DIR holds sst2.train.jsonl, sst2.dev.jsonl ({"text", "label"}), prompts.neutral.jsonl ({"prompt"}).
+Half A of SST-2 teaches language model and reward model, half B the judge (another architecture and
+seed) and the language model that perplexity is of; the halves share no sentence (data.py). The base
+writes texts, the reward model scores them, every method learns from those. Strengths are chosen on
+prompts of validation sentences, by the reward model; what is reported is the judge's, on prompts of
+SST-2's dev set and on neutral ones. What is finished in --work is not done again. Writes
+results.json, table.md and frontier.html beside itself.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from data import Files, prepare, read, toy
+from judging import MAX_BATCH, MAX_TOKENS, Figures, Judges, Written, written
+from methods import (
+    CONTRAST_BETAS,
+    FULL,
+    QUICK,
+    SHARES,
+    VALUES,
+    Setting,
+    contrast,
+    judge_model,
+    language_model,
+    samples_of,
+    tuned,
+)
+from reporting import picture, summarise, table
+
+from qvgpt.compare import CompareOptions, compare
+from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import ValueSource
+from qvgpt.models.value_model import ValueModel
+from qvgpt.run import write_json
+
+HERE = Path(__file__).parent
+GUIDED = ("MonteCarlo", "ILQL", "Q♯")
+"""One forward a token: of these the headline is chosen."""
+RIVALS = ("FUDGE", "CD", "contrast")
+"""Compared at the headline's KL."""
+SECOND = ("MonteCarlo", "contrast")
+"""What is done in the second direction too, beside base, best of N and fine-tuning."""
+MAX_PERPLEXITY = 1.25
+"""Of the chosen strength on validation prompts, in terms of the base's."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="directory of the JSONL files")
+    parser.add_argument("--work", type=Path, default=Path("runs/sentiment"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        with tempfile.TemporaryDirectory() as directory:
+            data = toy(Path(directory) / "data")
+            results, _ = run(data, Path(directory) / "work", 1, QUICK)
+        print(json.dumps(results, indent=1))
+        return
+    if options.data is None:
+        parser.error("say where the data are (--data), or --quick")
+    results, frontiers = run(options.data, options.work, options.seeds, FULL)
+    write_json(HERE / "results.json", results)
+    (HERE / "table.md").write_text(table(results))
+    picture(HERE / "frontier.html", frontiers)
+    print((HERE / "table.md").read_text())
+
+
+def run(data: Path, work: Path, seeds: int, setting: Setting) -> tuple[dict[str, Any], Any]:
+    """Every step of every seed, and what they say together."""
+    files = prepare(data, work / "data", setting.test)
+    judge = judge_model(work / "judge", files, "B", setting, 1000, judge=True)
+    reader = language_model(work / "reader", files, "B", setting, 1000)
+    cells = [
+        _Seed(seed, work / f"seed-{seed}", files, setting, judge, reader).cell()
+        for seed in range(seeds)
+    ]
+    return summarise(cells, GUIDED, RIVALS, _facts(judge))
+
+
+def _facts(judge: Path) -> dict[str, Any]:
+    held = json.loads((judge / "summary.json").read_text())["held_out"]
+    return {
+        "judge_accuracy": held["accuracy"],
+        "judge_calibration_error": held["calibration_error"],
+    }
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A method that is ready to write."""
+
+    model: ValueModel
+    guidances: dict[float, Guidance]
+    """By strength."""
+    values: ValueSource | None = None
+
+    def at(self, strength: float) -> Guidance:
+        """Guidance of any strength."""
+        return replace(next(iter(self.guidances.values())), beta=strength)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One seed, all in a directory."""
+
+    seed: int
+    work: Path
+    files: Files
+    setting: Setting
+    judge: Path
+    reader: Path
+
+    def cell(self) -> dict[str, Any]:
+        """The figures of both directions, from disk where they are there."""
+        done = self.work / "cell.json"
+        if not done.exists():
+            base = language_model(self.work / "base", self.files, "A", self.setting, self.seed)
+            reward = judge_model(
+                self.work / "reward", self.files, "A", self.setting, self.seed, judge=False
+            )
+            samples = samples_of(
+                self.work / "samples", base, reward, self.files, self.setting, self.seed
+            )
+            judges = Judges.of(str(reward), str(self.judge), str(self.reader))
+            directions = {
+                direction: self._direction(direction, base, samples[direction], judges)
+                for direction in ("positive", "negative")
+            }
+            held = json.loads((reward / "summary.json").read_text())["held_out"]
+            write_json(done, {"reward_accuracy": held["accuracy"], **directions})
+        return json.loads(done.read_text())
+
+    def _direction(
+        self, direction: str, base_dir: Path, samples: Path, judges: Judges
+    ) -> dict[str, Any]:
+        """Train, choose on validation prompts, report on test prompts."""
+        base = ValueModel.from_pretrained(base_dir)
+        plain = _Way(base, {0.0: Guidance()})
+        ways = self._ways(direction, base_dir, base, samples)
+        val = self._figures("validation", direction, "base", plain, base, judges)
+        found = {
+            name: self._figures("validation", direction, name, way, base, judges)
+            for name, way in ways.items()
+        }
+        guided = [name for name in GUIDED if name in ways]
+        headline, beta, kl = _chosen({n: found[n] for n in guided}, val[0], direction)
+        test: dict[str, list[Figures]] = {
+            "base": self._figures("test", direction, "base", plain, base, judges)
+        }
+        for name, way in ways.items():
+            more = way
+            if name in RIVALS:  # one strength more, where validation says it has the same KL
+                equal = _at_kl(found[name], kl)
+                more = replace(way, guidances={**way.guidances, equal: way.at(equal)})
+            test[name] = self._figures("test", direction, name, more, base, judges)
+        return {
+            "headline": headline,
+            "beta": beta,
+            "equal": {n: _at_kl(found[n], kl) for n in RIVALS if n in ways},
+            "equal_kl": kl,
+            "time": self._time(direction, ways[headline], beta, plain, base, judges),
+            "validation": {
+                n: [f.as_dict() for f in fs] for n, fs in (found | {"base": val}).items()
+            },
+            "test": {n: [f.as_dict() for f in fs] for n, fs in test.items()},
+        }
+
+    def _ways(
+        self, direction: str, base_dir: Path, base: ValueModel, samples: Path
+    ) -> dict[str, _Way]:
+        """Every method of a direction, trained."""
+        setting, place = self.setting, self.work / direction
+        ways: dict[str, _Way] = {}
+        for name, method in VALUES.items():
+            if direction == "negative" and name not in SECOND:
+                continue
+            model = tuned(place / name, base_dir, samples, method.objectives, setting.value_fit,
+                          self.seed, method.heads)  # fmt: skip
+            betas = method.betas[:2] if setting.few_strengths else method.betas
+            ways[name] = _Way(model, {b: replace(method.guidance, beta=b) for b in betas})
+        for share in SHARES[:1] if setting.few_strengths else SHARES:
+            model = tuned(place / f"filtered-{share}", base_dir, samples,
+                          [{"LM": {"top_share": share}}], setting.tune_fit, self.seed)  # fmt: skip
+            ways[f"filtered, best {share:.0%}"] = _Way(model, {share: Guidance()})
+        values = contrast(self.work, base_dir, self.files, setting, self.seed, direction)
+        betas = CONTRAST_BETAS[:2] if setting.few_strengths else CONTRAST_BETAS
+        ways["contrast"] = _Way(base, {b: Guidance(beta=b) for b in betas}, values)
+        return ways
+
+    def _figures(
+        self, which: str, direction: str, name: str, way: _Way, base: ValueModel, judges: Judges
+    ) -> list[Figures]:
+        """Of every strength, and of best of N where that belongs to the method; kept on disk."""
+        many = name == "base" or (name in GUIDED and which == "test")
+        place = self.work / ("base" if name == "base" else direction) / "figures"
+        return _kept(
+            place / f"{which}.{direction}.{name}.json",
+            sorted(way.guidances),
+            lambda: self._measured(which, direction, name, way, base, judges, many),
+        )
+
+    def _measured(
+        self,
+        which: str,
+        direction: str,
+        name: str,
+        way: _Way,
+        base: ValueModel,
+        judges: Judges,
+        many: bool,
+    ) -> list[Figures]:
+        setting = self.setting
+        rows = read(self.files.prompts(which))
+        if which == "validation":
+            rows = rows[: setting.validation]
+        samples = setting.base_samples if name == "base" else setting.judged_samples
+        if which == "validation":
+            samples = setting.judged_samples
+        found: list[Written] = written(
+            name, way.model, way.guidances, rows, judges, base,
+            samples=samples, seed=1 + (which == "test"), values=way.values,
+        )  # fmt: skip
+        if many and which == "test":
+            found += [
+                one.best_of(n, direction)
+                for one in list(found)
+                for n in (2, 4, 8, 16)
+                if n <= min(setting.max_n, samples)
+            ]
+        return [one.figures(rows, judges.reader) for one in found]
+
+    def _time(
+        self,
+        direction: str,
+        way: _Way,
+        beta: float,
+        plain: _Way,
+        base: ValueModel,
+        judges: Judges,
+    ) -> float:
+        """Seconds a token, guided over base: the best of rounds that are taken in turn."""
+        assert base.tokenizer is not None
+        rows = read(self.files.prompts("test"))[:256]
+        found = compare(
+            way.model,
+            [base.tokenizer.encode_prompt(row["prompt"]) for row in rows],
+            lambda texts, _: [0.0] * len(texts),
+            {"base": plain.guidances[0.0], "guided": way.at(beta)},
+            CompareOptions(1, MAX_TOKENS, MAX_BATCH, timing=256, resamples=1),
+            base=base,
+            values=way.values,
+        )
+        seconds = [row.s_per_token or 0.0 for row in found]
+        return seconds[1] / seconds[0]
+
+
+def _kept(
+    place: Path, strengths: Sequence[float], make: Callable[[], list[Figures]]
+) -> list[Figures]:
+    """What is on disk for these strengths, else made and written."""
+    if place.exists():
+        said = json.loads(place.read_text())
+        if said["strengths"] == [*strengths]:
+            return [Figures(**figures) for figures in said["figures"]]
+    found = make()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place, {"strengths": [*strengths], "figures": [f.as_dict() for f in found]})
+    return found
+
+
+def _chosen(
+    found: Mapping[str, Sequence[Figures]], base: Figures, direction: str
+) -> tuple[str, float, float]:
+    """Method, β and KL of the highest reward among those whose perplexity is bearable."""
+    every = [(name, f) for name, several in found.items() for f in several]
+    fluent = [e for e in every if e[1].perplexity <= MAX_PERPLEXITY * base.perplexity]
+    if not fluent:
+        fluent = [min(every, key=lambda e: e[1].perplexity)]
+    name, best = max(fluent, key=lambda e: float(np.mean(e[1].towards(direction)["reward"])))
+    return name, best.strength, best.kl
+
+
+def _at_kl(found: Sequence[Figures], kl: float) -> float:
+    """The strength at which a method's KL is `kl`: between those tried, linear in both logs."""
+    line = sorted((f.kl, f.strength) for f in found)
+    kls, strengths = (np.log(np.maximum(x, 1e-6)) for x in zip(*line, strict=True))
+    return round(float(np.exp(np.interp(np.log(kl), kls, strengths))), 3)
+
+
+if __name__ == "__main__":
+    main()
