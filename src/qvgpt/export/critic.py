@@ -1,0 +1,65 @@
+"""V and its trunk as a sequence classifier of `transformers`, as PPO trainers begin a critic from.
+
+The score is that of the last token that is no padding: V of the text so far, in units of reward.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qvgpt.errors import QvgptError
+from qvgpt.export.linear import linear_v
+from qvgpt.export.source import Source
+from qvgpt.models.disk import one_line
+from qvgpt.models.value_model import ValueModel
+
+_LAST_NORMS = ("ln_f", "norm", "final_layer_norm")
+
+
+@torch.no_grad()
+def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Write the classifier; returns how V became linear (`exact` or the fit's errors).
+
+    Classifiers have no bias. Where the last norm has one, it takes V's in: h + δ with w·δ = bias.
+    Else V is fitted without.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = source.model
+    assert model.heads is not None
+    plain = ValueModel(model.trunk, None, model.tokenizer)
+    plain.save(directory)
+    try:
+        critic: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
+    except (ValueError, KeyError) as error:
+        raise QvgptError(f"transformers has no critic of this kind: {one_line(error)}") from None
+    if not isinstance(getattr(critic, "score", None), torch.nn.Linear):
+        raise QvgptError(f"{type(critic).__name__}: has no layer `score` to hold V")
+    bias = _norm_bias(critic.base_model)
+    hidden, held_out = source.hidden(source.fit), source.hidden(source.held_out)
+    v = linear_v(model.heads, hidden, held_out, intercept=bias is not None)
+    critic.score.weight.copy_(v.weight[None])
+    if bias is not None and float(v.weight.square().sum()) > 0:
+        bias += v.weight * (v.bias / v.weight.square().sum())
+    critic.config.problem_type = "regression"
+    for stale in directory.glob("*.safetensors*"):
+        stale.unlink()
+    critic.to(dtype).save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return {"exact": True} if v.fit is None else v.fit
+
+
+def load_critic(directory: Path) -> Any:
+    """As any user of `transformers` reads it."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(directory).eval()
+
+
+def _norm_bias(base: Any) -> Float[Tensor, "embed"] | None:
+    """The bias of the last norm, where there is one."""
+    norms = (getattr(base, name, None) for name in _LAST_NORMS)
+    return next((norm.bias for norm in norms if getattr(norm, "bias", None) is not None), None)
