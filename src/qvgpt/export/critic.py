@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
+from qvgpt.export.hf import load_language_model
 from qvgpt.export.linear import linear_v
 from qvgpt.export.source import Source
 from qvgpt.models.disk import one_line
@@ -30,19 +31,23 @@ def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str
 
     model = source.model
     assert model.heads is not None
-    plain = ValueModel(model.trunk, None, model.tokenizer)
-    plain.save(directory)
+    ValueModel(model.trunk, None, model.tokenizer).save(directory)
+    loaded = load_language_model(directory)
     try:
-        critic: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
+        loaded.config.num_labels = 1
+        critic: Any = AutoModelForSequenceClassification.from_config(loaded.config)
     except (ValueError, KeyError) as error:
         raise QvgptError(f"transformers has no critic of this kind: {one_line(error)}") from None
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear):
         raise QvgptError(f"{type(critic).__name__}: has no layer `score` to hold V")
+    critic.base_model.load_state_dict(loaded.base_model.state_dict())
     bias = _norm_bias(critic.base_model)
     hidden, held_out = source.hidden(source.fit), source.hidden(source.held_out)
     v = linear_v(model.heads, hidden, held_out, intercept=bias is not None)
+    if not v.weight.any():  # V is the same everywhere, and a bias alone cannot be held
+        v = linear_v(model.heads, hidden, held_out, intercept=False)
     critic.score.weight.copy_(v.weight[None])
-    if bias is not None and float(v.weight.square().sum()) > 0:
+    if bias is not None and v.bias:
         bias += v.weight * (v.bias / v.weight.square().sum())
     critic.config.problem_type = "regression"
     for stale in directory.glob("*.safetensors*"):
@@ -55,7 +60,9 @@ def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str
 def load_critic(directory: Path) -> Any:
     """As any user of `transformers` reads it."""
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForSequenceClassification.from_pretrained(directory).eval()
 
 

@@ -114,7 +114,7 @@ def value_fidelity(source: Source, critic: Any) -> dict[str, float | None]:
     for tokens, at in source.held_out:
         tokens, at = tokens.to(model.device), at.to(model.device)
         true.append(model.heads.state_value(model.trunk.hidden(tokens[None])[0, at].float()))
-        score = critic.score(critic.base_model(tokens[None]).last_hidden_state[0, at])
+        score = critic.score(_hidden(critic, tokens)[at])
         found.append(score[:, 0].float())
     return value_errors(torch.cat(true), torch.cat(found))
 
@@ -128,9 +128,14 @@ def _both(
     for tokens, at in texts:
         tokens, at = tokens.to(model.device), at.to(model.device)
         ours = model.trunk.hidden(tokens[None])[0, at]
-        other = theirs.base_model(tokens[None]).last_hidden_state[0, at]
+        other = _hidden(theirs, tokens)[at]
         for h, g in zip(ours.split(size), other.split(size), strict=True):
             yield h, head(g).float()
+
+
+def _hidden(theirs: Any, tokens: Tensor) -> Float[Tensor, "time embed"]:
+    everything = torch.ones_like(tokens)[None]
+    return theirs.base_model(tokens[None], attention_mask=everything).last_hidden_state[0]
 
 
 def divergence(

@@ -67,7 +67,9 @@ def save_language_model(plain: ValueModel, directory: Path, rows: Rows | None = 
 def load_language_model(directory: Path) -> Any:
     """As any user of `transformers` reads it."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 

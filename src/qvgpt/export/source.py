@@ -17,7 +17,7 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 
 _OWN_TEXTS, _OWN_TOKENS = 16, 48  # written by the guided model itself where no texts are given
-_TO_FIT = 128  # and as many where something has to be fitted
+_TO_FIT = 256  # and as many where something has to be fitted
 _FOLDED = ("beta", "twins", "functional", "alpha")
 
 Text = tuple[Tensor, Tensor]
@@ -71,12 +71,16 @@ def read_source(
     fits = (guidance.guides and not is_linear(heads, guidance)) or (
         (of_v or value_rows) and (heads.config.v != "linear" or heads.config.support is not None)
     )
-    fits = fits or of_v
-    found = list(texts) or _own_texts(model, full, prompts, _TO_FIT if fits else _OWN_TEXTS)
+    found = list(texts) or _own_texts(model, full, prompts, fits or of_v)
     taken = _states(found, model.trunk.seq_len)
-    if not taken or (fits and len(taken) < 2):
-        raise QvgptError(f"{model_dir}: the texts hold too few states to export by: give more")
-    fit, held_out = (taken[::2], taken[1::2]) if fits else (taken, taken)
+    fit, held_out = (taken[::2], taken[1::2]) if fits or of_v else (taken, taken)
+    least = 2 * model.trunk.embed_dim if fits else 1
+    if not held_out or sum(len(at) for _, at in fit) < least:
+        raise QvgptError(
+            f"{model_dir}: its values are not linear in the hidden state and have to be fitted on "
+            f"{least} states or more, which the texts do not hold: give prompts, as --data, that "
+            "are like those it is for"
+        )
     return Source(model, guidance, full, left_out, fit, held_out)
 
 
@@ -114,10 +118,19 @@ def _guidance(
 
 
 def _own_texts(
-    model: ValueModel, guidance: Guidance, prompts: Sequence[list[int]], count: int
+    model: ValueModel, guidance: Guidance, prompts: Sequence[list[int]], to_fit: bool
 ) -> list[Trajectory | Sequence[int]]:
+    """What the model writes after the prompts, or after its first token.
+
+    To fit on, there are as many texts as that needs; every second prompt stays out of it, however
+    often prompts are repeated.
+    """
     assert model.tokenizer is not None
-    given = list(prompts) or [[model.tokenizer.template.bos]] * count
+    given = list(prompts) or [[model.tokenizer.template.bos]]
+    if to_fit:
+        given = given[: len(given) // 2 * 2] or given
+    if to_fit or not prompts:
+        given = given * -(-(_TO_FIT if to_fit else _OWN_TEXTS) // len(given))
     room = min(_OWN_TOKENS, model.trunk.seq_len - max(map(len, given)))
     if model.heads is not None and model.heads.know_v_alone:
         guidance = Guidance()
