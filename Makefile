@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint quick harness clean
+.PHONY: demo test setup lint quick harness llama-cpp clean
 
 demo: setup
 	$(BIN)/qvgpt demo
@@ -31,12 +31,17 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/random_walk/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
+	$(BIN)/python reproductions/export/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
 
 harness: setup  # lm-evaluation-harness on a guided model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	$(BIN)/pytest -m harness tests/test_harness.py
+
+llama-cpp: setup  # llama.cpp, built from source (minutes), on exported models
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
+	$(BIN)/pytest -m llama_cpp tests/export
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

@@ -45,6 +45,7 @@ def card(manifest: dict[str, Any]) -> str:
         parts.append(
             "The score of the last token that is no padding is V: the return, in units of reward, "
             "to be expected of the text so far."
+            + (f" Add {manifest['v']['offset']:.9g}." if manifest["v"]["offset"] else "")
         )
     else:
         parts += [_strength(manifest), *_limits(manifest), *_value_rows(manifest)]
@@ -103,5 +104,10 @@ def _value_rows(manifest: dict[str, Any]) -> list[str]:
     return [
         f"V(s) = (log p({rows['ids'][1]}) − log p({rows['ids'][0]})) / {rows['c']:.9g} + "
         f"{rows['bias']:.9g}, with the log-probs of the next token after s. These two ids are not "
-        "to be sampled: `generation_config.json` suppresses them, other engines need a logit bias."
+        "to be sampled: "
+        + (
+            "give them a logit bias of −100."
+            if manifest["format"].startswith("gguf")
+            else "`generation_config.json` suppresses them, other engines need a logit bias."
+        )
     ]

@@ -12,25 +12,25 @@ from torch import Tensor
 
 from qvgpt.errors import QvgptError
 from qvgpt.export.hf import load_language_model
-from qvgpt.export.linear import linear_v
+from qvgpt.export.linear import LinearV, linear_v
 from qvgpt.export.source import Source
 from qvgpt.models.disk import one_line
 from qvgpt.models.value_model import ValueModel
 
+_WORSE = 1.1  # times the error of a fit with a bias: then the bias is told apart
 _LAST_NORMS = ("ln_f", "norm", "final_layer_norm")
 
 
 @torch.no_grad()
 def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Write the classifier; returns how V became linear (`exact` or the fit's errors).
+    """Write the classifier; returns the `offset` of V from its score, and the `fit`, if any.
 
     Classifiers have no bias. Where the last norm has one, it takes V's in: h + δ with w·δ = bias.
-    Else V is fitted without.
+    Else V is fitted without, unless that is much worse: then V is the score and the offset.
     """
     from transformers import AutoModelForSequenceClassification
 
     model = source.model
-    assert model.heads is not None
     ValueModel(model.trunk, None, model.tokenizer).save(directory)
     loaded = load_language_model(directory)
     try:
@@ -41,11 +41,7 @@ def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear):
         raise QvgptError(f"{type(critic).__name__}: has no layer `score` to hold V")
     critic.base_model.load_state_dict(loaded.base_model.state_dict())
-    bias = _norm_bias(critic.base_model)
-    hidden, held_out = source.hidden(source.fit), source.hidden(source.held_out)
-    v = linear_v(model.heads, hidden, held_out, intercept=bias is not None)
-    if not v.weight.any():  # V is the same everywhere, and a bias alone cannot be held
-        v = linear_v(model.heads, hidden, held_out, intercept=False)
+    v, bias = _fitted(source, critic), _norm_bias(critic.base_model)
     critic.score.weight.copy_(v.weight[None])
     if bias is not None and v.bias:
         bias += v.weight * (v.bias / v.weight.square().sum())
@@ -54,7 +50,25 @@ def save_critic(source: Source, directory: Path, dtype: torch.dtype) -> dict[str
         stale.unlink()
     critic.to(dtype).save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    return {"exact": True} if v.fit is None else v.fit
+    return {"offset": 0.0 if bias is not None else v.bias, "fit": v.fit}
+
+
+def _fitted(source: Source, critic: Any) -> LinearV:
+    """V as a vector, and a number where the classifier can hold it or where it is worth telling."""
+    heads, hidden = source.model.heads, source.hidden(source.fit)
+    assert heads is not None
+    held_out = source.hidden(source.held_out)
+    v = linear_v(heads, hidden, held_out)
+    if v.weight.any() and _norm_bias(critic.base_model) is not None:
+        return v
+    other = linear_v(heads, hidden, held_out, intercept=False)
+    if v.weight.any() and _rmse(other) > _WORSE * _rmse(v):
+        return v
+    return other
+
+
+def _rmse(v: LinearV) -> float:
+    return 0.0 if v.fit is None else v.fit["rmse"]
 
 
 def load_critic(directory: Path) -> Any:

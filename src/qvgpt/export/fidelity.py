@@ -107,15 +107,15 @@ def _others(
 
 
 @torch.no_grad()
-def value_fidelity(source: Source, critic: Any) -> dict[str, float | None]:
-    """Errors of what a sequence classifier of `transformers` says V is at the held-out states."""
+def value_fidelity(source: Source, critic: Any, offset: float) -> dict[str, float | None]:
+    """Errors of a sequence classifier's score + `offset` as V at the held-out states."""
     model, true, found = source.model, [], []
     assert model.heads is not None
     for tokens, at in source.held_out:
         tokens, at = tokens.to(model.device), at.to(model.device)
         true.append(model.heads.state_value(model.trunk.hidden(tokens[None])[0, at].float()))
         score = critic.score(_hidden(critic, tokens)[at])
-        found.append(score[:, 0].float())
+        found.append(score[:, 0].float() + offset)
     return value_errors(torch.cat(true), torch.cat(found))
 
 

@@ -71,13 +71,16 @@ def to_bytes(text: str) -> str:
 
 
 def _character_merges(pieces: dict[int, str], added: dict[int, Any]) -> list[str]:
-    """What puts the bytes of each character together; shorter beginnings first."""
+    """What puts the bytes of each character together; shorter beginnings first.
+
+    Where nothing has to be, a pair of bytes that no text has: llama.cpp wants some.
+    """
     found: dict[str, None] = {}
     for piece in (p for i, p in sorted(pieces.items()) if i not in added):
         symbols = to_bytes(piece)
         for k in range(1, len(symbols)):
             found[f"{symbols[:k]} {symbols[k]}"] = None
-    return sorted(found, key=len)
+    return sorted(found, key=len) or [f"{_SYMBOLS[255]} {_SYMBOLS[255]}"]
 
 
 def _pre_tokenizer(said: Any) -> str:

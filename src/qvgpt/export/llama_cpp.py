@@ -5,6 +5,8 @@ whose rows are no multiple of 32 is float16. `output.weight` is written always: 
 LM head and embedding could hold no guidance.
 """
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +88,10 @@ def read_model(directory: Path, file: Path) -> Any:
 
     import_gguf()
     config = AutoConfig.from_pretrained(directory)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=torch.float32
-    )
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be told to be still
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32
+        )
     return loaded.eval()
 
 

@@ -93,7 +93,7 @@ def export_model(
 def _critic(source: Source, staged: Path, options: ExportOptions) -> dict[str, Any]:
     v = save_critic(source, staged, getattr(torch, options.dtype))
     states = sum(len(at) for _, at in source.held_out)
-    errors = value_fidelity(source, load_critic(staged))
+    errors = value_fidelity(source, load_critic(staged), v["offset"])
     level = source.model.info.level
     return {"values_of": level, "v": v, "fidelity": {"states": states, **errors}}
 

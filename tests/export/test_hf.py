@@ -65,6 +65,9 @@ def test_the_directory_is_whole(tmp_path):
     assert not list(out.glob("value*"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     ValueModel.from_pretrained(out)  # ours again, as a plain language model
+    card = (out / "README.md").read_text()
+    assert "top_k 9" in card
+    assert "β = 1.5" in card
 
 
 def test_min_twins_become_their_mean_and_the_cost_is_told(tmp_path):
@@ -94,10 +97,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path):
     save_model(tmp_path / "mlp", HeadsConfig("mlp"))
     save_model(tmp_path / "plain", None)
     save_model(tmp_path / "linear", HeadsConfig())
-    cases = {"mlp": "does not fold", "plain": "no value heads"}
+    cases = {"mlp": "to be fitted on 32 states or more", "plain": "no value heads"}
     for name, message in cases.items():
         with pytest.raises(QvgptError, match=message):
-            export_hf(tmp_path / name, tmp_path / "out", beta=1.0)
+            export_hf(tmp_path / name, tmp_path / "out", beta=1.0, texts=TEXTS)
     with pytest.raises(QvgptError, match="say which one"):
         export_hf(tmp_path / "linear", tmp_path / "out")
     with pytest.raises(QvgptError, match="no such directory"):
