@@ -24,6 +24,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
     [
         ("random_walk", {"optimality_mean", "optimality_min", "seeds", "seconds_per_seed"}),
         ("games", GAMES),
+        ("export", {"rows"}),
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
     ],
 )

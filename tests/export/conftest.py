@@ -15,7 +15,7 @@ PROMPTS = [TOKENIZER.encode_prompt(c) for c in "abcdefgh"]
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):
-    monkeypatch.setattr("qvgpt.export.source._TO_FIT", 64)
+    monkeypatch.setattr("qvgpt.export.source._TO_FIT", 32)
     monkeypatch.setattr("qvgpt.export.source._OWN_TOKENS", 16)
 
 

@@ -17,7 +17,7 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 
 _OWN_TEXTS, _OWN_TOKENS = 16, 48  # written by the guided model itself where no texts are given
-_TO_FIT = 256  # and as many where something has to be fitted
+_TO_FIT = 128  # texts, and as many to judge by, where something has to be fitted
 _FOLDED = ("beta", "twins", "functional", "alpha")
 
 Text = tuple[Tensor, Tensor]
@@ -71,9 +71,13 @@ def read_source(
     fits = (guidance.guides and not is_linear(heads, guidance)) or (
         (of_v or value_rows) and (heads.config.v != "linear" or heads.config.support is not None)
     )
-    found = list(texts) or _own_texts(model, full, prompts, fits or of_v)
-    taken = _states(found, model.trunk.seq_len)
-    fit, held_out = (taken[::2], taken[1::2]) if fits or of_v else (taken, taken)
+    if texts:
+        taken = _states(texts, model.trunk.seq_len)
+        fit, held_out = (taken[::2], taken[1::2]) if fits or of_v else (taken, taken)
+    elif fits or of_v:
+        fit, held_out = _texts_to_fit(model, full, prompts)
+    else:
+        fit = held_out = _written(model, full, list(prompts) or [_first(model)] * _OWN_TEXTS)
     least = 2 * model.trunk.embed_dim if fits else 1
     if not held_out or sum(len(at) for _, at in fit) < least:
         raise QvgptError(
@@ -117,28 +121,31 @@ def _guidance(
     return full, chosen, left_out
 
 
-def _own_texts(
-    model: ValueModel, guidance: Guidance, prompts: Sequence[list[int]], to_fit: bool
-) -> list[Trajectory | Sequence[int]]:
-    """What the model writes after the prompts, or after its first token.
-
-    To fit on, there are as many texts as that needs; every second prompt stays out of it, however
-    often prompts are repeated.
-    """
+def _first(model: ValueModel) -> list[int]:
     assert model.tokenizer is not None
-    given = list(prompts) or [[model.tokenizer.template.bos]]
-    if to_fit:
-        given = given[: len(given) // 2 * 2] or given
-    if to_fit or not prompts:
-        given = given * -(-(_TO_FIT if to_fit else _OWN_TEXTS) // len(given))
-    room = min(_OWN_TOKENS, model.trunk.seq_len - max(map(len, given)))
+    return [model.tokenizer.template.bos]
+
+
+def _texts_to_fit(
+    model: ValueModel, guidance: Guidance, prompts: Sequence[list[int]]
+) -> tuple[list[Text], list[Text]]:
+    """Texts after every second prompt to fit on, and after the others to judge by."""
+    given = list(prompts) or [_first(model)]
+    seen, unseen = given[::2], given[1::2] or given
+    seen, unseen = (some * -(-_TO_FIT // len(some)) for some in (seen, unseen))
+    return _written(model, guidance, seen), _written(model, guidance, unseen, seed=1)
+
+
+def _written(
+    model: ValueModel, guidance: Guidance, prompts: Sequence[list[int]], seed: int = 0
+) -> list[Text]:
+    """The states of what the model writes after the prompts."""
+    room = min(_OWN_TOKENS, model.trunk.seq_len - max(map(len, prompts)))
     if model.heads is not None and model.heads.know_v_alone:
         guidance = Guidance()
-    written = generate(model, given, guidance, max_tokens=room)
-    return [
-        _trajectory(prompt, completion.tokens)
-        for prompt, completion in zip(given, written, strict=True)
-    ]
+    texts = generate(model, prompts, guidance, max_tokens=room, seed=seed)
+    both = zip(prompts, texts, strict=True)
+    return _states([_trajectory(p, text.tokens) for p, text in both], model.trunk.seq_len)
 
 
 def _trajectory(prompt: list[int], completion: list[int]) -> Trajectory:
