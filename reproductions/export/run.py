@@ -5,10 +5,11 @@
 
 The first directory is that of `qvgpt demo`, the second one of reproductions/translation/run.py,
 which says how it is made, as β is chosen there; DATA.jsonl are rows with held-out prompts. KL and
-greedy agreement are those of `export.json`. Beside them stand greedy texts: written by the engine
-itself, or by llama.cpp where llama-cpp-python is installed, and compared with ours by exact
-guidance; where they differ first, the two candidates of a tie are closer than 1e-4. Writes
-results.json and table.md beside itself.
+greedy agreement are those of `export.json`. Beside them stand the greedy texts of engines, and how
+many of them are ours by exact guidance: `transformers` writes those of hf and lora in float32 by
+its `generate`; else an engine (llama.cpp, where llama-cpp-python is installed) is asked for its best
+token at each place of our text, which comes to the same. Where texts differ first, the two
+candidates of a tie are closer than 1e-4. Writes results.json and table.md beside itself.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"to": "gguf_lora"},
     {"to": "critic"},
 )
-QUICK = (FORMS[0], FORMS[8], FORMS[10])
+QUICK = (FORMS[0], FORMS[10])
 COLUMNS = (
-    "model", "to", "dtype", "rank", "mean_kl", "max_kl", "greedy_agreement", "v_rmse", "v_r2",
+    "model", "to", "dtype", "rank", "mean_kl", "recommended_kl", "greedy_agreement", "v_rmse", "v_r2",
     "engine", "texts", "same_texts", "ties", "engine_kl",
 )  # fmt: skip
 
@@ -81,7 +82,8 @@ def main() -> None:
             path = Path(directory) / "demo"
             short = DemoConfig(str(path), steps=20, samples=2, walks=200)
             demo(short, Console(file=io.StringIO()))
-            print(json.dumps(measure([_demo(path)], QUICK), indent=1))
+            case = _demo(path)
+            print(json.dumps(measure([replace(case, prompts=case.prompts[:4])], QUICK), indent=1))
         return
     if options.data is None:
         parser.error("say where the two models and the prompts are, or --quick")
@@ -122,7 +124,7 @@ def measure(cases: list[Case], forms: tuple[dict[str, Any], ...]) -> dict[str, A
                 )
                 row = {"model": case.name, "beta": None if critic else case.beta, **_row(made)}
                 if not critic:
-                    row |= _engine(model, case, made, out, ours)
+                    row |= _engine(model, case, form, made, out, ours)
             row["seconds"] = round(time.perf_counter() - started, 1)
             rows.append(row)
             print({name: row.get(name) for name in COLUMNS}, flush=True)
@@ -140,13 +142,19 @@ def _row(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _engine(
-    model: ValueModel, case: Case, made: dict[str, Any], out: Path, ours: list[list[int]]
+    model: ValueModel,
+    case: Case,
+    form: dict[str, Any],
+    made: dict[str, Any],
+    out: Path,
+    ours: list[list[int]],
 ) -> dict[str, Any]:
     """Greedy texts of the engine against ours."""
     if made["format"].startswith("gguf"):
         name, follow = "llama.cpp", _llama_cpp(out, model.trunk.seq_len)
     else:
-        name, follow = "transformers", _transformers(out, made["format"] == "lora")
+        writes = made["dtype"] == "float32" and "rank" not in form
+        name, follow = "transformers", _transformers(out, made["format"] == "lora", writes)
     if follow is None:
         return {}
     banned, known = made["value_rows"]["ids"], model.trunk.vocab_size
@@ -179,16 +187,18 @@ def _engine(
 Follow = Callable[[list[int], list[int]], tuple[list[int] | None, torch.Tensor]]
 
 
-def _transformers(out: Path, adapted: bool) -> Follow:
+def _transformers(out: Path, adapted: bool, writes: bool) -> Follow:
     loaded = load_adapted(out) if adapted else load_language_model(out)
 
     @torch.no_grad()
-    def follow(prompt: list[int], text: list[int]) -> tuple[list[int], torch.Tensor]:
+    def follow(prompt: list[int], text: list[int]) -> tuple[list[int] | None, torch.Tensor]:
+        whole = torch.tensor([[*prompt, *text[:-1]]])
+        logits = loaded(whole, attention_mask=torch.ones_like(whole)).logits[0].float()
+        if not writes:
+            return None, logits
         tokens = torch.tensor([prompt])
         how: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
         written = loaded.generate(tokens, max_new_tokens=len(text), **how)
-        whole = torch.tensor([[*prompt, *text[:-1]]])
-        logits = loaded(whole, attention_mask=torch.ones_like(whole)).logits[0].float()
         return written[0, len(prompt) :].tolist(), logits
 
     return follow

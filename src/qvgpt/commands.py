@@ -37,6 +37,9 @@ from qvgpt.sampling import (
 from qvgpt.terminal import TextStream, shade
 
 
+_FAR = 0.1  # nats a token: an export that far from what was recommended is said to be so
+
+
 @dataclass(frozen=True)
 class CheckConfig:
     """The data linter: what would be trained on, and every fault with its row."""
@@ -349,6 +352,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
         _, prompts = load_prompts(config.data, model, 1, config.max_prompts)
     options = {name: getattr(config, name) for name in ExportOptions.__dataclass_fields__}
     summary = export_model(config.model, config.output, ExportOptions(**options), prompts=prompts)
+    off = summary["fidelity"].get("recommended_kl")
+    if off is not None and off > _FAR:
+        left_out = ", ".join(f"{k} {v}" for k, v in summary["not_in_the_weights"].items())
+        print(
+            f"{config.model}: recommends {left_out}, which no weights hold: the export is {off:.2f} "
+            "nats a token from what it recommends; a smaller --beta is nearer",
+            file=sys.stderr,
+        )
     _finish(Path(config.output), summary)
     return summary
 

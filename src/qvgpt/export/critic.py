@@ -82,5 +82,8 @@ def load_critic(directory: Path) -> Any:
 
 def _norm_bias(base: Any) -> Float[Tensor, "embed"] | None:
     """The bias of the last norm, where there is one."""
-    norms = (getattr(base, name, None) for name in _LAST_NORMS)
-    return next((norm.bias for norm in norms if getattr(norm, "bias", None) is not None), None)
+    for name in _LAST_NORMS:
+        bias = getattr(getattr(base, name, None), "bias", None)
+        if bias is not None:
+            return bias
+    return None
