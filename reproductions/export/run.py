@@ -7,8 +7,8 @@ The first directory is that of `qvgpt demo`, the second one of reproductions/tra
 which says how it is made, as β is chosen there; DATA.jsonl are rows with held-out prompts. KL and
 greedy agreement are those of `export.json`. Beside them stand the greedy texts of engines, and how
 many of them are ours by exact guidance: `transformers` writes those of hf and lora in float32 by
-its `generate`; else an engine (llama.cpp, where llama-cpp-python is installed) is asked for its best
-token at each place of our text, which comes to the same. Where texts differ first, the two
+its `generate`; else an engine (llama.cpp, where llama-cpp-python is installed) is asked for its
+best token at each place of our text, which comes to the same. Where texts differ first, the two
 candidates of a tie are closer than 1e-4. Writes results.json and table.md beside itself.
 """
 
@@ -54,8 +54,8 @@ FORMS: tuple[dict[str, Any], ...] = (
 )
 QUICK = (FORMS[0], FORMS[10])
 COLUMNS = (
-    "model", "to", "dtype", "rank", "mean_kl", "recommended_kl", "greedy_agreement", "v_rmse", "v_r2",
-    "engine", "texts", "same_texts", "ties", "engine_kl",
+    "model", "to", "dtype", "rank", "mean_kl", "recommended_kl", "greedy_agreement", "v_rmse",
+    "v_r2", "engine", "texts", "same_texts", "ties", "engine_kl",
 )  # fmt: skip
 
 

@@ -36,7 +36,6 @@ from qvgpt.sampling import (
 )
 from qvgpt.terminal import TextStream, shade
 
-
 _FAR = 0.1  # nats a token: an export that far from what was recommended is said to be so
 
 
@@ -356,8 +355,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if off is not None and off > _FAR:
         left_out = ", ".join(f"{k} {v}" for k, v in summary["not_in_the_weights"].items())
         print(
-            f"{config.model}: recommends {left_out}, which no weights hold: the export is {off:.2f} "
-            "nats a token from what it recommends; a smaller --beta is nearer",
+            f"{config.model}: recommends {left_out}, which no weights hold: without, the export is "
+            f"{off:.2f} nats a token from what is recommended; with a smaller --beta it is nearer",
             file=sys.stderr,
         )
     _finish(Path(config.output), summary)
