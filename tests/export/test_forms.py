@@ -119,6 +119,21 @@ def test_two_rows_tell_v_by_log_probs(tmp_path, save_model, exact, family):
 
 
 @torch.no_grad()
+def test_v_alone_goes_with_the_plain_model(tmp_path, save_model, exact):
+    model = save_model()
+    for head in [*model.heads.q, *model.heads.target_q]:
+        head.weight.zero_()
+    model.save(tmp_path / "model")
+    with pytest.raises(QvgptError, match="know V and no Q"):
+        export(tmp_path, beta=1.0)
+    made = export(tmp_path, beta=0.0, value_rows=True)
+    assert made["fidelity"]["v"]["rmse"] < 1e-4
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    found = hf(TOKENS).logits[..., : TOKENIZER.vocab_size].log_softmax(-1)
+    torch.testing.assert_close(found, exact(model, TOKENS, Guidance()), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_heads_that_are_affine_in_disguise_are_distilled_exactly(tmp_path, save_model, exact):
     """An mlp whose units are never off: ridge regression must find the matrix it is."""
     model = save_model(HeadsConfig("mlp", num_q=2), embed=8)

@@ -80,6 +80,25 @@ def test_min_twins_become_their_mean_and_the_cost_is_told(tmp_path):
     assert weights[0] == weights[1]
 
 
+@torch.no_grad()
+def test_what_truncation_would_change_is_told(tmp_path):
+    recommended = {"beta": 1.5, "top_k": 2, "temperature": 0.5}
+    model = save_model(tmp_path / "model", HeadsConfig(), recommended=recommended)
+    found = export_hf(tmp_path / "model", tmp_path / "out", texts=TEXTS[:1])["fidelity"]
+    hidden = model.trunk.hidden(torch.tensor(TEXTS[:1]))[0]
+    whole = next_token(model, hidden, Guidance(beta=1.5)).logprob
+    base = next_token(model, hidden, Guidance()).logprob
+    kept = whole.gather(1, base.topk(2).indices)  # of two kept, all else lies outside
+    lost = -kept.logsumexp(-1).mean()
+    assert found["recommended_kl"] == pytest.approx(float(lost), rel=1e-4)
+    both = [
+        next_token(model, hidden, Guidance(beta=1.5, twins=twins)).logprob
+        for twins in ("min", "mean")
+    ]
+    kl = (both[0].exp() * (both[0] - both[1])).sum(-1).mean()
+    assert found["twins_kl"] == pytest.approx(float(kl), rel=1e-4)
+
+
 def test_half_precision_is_told_too(tmp_path):
     save_model(tmp_path / "model", HeadsConfig())
     made = export_hf(tmp_path / "model", tmp_path / "out", beta=1.0, dtype="bfloat16", texts=TEXTS)
