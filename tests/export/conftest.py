@@ -10,8 +10,6 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
-PROMPTS = [TOKENIZER.encode_prompt(c) for c in "abcdefgh"]
-
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):

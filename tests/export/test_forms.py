@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import PROMPTS
-from tiny_hf import TOKENIZER
+from tiny_hf import PROMPTS, TOKENIZER
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from qvgpt.decode.policy import Guidance

@@ -7,8 +7,7 @@ import shutil
 import gguf
 import pytest
 import torch
-from conftest import PROMPTS
-from tiny_hf import TOKENIZER
+from tiny_hf import PROMPTS, TOKENIZER
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvgpt.data.tokenizer import Tokenizer

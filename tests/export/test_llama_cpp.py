@@ -10,8 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS
-from tiny_hf import TOKENIZER
+from tiny_hf import PROMPTS, TOKENIZER
 
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import generate
