@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint quick harness fuzz clean
+.PHONY: demo test setup lint quick harness llama-cpp fuzz clean
 
 demo: setup
 	$(BIN)/qvgpt demo
@@ -33,6 +33,7 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
 	$(BIN)/python reproductions/sentiment/run.py --quick
+	$(BIN)/python reproductions/export/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
 
@@ -42,6 +43,10 @@ harness: setup  # lm-evaluation-harness on a guided model
 
 fuzz: setup  # the server under more than five hundred requests made up from its schema
 	QVGPT_FUZZ=120 $(BIN)/pytest -s tests/serve/test_schema.py
+
+llama-cpp: setup  # llama.cpp, built from source (minutes), on exported models
+	$(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python
+	$(BIN)/pytest -m llama_cpp tests/export
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .hypothesis

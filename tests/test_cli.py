@@ -173,7 +173,9 @@ MISTYPED = [
     ("generate MODEL --prompt c --top_p 2", "top_p must lie in (0, 1]"),
     ("score MODEL", "--data: missing"),
     ("export MODEL --output OUT", "recommends no beta"),
-    ("export MODEL --output OUT --to gguf", "to: expected 'hf'"),
+    ("export MODEL --output OUT --to onnx", "to: expected 'hf' or 'lora' or 'gguf'"),
+    ("export MODEL --output OUT --to critic --beta 1", "a critic holds V alone"),
+    ("export MODEL --output OUT --beta 1 --dtype q8_0", "hf holds float32"),
 ]
 
 
@@ -422,6 +424,20 @@ def test_export(call, tmp_path):
     assert "beta" in out
     assert summary(tmp_path / "out")["beta"] == 2.0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_export_for_llama_cpp_and_as_a_critic(call, tmp_path):
+    words = "export MODEL --to gguf --beta 2 --dtype float16 --value_rows --data DATA --output OUT"
+    code, out, _ = call(*words.split(), "--max_prompts", "8")
+    assert code == 0
+    assert "fidelity.mean_kl" in out
+    assert summary(tmp_path / "out")["value_rows"]["tokens"] == ["<|value_zero|>", "<|value|>"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "export.json", "model.gguf", "summary.json",
+    ]  # fmt: skip
+    words = f"export MODEL --to critic --data DATA --output {tmp_path}/critic"
+    assert call(*words.split())[0] == 0
+    assert "r2" in summary(tmp_path / "critic")["fidelity"]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(KeyboardInterrupt, 130), (Terminated, 143)])

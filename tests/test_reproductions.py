@@ -26,6 +26,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("games", GAMES),
         ("search", {"base", "best of 8", "guided, β = 64", "contrast, α = 1"}),
         ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
+        ("export", {"rows"}),
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
     ],
 )

@@ -7,7 +7,7 @@ collection goes on at its last whole chunk and ends with the file it would have 
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -242,16 +242,8 @@ def _collect(
     with progress, file.open("ab") as lines:
         for start in range(done, len(rows), size):
             chunk = range(start, min(start + size, len(rows)))
-<<<<<<< HEAD
             groups = write(chunk, progress)
-            found = [
-                _collected(rows[i], group, reward, tokenizer, config)
-                for i, group in zip(chunk, groups, strict=True)
-            ]
-=======
-            groups = _written(model, values, prompts, chunk, config, progress)
-            found = _collected([rows[i] for i in chunk], groups, reward, model, config)
->>>>>>> rewards
+            found = _collected([rows[i] for i in chunk], groups, reward, tokenizer, config)
             lines.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found).encode())
             lines.flush()
             os.fsync(lines.fileno())
@@ -329,29 +321,17 @@ def _beams(
 
 
 def _collected(
-<<<<<<< HEAD
-    row: Row,
-    texts: Sequence[Text],
-    reward: Metric,
-    tokenizer: Tokenizer | None,
-    config: CollectConfig,
-) -> dict[str, Any]:
-    """The line of data.jsonl for one prompt; without a tokenizer token ids are unknown."""
-
-    def like(text: Text) -> Any:
-        return text.text if tokenizer is None else tuple(text.tokens)
-
-    samples, texts = list(texts[: config.samples]), list(texts)
-=======
     rows: Sequence[Row],
     groups: Sequence[Sequence[Text]],
     reward: Metric,
-    model: ValueModel,
+    tokenizer: Tokenizer | None,
     config: CollectConfig,
 ) -> list[dict[str, Any]]:
-    """The lines of data.jsonl for the prompts of a chunk, whose texts are judged all at once."""
-    assert model.tokenizer is not None
-    chosen = [_chosen(row, texts, model, config) for row, texts in zip(rows, groups, strict=True)]
+    """The lines of data.jsonl for the prompts of a chunk, whose texts are judged all at once.
+
+    Without a tokenizer token ids are unknown.
+    """
+    chosen = [_chosen(r, texts, tokenizer, config) for r, texts in zip(rows, groups, strict=True)]
     fields: list[Mapping[str, Any]] = []
     for row, written, (texts, _) in zip(rows, groups, chosen, strict=True):
         if config.compare_with == "samples":
@@ -361,10 +341,9 @@ def _collected(
     judge = expected(reward) if config.compare_with == "samples" else reward
     every = [text for texts, _ in chosen for text in texts]
     if config.shaped:
+        assert tokenizer is not None
         ids = [text.tokens for text in every]
-        scores: Iterator[Any] = iter(
-            shape(judge, ids, fields, model.tokenizer, brevity=config.brevity)
-        )
+        scores: Iterator[Any] = iter(shape(judge, ids, fields, tokenizer, brevity=config.brevity))
     else:
         scores = iter(judge([text.text for text in every], fields))
     lines = []
@@ -373,7 +352,7 @@ def _collected(
         line = {
             **_kept(row.fields),
             "completions": [text.text for text in texts],
-            "completion_ids": [text.tokens for text in texts],
+            **({} if tokenizer is None else {"completion_ids": [text.tokens for text in texts]}),
             "token_rewards" if config.shaped else "rewards": rewards,
             # a reward for the whole text is final, also where the length limit cut it: a value to
             # bootstrap from on top of it would count twice
@@ -386,11 +365,14 @@ def _collected(
 
 
 def _chosen(
-    row: Row, texts: Sequence[Text], model: ValueModel, config: CollectConfig
+    row: Row, texts: Sequence[Text], tokenizer: Tokenizer | None, config: CollectConfig
 ) -> tuple[list[Text], int]:
     """The texts of a prompt that are kept, and how many of them, the first, the model wrote."""
+
+    def like(text: Text) -> Any:
+        return text.text if tokenizer is None else tuple(text.tokens)
+
     texts = list(texts)
->>>>>>> rewards
     if config.unique:
         first: dict[Any, Text] = {}
         for text in texts:
@@ -401,31 +383,7 @@ def _chosen(
         reference = _reference(row, tokenizer)
         if not config.unique or all(like(reference) != like(text) for text in texts):
             texts.append(reference)
-<<<<<<< HEAD
-    ids = [text.tokens for text in texts]
-    fields: list[Mapping[str, Any]] = [row.fields] * len(texts)
-    if config.compare_with == "samples":
-        reward, fields = expected(reward), _others(row, texts, samples)
-    if config.shaped:
-        assert tokenizer is not None
-        spread = shape(reward, ids, fields, tokenizer, brevity=config.brevity)
-        scored: dict[str, Any] = {"token_rewards": spread}
-    else:
-        scored = {"rewards": reward([text.text for text in texts], fields)}
-    return {
-        **_kept(row.fields),
-        "completions": [text.text for text in texts],
-        **({} if tokenizer is None else {"completion_ids": ids}),
-        **scored,
-        # a reward for the whole text is final, also where the length limit cut it: a value to
-        # bootstrap from on top of it would count twice
-        "truncated": [config.shaped and not text.terminated for text in texts],
-        "length_limited": [not text.terminated for text in texts],
-        "sampled": sampled,
-    }
-=======
     return texts, sampled
->>>>>>> rewards
 
 
 def _others(row: Row, texts: Sequence[Text], samples: Sequence[Text]) -> list[Mapping[str, Any]]:

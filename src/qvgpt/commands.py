@@ -23,7 +23,7 @@ from qvgpt.decode.search import Search
 from qvgpt.decode.searches import is_sampled, parse_search, search_name, write_searched
 from qvgpt.decode.sources import ValueSource, describe
 from qvgpt.errors import QvgptError
-from qvgpt.export import export_hf
+from qvgpt.export import ExportOptions, export_model
 from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import open_run, output_console, print_summary, write_json
@@ -36,6 +36,8 @@ from qvgpt.sampling import (
 )
 from qvgpt.source_options import SourceOptions
 from qvgpt.terminal import TextStream, shade
+
+_FAR = 0.1  # nats a token: an export that far from what was recommended is said to be so
 
 
 @dataclass(frozen=True)
@@ -327,23 +329,37 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     return summary
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """A guided model as an ordinary checkpoint, for engines that know nothing of values."""
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ExportOptions):
+    """A guided model, or its values, for engines that know nothing of them."""
 
     model: str
     """Directory of the model."""
     output: str
-    """Directory for the checkpoint; new or empty."""
-    to: Literal["hf"] = "hf"
-    """Format: Hugging Face."""
-    beta: float | None = None
-    """Strength of guidance to fold in; none: what the model recommends."""
+    """Directory for the export; new or empty."""
+    data: str | None = None
+    """A file of rows, held out from training, whose prompts the fidelity is measured after; needed
+    where values are not linear and have to be fitted. None: after the first token alone."""
+    max_prompts: int = 256
+    """How many of them are taken."""
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Fold values into the LM head and say how faithful the result is."""
-    summary = export_hf(config.model, config.output, config.beta)
+    """Write the export and say how faithful it is."""
+    prompts: list[list[int]] = []
+    if config.data is not None:
+        model = ValueModel.from_pretrained(config.model)
+        _, prompts = load_prompts(config.data, model, 1, config.max_prompts)
+    options = {name: getattr(config, name) for name in ExportOptions.__dataclass_fields__}
+    summary = export_model(config.model, config.output, ExportOptions(**options), prompts=prompts)
+    off = summary["fidelity"].get("recommended_kl")
+    if off is not None and off > _FAR:
+        left_out = ", ".join(f"{k} {v}" for k, v in summary["not_in_the_weights"].items())
+        print(
+            f"{config.model}: recommends {left_out}, which no weights hold: without, the export is "
+            f"{off:.2f} nats a token from what is recommended; with a smaller --beta it is nearer",
+            file=sys.stderr,
+        )
     _finish(Path(config.output), summary)
     return summary
 

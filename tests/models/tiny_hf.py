@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from qvgpt.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz :?"], "char")
+PROMPTS = [TOKENIZER.encode_prompt(c) for c in "abcdefgh"]
 SIZES = {
     "vocab_size": TOKENIZER.vocab_size,
     "hidden_size": 16,

@@ -134,6 +134,17 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
 
+    def with_special(self, names: Sequence[str]) -> "Tokenizer":
+        """The same with more special tokens, whose ids follow the last one."""
+        hf = tokenizers.Tokenizer.from_str(self._hf.to_str())
+        hf.add_special_tokens(list(names))
+        found = [hf.token_to_id(name) for name in names]
+        if found != list(range(self.vocab_size, self.vocab_size + len(names))):
+            raise QvgptError(f"this tokenizer has no room for {', '.join(names)} after its last id")
+        other = Tokenizer(hf, self._config)
+        other.chat_template = self.chat_template
+        return other
+
     @cached_property
     def vocab_size(self) -> int:
         """The largest id plus one, specials included."""

@@ -65,6 +65,9 @@ def test_the_directory_is_whole(tmp_path):
     assert not list(out.glob("value*"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     ValueModel.from_pretrained(out)  # ours again, as a plain language model
+    card = (out / "README.md").read_text()
+    assert "top_k 9" in card
+    assert "β = 1.5" in card
 
 
 def test_min_twins_become_their_mean_and_the_cost_is_told(tmp_path):
@@ -75,6 +78,25 @@ def test_min_twins_become_their_mean_and_the_cost_is_told(tmp_path):
     assert low["fidelity"]["mean_kl"] > 1e-3 > abs(mean["fidelity"]["mean_kl"])
     weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("mean", "min")]
     assert weights[0] == weights[1]
+
+
+@torch.no_grad()
+def test_what_truncation_would_change_is_told(tmp_path):
+    recommended = {"beta": 1.5, "top_k": 2, "temperature": 0.5}
+    model = save_model(tmp_path / "model", HeadsConfig(), recommended=recommended)
+    found = export_hf(tmp_path / "model", tmp_path / "out", texts=TEXTS[:1])["fidelity"]
+    hidden = model.trunk.hidden(torch.tensor(TEXTS[:1]))[0]
+    whole = next_token(model, hidden, Guidance(beta=1.5)).logprob
+    base = next_token(model, hidden, Guidance()).logprob
+    kept = whole.gather(1, base.topk(2).indices)  # of two kept, all else lies outside
+    lost = -kept.logsumexp(-1).mean()
+    assert found["recommended_kl"] == pytest.approx(float(lost), rel=1e-4)
+    both = [
+        next_token(model, hidden, Guidance(beta=1.5, twins=twins)).logprob
+        for twins in ("min", "mean")
+    ]
+    kl = (both[0].exp() * (both[0] - both[1])).sum(-1).mean()
+    assert found["twins_kl"] == pytest.approx(float(kl), rel=1e-4)
 
 
 def test_half_precision_is_told_too(tmp_path):
@@ -94,10 +116,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path):
     save_model(tmp_path / "mlp", HeadsConfig("mlp"))
     save_model(tmp_path / "plain", None)
     save_model(tmp_path / "linear", HeadsConfig())
-    cases = {"mlp": "does not fold", "plain": "no value heads"}
+    cases = {"mlp": "to be fitted on 32 states or more", "plain": "no value heads"}
     for name, message in cases.items():
         with pytest.raises(QvgptError, match=message):
-            export_hf(tmp_path / name, tmp_path / "out", beta=1.0)
+            export_hf(tmp_path / name, tmp_path / "out", beta=1.0, texts=TEXTS)
     with pytest.raises(QvgptError, match="say which one"):
         export_hf(tmp_path / "linear", tmp_path / "out")
     with pytest.raises(QvgptError, match="no such directory"):
