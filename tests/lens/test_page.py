@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import EVIL, ROWS
+from lens_rows import EVIL, ROWS
 
 from qvgpt.cli import main
 from qvgpt.lens.page import LensText, lens_page

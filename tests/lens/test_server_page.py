@@ -4,7 +4,7 @@ import re
 import threading
 
 import pytest
-from conftest import EVIL
+from lens_rows import EVIL
 from served import BYTES, scripted, serving
 from test_page import card, figures_of, percent, rgb, shown
 

@@ -35,7 +35,7 @@ from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alternative:
     """A token that might have been written, and what was thought of it."""
 
