@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ HERE = Path(__file__).parent
 CLIENTS, SECONDS, MAX_BATCH, MAX_TOKENS = 200, 300.0, 64, 64
 WARM = 0.2  # of the time, in which memory may still grow
 PEER_SECONDS = 120.0
+GRACE = 60.0
+"""Seconds that texts have to be finished in after the load."""
 
 
 def main() -> None:
@@ -188,17 +191,19 @@ def served_load(folder: Path, dtype: str, clients: int, seconds: float) -> dict[
         code = process.wait(60)
     warm = held[int(len(held) * WARM) :]
     tenth = max(1, len(warm) // 10)
-    rss, descriptors, _ = (np.array(column) for column in zip(*warm, strict=True))
-    tokens = answers.pop("tokens")
+    when, tokens, cpu_seconds, rss, descriptors = (np.array(c) for c in zip(*warm, strict=True))
+    written = float(tokens[-1] - tokens[0])
     return {
         **answers,
-        "cpu_us_per_token": 1e6 * (held[-1][2] - held[0][2]) / max(tokens, 1),
+        # those in the middle of a text too, as the server counts them
+        "tokens_per_second": written / float(when[-1] - when[0]),
+        "cpu_us_per_token": 1e6 * float(cpu_seconds[-1] - cpu_seconds[0]) / max(written, 1.0),
         "rss_mb": float(np.median(rss[-tenth:])),
         "rss_growth_mb": growth(rss, tenth),
         "descriptors": int(descriptors.max()),
         "descriptor_growth": growth(descriptors, tenth),
         "exit_code": code,
-    }  # fmt: skip
+    }
 
 
 def growth(found: np.ndarray, some: int) -> float:
@@ -208,8 +213,8 @@ def growth(found: np.ndarray, some: int) -> float:
 
 def load(
     pid: int, port: int, clients: int, seconds: float, more: dict[str, Any]
-) -> tuple[dict[str, Any], list[tuple[float, int, float]]]:
-    """What clients found, and (MB, descriptors, CPU seconds) of the server once a second."""
+) -> tuple[dict[str, Any], list[tuple[float, ...]]]:
+    """What clients found, and what the server held once a second."""
     job = {"do": "load", "port": port, "clients": clients, "seconds": seconds, "more": more}
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     asking = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -218,13 +223,24 @@ def load(
     held, until = [], time.monotonic() + seconds
     while asking.poll() is None and time.monotonic() < until:
         with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            count = len(os.listdir(f"/proc/{pid}/fd"))
-            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            cpu_seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-            held.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, count, cpu_seconds))
+            held.append(look(pid, port))
         time.sleep(1.0)
     return json.loads(asking.stdout.read().splitlines()[-1]), held
+
+
+def look(pid: int, port: int) -> tuple[float, ...]:
+    """Seconds, tokens written (0: it does not say), CPU seconds, MB, descriptors."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        found = re.search(r"^qvgpt_tokens_total (\S+)", answer.read().decode(), re.MULTILINE)
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return (
+        time.monotonic(),
+        float(found[1]) if found else 0.0,
+        sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        len(os.listdir(f"/proc/{pid}/fd")),
+    )
 
 
 def peer_load(folder: Path, clients: int, seconds: float) -> dict[str, Any]:
@@ -284,7 +300,11 @@ def run_load(port: int, clients: int, seconds: float, more: dict[str, Any]) -> d
                 await asyncio.sleep(0.1)
 
     async def everyone() -> None:
-        await asyncio.gather(*(client(i) for i in range(clients)))
+        tasks = [asyncio.create_task(client(i)) for i in range(clients)]
+        _, slow = await asyncio.wait(tasks, timeout=seconds + GRACE)
+        statuses["late"] += len(slow)
+        for task in slow:
+            task.cancel()
 
     print("begun", flush=True)
     asyncio.run(everyone())
@@ -295,8 +315,7 @@ def run_load(port: int, clients: int, seconds: float, more: dict[str, Any]) -> d
     return {
         "tokens_per_second": tokens / (until - warm),
         "texts": len(counted),
-        "tokens": sum(n for at, n in counted if at < until),
-        "status_counts": dict(statuses),
+        "status_counts": {status: n for status, n in statuses.items() if n},
         "p50_ttft_ms": float(p50),
         "p90_ttft_ms": float(p90),
         "p99_ttft_ms": float(p99),

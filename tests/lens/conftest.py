@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from lens_rows import DIALOGUE, ROWS
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
@@ -17,15 +18,6 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
-
-EVIL = "</script><img src=x onerror=\"window.hacked=1\"><!--<script>{{data}} & 'q'"
-ROWS = [
-    {"prompt": "a", "completion": "好", "reward": 1.0},
-    {"prompt": "a", "completion": "no", "reward": 0.0},
-    {"prompt": "b", "completions": ["好 e\u0301 👩‍👧\n", "no\n\n" + EVIL], "rewards": [1.0, 0.0]},
-    {"prompt": EVIL, "completion": "no 好", "reward": 0.25},
-]
-DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "好"}]
 
 
 @pytest.fixture(scope="session")

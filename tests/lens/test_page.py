@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from conftest import EVIL, ROWS
+from lens_rows import EVIL, ROWS
 
 from qvgpt.cli import main
 from qvgpt.lens.page import LensText, lens_page
+from qvgpt.models.value_model import ValueModel
 
 FIGURES = ["q", "v", "advantage", "base", "guided"]
 
@@ -24,9 +25,11 @@ def written(folder):
 @pytest.fixture(scope="session")
 def texts(written):
     """The records in the page."""
-    found = re.search(r'id="lens-data">(.*?)</script>', written.read_text("utf-8"))
-    assert found
-    return json.loads(found[1])["texts"]
+    return data_of(written)["texts"]
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="lens-data">(.*?)</script>', page.read_text("utf-8"))[1])
 
 
 def actions(text):
@@ -223,6 +226,7 @@ def test_every_token_is_legible(visit, written, scheme):
 def test_chinese(visit, written):
     page = visit(f"file://{written}", locale="zh-CN")
     assert page.locator("html").get_attribute("lang") == "zh-CN"
+    assert page.locator("h1").inner_text() == "模型看重什么"
     assert "个词元" in page.locator(".figures").first.inner_text()
     page.locator("#language").click()
     assert page.locator("html").get_attribute("lang") == "en"
@@ -286,8 +290,31 @@ def test_lens_of_one_text(folder, tmp_path, capsys):
     page = output.read_text("utf-8")
     assert "log π₊ − log π₋" in page
     assert "no" in re.search("<noscript>(.*?)</noscript>", page, re.S)[1]
-    data = json.loads(re.search(r'id="lens-data">(.*?)</script>', page)[1])
-    assert data["texts"][0]["returns"] is None
+    assert data_of(output)["texts"][0]["returns"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "returns"),
+    [
+        ({}, [[2.0, 2.0, 3.0, 2.0], [-1.0] * 3]),
+        ({"gamma": 0.5}, [[0.0, 0.0, 2.0, 2.0], [-0.25, -0.5, -1.0]]),
+        ({"centred": True}, [None, None]),
+    ],
+)
+def test_returns_are_drawn_as_the_values_count_them(folder, tmp_path, changes, returns):
+    model = ValueModel.from_pretrained(folder / "model")
+    for name, value in changes.items():
+        setattr(model.info, name, value)
+    model.save(tmp_path / "model")
+    rewarded = {"prompt": "a", "completion": "abc", "token_rewards": [0.0, -1.0, 1.0, 2.0]}
+    rows = [rewarded, {"prompt": "a", "completion": "no", "label": False}, {"text": "ab"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--beta", "0"]
+    output = tmp_path / "page.html"
+    assert main(["lens", *words, "--output", str(output)]) == 0
+    found = data_of(output)["texts"]
+    assert [text["returns"] for text in found] == [*returns, None]
+    assert [text["reward"] for text in found] == [2.0, -1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -306,8 +333,6 @@ def test_lens_of_one_text(folder, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_shown_is_said_in_one_line(folder, tmp_path, capsys, words, said):
-    from qvgpt.models.value_model import ValueModel
-
     paths = {"MODEL": folder / "model", "ROWS": folder / "rows.jsonl", "LONG": "x" * 300}
     paths |= {"FOLDER": tmp_path, "PLAIN": tmp_path / "plain"}
     if "PLAIN" in words:
@@ -332,8 +357,6 @@ def test_a_page_in_the_place_of_one_before(folder, tmp_path):
 
 
 def test_values_of_turns_are_refused(folder, tmp_path, capsys):
-    from qvgpt.models.value_model import ValueModel
-
     model = ValueModel.from_pretrained(folder / "model")
     model.info.level = "turn"
     model.save(tmp_path / "turns")

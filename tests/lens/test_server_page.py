@@ -4,7 +4,7 @@ import re
 import threading
 
 import pytest
-from conftest import EVIL
+from lens_rows import EVIL
 from served import BYTES, scripted, serving
 from test_page import card, figures_of, percent, rgb, shown
 
@@ -32,7 +32,7 @@ def open_page(visit):
     return open_it
 
 
-def write(page, prompt="a", seed=3, length=12):
+def write(page, prompt="a", seed=3, length: int | str = 12):
     page.fill("#prompt", prompt)
     page.fill("#length", str(length))
     page.fill("#seed", str(seed))
@@ -262,6 +262,8 @@ def test_errors_are_said(server, open_page, pages):
     assert page.locator(".pane .error").all_inner_texts() == [busy, busy]
     refused(pages, 429)
     page.unroute_all()
+    write(page, length="")  # what fits
+    assert page.locator(".pane .token").count() > 0
     write(page, length=100000)
     assert "400: " in page.locator(".pane .error").first.inner_text()
     refused(pages, 400)

@@ -355,6 +355,19 @@ def test_faults_are_named(server, body, param):
     assert "\n" not in error["message"]
 
 
+def test_what_is_told_has_a_bound(server, monkeypatch):
+    """A request for a million alternatives would fill the memory."""
+    monkeypatch.setattr("qvgpt.serve.service.MOST_TOLD", 2 * 2 * 5 * 4)
+    ask = {"prompt": ["a", "b"], "n": 2, "max_tokens": 5}
+    assert server.post(**ask, values=3).status_code == 200
+    answer = server.post(**ask, values=4)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "values"
+    assert server.post(**ask, values=True, logprobs=4).status_code == 400
+    assert server.post(**ask).status_code == 200
+    assert server.post("/v1/values", text="a" * 20, alternatives=20).status_code == 400
+
+
 @pytest.mark.parametrize(
     "body",
     [{}, {"prompt": "a"}, {"text": "a", "prompt": "b"}, {"text": ""}, {"text": "今" * 200},

@@ -36,7 +36,7 @@ from qvgpt.models.laid_out import head_of, lay_out
 from qvgpt.models.value_model import ValueModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alternative:
     """A token that might have been written, and what was thought of it."""
 

@@ -92,7 +92,7 @@ def lens(config: LensConfig) -> dict[str, Any]:
         over = each.text.terminated
         shown.append(LensText(tokens, each.title, reward, returns, None if over else end))
     about = f"{config.model}; {in_words}"
-    write_page(output, lens_page(shown, "What the model values", about))
+    write_page(output, lens_page(shown, about=about))
     actions = [token for tokens in records for token in tokens if "q" in token]
     return {"page": str(output), "texts": len(texts), "tokens": len(actions)}
 

@@ -37,14 +37,15 @@ class LensText:
     """V where the text stops without being over."""
 
 
-def lens_page(texts: Sequence[LensText], title: str, about: str = "") -> str:
-    """The page. Every text handed in is escaped."""
+def lens_page(texts: Sequence[LensText], title: str = "", about: str = "") -> str:
+    """The page, by default with a title in the reader's language. All texts are escaped."""
     script = "".join(resource(name) for name in (*SCRIPTS, "standalone.js"))
     style = stylesheet()
     data = {"texts": [_text(text) for text in texts]}
     plain = "".join(f"<pre>{escape(_plain(text))}</pre>" for text in texts)
     parts = {
         "title": escape(title),
+        "tab": escape(title or "qvgpt lens"),
         "about": escape(about),
         "plain": plain,
         "style": style,

@@ -8,7 +8,7 @@ A token that the model chose, or could have:
 
 One that was given has `token` and `bytes` alone. Special tokens, such as the end, have a name and
 no bytes. Null numbers are unknown, but for a null `logprob`: that token is no candidate of the
-guidance, its probability is 0. Numbers have six significant digits.
+guidance, its probability is 0. Numbers have eight significant digits.
 """
 
 import math
@@ -85,4 +85,4 @@ def record(
 
 def number(value: float | None) -> float | None:
     """As JSON knows it: nothing that is not finite."""
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+    return float(f"{value:.8g}") if value is not None and math.isfinite(value) else None

@@ -85,7 +85,7 @@
   function request(settings) {
     const shared = {
       guidance: settings,
-      max_tokens: amount("length"),
+      max_tokens: amount("length") || null, // null: what the context holds, at most 256
       seed: amount("seed"),
       values: ALTERNATIVES,
       stream: true,

@@ -4,6 +4,8 @@
 {
   const { texts } = JSON.parse(document.getElementById("lens-data").textContent);
   const page = new Lens.Page();
+  const title = document.getElementById("title");
+  if (!title.textContent) Words.tell(title, "heading");
   const main = document.getElementById("texts");
   main.append(page.key);
   for (const { tokens, ...about } of texts) {

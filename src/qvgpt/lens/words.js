@@ -3,6 +3,7 @@
 
 const WORDS = {
   en: {
+    heading: "What the model values",
     language: "中文",
     key: "Colours: A = Q − V, what the token adds to the return to be expected",
     worse: "worse than the model on average",
@@ -31,12 +32,13 @@ const WORDS = {
     noValues: "no values known here",
   },
   zh: {
+    heading: "模型看重什么",
     language: "English",
     key: "颜色：A = Q − V，即该词元使期望回报增加多少",
     worse: "低于模型平均水平",
     better: "更好",
     curve: "V：至此的期望回报",
-    chosen: "Q:选此词元后",
+    chosen: "Q：选此词元后",
     returns: "实际回报",
     tokens: (n) => `${n} 个词元`,
     reward: (x) => `奖励 ${x}`,

@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from qvgpt.serve import static
 from qvgpt.serve.faults import Refusal, fault, printable
 from qvgpt.serve.schema import ChatRequest, CompletionRequest, ErrorBody, ValuesRequest
-from qvgpt.serve.service import Service, Writing
+from qvgpt.serve.service import Service
+from qvgpt.serve.telling import Writing, stream, whole
 
 logger = logging.getLogger("qvgpt.serve")
 
@@ -130,7 +131,7 @@ class _Answer(Response):
             if self._streams:
                 await self._tell(send)
             else:
-                body = await self._service.whole(self._writing)
+                body = await whole(self._writing, self._service.pieces(self._writing))
                 if not self._writing.sink.gone:
                     response = Response(body, media_type="application/json")
                     await response(scope, receive, send)
@@ -146,7 +147,7 @@ class _Answer(Response):
     async def _tell(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for piece in self._service.stream(self._writing):
+        async for piece in stream(self._writing, self._service.pieces(self._writing)):
             if self._writing.sink.gone:
                 return
             await send({"type": "http.response.body", "body": piece, "more_body": True})

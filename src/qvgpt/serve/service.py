@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qvgpt.data.files import Row
@@ -30,33 +30,14 @@ from qvgpt.serve.schema import (
     Sampled,
     ValuesRequest,
 )
-from qvgpt.serve.shown import Choice, Form, usage, values
+from qvgpt.serve.shown import Form, usage, values
+from qvgpt.serve.telling import Sink, Writing
 from qvgpt.serve.worker import Job, Piece, Worker
 from qvgpt.terminal import TextStream
 
 DEFAULT_MAX_TOKENS = 256
-
-
-class Sink:
-    """Where the pieces of one request come together, in the loop's thread."""
-
-    def __init__(self):
-        self.pieces: list[tuple[Job, Piece]] = []
-        self.wake = asyncio.Event()
-        self.gone = False
-        """The client has left."""
-
-
-@dataclass
-class Writing:
-    """A request that is being written."""
-
-    form: Form
-    jobs: list[Job]
-    sink: Sink
-    prompt_tokens: int
-    started: float
-    include_usage: bool = False
+MOST_TOLD = 1 << 18
+"""Tokens and alternatives of one answer that something is told of; each is some 300 bytes."""
 
 
 class Service:
@@ -190,9 +171,11 @@ class Service:
         guidance = self._guidance(asked.guidance, asked.temperature, asked.top_p)
         lengths = [self._length(prompt, asked.max_tokens) for prompt in prompts]
         self._refuse([0], 1, guidance)
-        self._admit(count)
         wanted = [k for k in (asked.alternatives, logprobs) if k is not None]
         alternatives, seed = max(wanted, default=None), asked.seed
+        if alternatives is not None:
+            self._check_told(n * sum(lengths), alternatives)
+        self._admit(count)
         seed = secrets.randbits(62) if seed is None else seed
         sink = Sink()
         jobs = [
@@ -247,6 +230,15 @@ class Service:
             )
         return max_tokens or min(DEFAULT_MAX_TOKENS, room)
 
+    def _check_told(self, tokens: int, alternatives: int) -> None:
+        if tokens * (1 + alternatives) > MOST_TOLD:
+            raise Refusal(
+                400,
+                f"values or logprobs of {tokens} tokens, each with {alternatives} alternatives: at "
+                f"most {MOST_TOLD} in all",
+                "values",
+            )
+
     def _refuse(self, tokens: list[int], max_tokens: int, guidance: Guidance) -> None:
         try:
             self.worker.guide.refuse(tokens, max_tokens, guidance)
@@ -299,49 +291,6 @@ class Service:
                 yield found
         self._seconds += 0.1 * (time.monotonic() - writing.started - self._seconds)
 
-    async def whole(self, writing: Writing) -> bytes:
-        """All texts at once."""
-        choices = [Choice(job.index) for job in writing.jobs]
-        async for found in self.pieces(writing):
-            for job, piece in found:
-                choices[job.index].add(piece)
-        written = sum(len(choice.tokens) for choice in choices)
-        form = writing.form
-        answer = form.frame([form.choice(c, c.whole(), False) for c in choices], False)
-        answer["usage"] = usage(writing.prompt_tokens, written)
-        return json.dumps(answer).encode()
-
-    async def stream(self, writing: Writing) -> AsyncIterator[bytes]:
-        """Server-sent events, one for each piece; an error is the last of them."""
-        form, written = writing.form, 0
-        choices = [Choice(job.index) for job in writing.jobs]
-        if form.chat:
-            roles = [
-                {"index": c.index, "delta": {"role": "assistant", "content": ""},
-                 "logprobs": None, "finish_reason": None}
-                for c in choices
-            ]  # fmt: skip
-            yield self._event(writing, roles)
-        try:
-            async for found in self.pieces(writing):
-                written += sum(len(piece.tokens) for _, piece in found)
-                shown = [form.choice(choices[job.index], piece, True) for job, piece in found]
-                yield b"".join(self._event(writing, [one]) for one in shown)
-        except Refusal as refusal:
-            yield b"data: " + refusal.body() + b"\n\n"
-            return
-        if writing.include_usage:
-            yield self._event(writing, [], usage(writing.prompt_tokens, written))
-        yield b"data: [DONE]\n\n"
-
-    def _event(
-        self, writing: Writing, choices: list[dict[str, Any]], total: dict[str, int] | None = None
-    ) -> bytes:
-        frame = writing.form.frame(choices, True)
-        if writing.include_usage:
-            frame["usage"] = total
-        return b"data: " + json.dumps(frame).encode() + b"\n\n"
-
     # ── given texts ──────────────────────────────────────────────────────────────────────────
 
     async def values_of(self, asked: ValuesRequest) -> bytes:
@@ -370,6 +319,7 @@ class Service:
                 400, f"a text of {len(text.tokens)} tokens does not fit the context of {context}",
                 code="context_length_exceeded",
             )  # fmt: skip
+        self._check_told(len(text.tokens), asked.alternatives)
         self._refuse([0], 1, guidance)
         found = await self._between_steps(
             lambda: score(
