@@ -380,4 +380,4 @@ def _load(
             f"{report.too_long} texts are longer than {limit} tokens: {report.cut} cut, "
             f"{report.dropped} dropped"
         )
-    return texts, asdict(report)
+    return texts, {**asdict(report), "judged_by": [*report.judged_by]}
