@@ -18,7 +18,7 @@ GUIDANCES = {
     "full": Guidance(beta=2.0),
     "top_k": Guidance(beta=2.0, top_k=6, temperature=0.7),
     "plain": Guidance(),
-    "top_p": Guidance(beta=1.0, top_p=0.5),
+    "top_p": Guidance(beta=1.0, top_p=0.05),  # leaves one or two
 }
 
 

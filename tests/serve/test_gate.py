@@ -319,7 +319,7 @@ def test_who_takes_nothing_is_cut_off(monkeypatch):
                 time.sleep(0.01)
             while server.service.live and time.monotonic() < until:
                 time.sleep(0.05)
-        assert server.metric("qvgpt_cancelled_total") > 0
+            assert server.metric("qvgpt_cancelled_total") > 0
 
 
 def test_connections_have_a_bound(model):

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-EXAMPLES = int(os.environ.get("QVGPT_FUZZ", "6"))
+EXAMPLES = int(os.environ.get("QVGPT_FUZZ", "3"))
 OPERATIONS = [
     ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/values", "POST"),
     ("/v1/models", "GET"), ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/ready", "GET"),
