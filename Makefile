@@ -36,6 +36,7 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/export/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
+	$(BIN)/python benchmarks/serve.py --quick
 
 harness: setup  # lm-evaluation-harness on a guided model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[harness]'

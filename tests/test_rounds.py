@@ -205,6 +205,7 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
         ({"beta": 0.0}, "nothing guides"),
         ({"collect": {"best_of": 2}}, "give one of them"),
         ({"beta": 0.0, "collect": {"best_of": 2, "temperatures": [0.0]}}, "writes one text"),
+        ({"collect": {"base_url": "http://x/v1"}}, "collect.base_url: a server's model"),
         ({"collect": {"model": "there"}}, "collect.model: is for the rounds to say"),
         ({"train": {"output": "there"}}, "train.output: is for the rounds to say"),
         ({"train": {"objectives": ["LM"]}}, "teach no Q"),
