@@ -426,7 +426,8 @@ def test_export(call, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_export_for_llama_cpp_and_as_a_critic(call, tmp_path):
+def test_export_for_llama_cpp_and_as_a_critic(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvgpt.export.source._TO_FIT", 16)
     words = "export MODEL --to gguf --beta 2 --dtype float16 --value_rows --data DATA --output OUT"
     code, out, _ = call(*words.split(), "--max_prompts", "8")
     assert code == 0
