@@ -311,14 +311,14 @@ def run_load(port: int, clients: int, seconds: float, more: dict[str, Any]) -> d
     # what was finished after a warm beginning and before the end, where clients become fewer
     warm = begun + WARM * seconds
     tokens = sum(n for at, n in counted if warm <= at < until)
-    p50, p90, p99 = np.percentile(first, [50, 90, 99]) if first else [float("nan")] * 3
+    p50, p90, p99 = np.percentile(first, [50, 90, 99]).tolist() if first else [None] * 3
     return {
         "tokens_per_second": tokens / (until - warm),
         "texts": len(counted),
         "status_counts": {status: n for status, n in statuses.items() if n},
-        "p50_ttft_ms": float(p50),
-        "p90_ttft_ms": float(p90),
-        "p99_ttft_ms": float(p99),
+        "p50_ttft_ms": p50,
+        "p90_ttft_ms": p90,
+        "p99_ttft_ms": p99,
     }
 
 
