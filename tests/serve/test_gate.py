@@ -95,7 +95,7 @@ def test_no_route_is_forgotten(locked):
     """Every path of the application is asked above, or is open on purpose."""
     paths = {r.path for r in locked.server.config.app._app.routes}
     known = {path for _, path in ROUTES} | gates.OPEN
-    assert {p.replace("{name:path}", "tiny") for p in paths} <= known | set(static.STATIC)
+    assert {p.replace("{name:path}", "tiny") for p in paths} <= known | set(static.load())
 
 
 def test_with_the_key(locked):
