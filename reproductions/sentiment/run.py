@@ -26,6 +26,7 @@ from judging import MAX_BATCH, MAX_TOKENS, Figures, Judges, Written, written
 from methods import (
     CONTRAST_BETAS,
     FULL,
+    PLAIN,
     QUICK,
     SHARES,
     VALUES,
@@ -51,8 +52,9 @@ RIVALS = ("FUDGE", "CD", "contrast")
 """Compared at the headline's KL."""
 SECOND = ("MonteCarlo", "contrast")
 """What is done in the second direction too, beside base, best of N and fine-tuning."""
-MAX_PERPLEXITY = 1.25
-"""Of the chosen strength on validation prompts, in terms of the base's."""
+MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
+"""Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
+pairs of words."""
 
 
 def main() -> None:
@@ -147,7 +149,7 @@ class _Seed:
     ) -> dict[str, Any]:
         """Train, choose on validation prompts, report on test prompts."""
         base = ValueModel.from_pretrained(base_dir)
-        plain = _Way(base, {0.0: Guidance()})
+        plain = _Way(base, {0.0: PLAIN})
         ways = self._ways(direction, base_dir, base, samples)
         val = self._figures("validation", direction, "base", plain, base, judges)
         found = {
@@ -190,13 +192,15 @@ class _Seed:
                           self.seed, method.heads)  # fmt: skip
             betas = method.betas[:2] if setting.few_strengths else method.betas
             ways[name] = _Way(model, {b: replace(method.guidance, beta=b) for b in betas})
+            if name == GUIDED[0]:  # what its trunk has learned by going on
+                ways[f"{name}, unguided"] = _Way(model, {0.0: PLAIN})
         for share in SHARES[:1] if setting.few_strengths else SHARES:
             model = tuned(place / f"filtered-{share}", base_dir, samples,
                           [{"LM": {"top_share": share}}], setting.tune_fit, self.seed)  # fmt: skip
-            ways[f"filtered, best {share:.0%}"] = _Way(model, {share: Guidance()})
+            ways[f"filtered, best {share:.0%}"] = _Way(model, {share: PLAIN})
         values = contrast(self.work, base_dir, self.files, setting, self.seed, direction)
         betas = CONTRAST_BETAS[:2] if setting.few_strengths else CONTRAST_BETAS
-        ways["contrast"] = _Way(base, {b: Guidance(beta=b) for b in betas}, values)
+        ways["contrast"] = _Way(base, {b: replace(PLAIN, beta=b) for b in betas}, values)
         return ways
 
     def _figures(
@@ -283,9 +287,14 @@ def _kept(
 def _chosen(
     found: Mapping[str, Sequence[Figures]], base: Figures, direction: str
 ) -> tuple[str, float, float]:
-    """Method, β and KL of the highest reward among those whose perplexity is bearable."""
+    """Method, β and KL of the highest reward among those that write as well as the base."""
     every = [(name, f) for name, several in found.items() for f in several]
-    fluent = [e for e in every if e[1].perplexity <= MAX_PERPLEXITY * base.perplexity]
+    fluent = [
+        (name, f)
+        for name, f in every
+        if f.perplexity <= MAX_PERPLEXITY * base.perplexity
+        and f.distinct[1] >= MIN_DISTINCT * base.distinct[1]
+    ]
     if not fluent:
         fluent = [min(every, key=lambda e: e[1].perplexity)]
     name, best = max(fluent, key=lambda e: float(np.mean(e[1].towards(direction)["reward"])))
