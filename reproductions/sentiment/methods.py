@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data import Files, read, write
-from judging import MAX_TOKENS
 from rich.console import Console
+from sst2 import Files, read, write
 
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.decode.policy import Guidance
@@ -50,7 +49,13 @@ class Setting:
     base_samples: int
     """Of the base, for best of N too."""
     max_n: int
-    few_strengths: bool = False
+    max_tokens: int = 24
+    values: tuple[str, ...] = ("MonteCarlo", "ILQL", "Q♯", "FUDGE", "CD")
+    """Of `VALUES`, those that are tried."""
+    timed: int = 32
+    """Texts to measure every method's cost by."""
+    strengths: int | None = None
+    """How many of a method's are tried; none: all."""
 
 
 FULL = Setting(
@@ -76,9 +81,9 @@ QUICK = replace(
     FULL,
     gpt=GPTShape(32, 2, 1, 64, 0.0),
     vocab_size=300,
-    lm_fit=FitOptions(max_steps=30, batch_size=16, lr=3e-3),
-    value_fit=FitOptions(max_steps=8, batch_size=32, lr=1e-3),
-    tune_fit=FitOptions(max_steps=4, batch_size=16, lr=1e-3),
+    lm_fit=FitOptions(max_steps=10, batch_size=16, lr=3e-3),
+    value_fit=FitOptions(max_steps=3, batch_size=32, lr=1e-3),
+    tune_fit=FitOptions(max_steps=2, batch_size=16, lr=1e-3),
     reward=Size(32, 1, 200),
     judge=Size(32, 1, 300),
     reward_rates=Rates(epochs=2.0, lr=3e-3),
@@ -89,7 +94,10 @@ QUICK = replace(
     judged_samples=2,
     base_samples=4,
     max_n=2,
-    few_strengths=True,
+    max_tokens=6,
+    values=("MonteCarlo", "FUDGE"),
+    timed=0,
+    strengths=2,
 )
 
 
@@ -186,7 +194,7 @@ def samples_of(
                 samples=setting.samples,
                 limit=setting.prompts,
                 top_k=PLAIN.top_k,
-                max_tokens=MAX_TOKENS,
+                max_tokens=setting.max_tokens,
                 max_batch=128,
                 seed=seed,
                 **resumes(output),
