@@ -1,11 +1,13 @@
 """Every reproduction has a quick form, so that the scripts behind the tables cannot rot."""
 
 import json
+import math
 import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,3 +98,82 @@ def test_a_frozen_trunk_looks_up_what_it_would_compute(games):
     assert not torch.equal(real, torch.ones_like(real))
     torch.testing.assert_close(found[real], computed[real], atol=1e-5, rtol=0)
     assert not any(p.requires_grad for p in trunk.parameters())
+
+
+@pytest.fixture
+def sentiment(monkeypatch):
+    """The names of the script of sentiment."""
+    script = REPRODUCTIONS / "sentiment" / "run.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    return {
+        **runpy.run_path(str(script), run_name="sentiment_run"),
+        **{
+            name: runpy.run_path(str(script.with_name(f"{name}.py")))
+            for name in ("sst2", "judging")
+        },
+    }
+
+
+def test_halves_share_no_sentence(sentiment, tmp_path):
+    """Phrases go where the longest text goes that contains them."""
+    sst2 = sentiment["sst2"]
+    owners = sst2["containing"](["a b c d", "b c", "c d e", "c", "ab"])
+    assert owners == {
+        "a b c d": "a b c d",
+        "b c": "a b c d",
+        "c d e": "c d e",
+        "c": "a b c d",
+        "ab": "ab",
+    }
+    sides = [sst2["side_of"](f"sentence {i}") for i in range(2000)]
+    assert 0.03 < sides.count("validation") / 2000 < 0.09
+    assert abs(sides.count("A") - sides.count("B")) < 200
+    files = sst2["prepare"](sst2["toy"](tmp_path / "toy"), tmp_path / "files", test=3)
+    held = [{row["text"] for row in sst2["read"](files.labelled(side))} for side in sst2["SIDES"]]
+    assert not held[0] & held[1]
+    assert sum(map(len, held)) == len(sst2["read"](tmp_path / "toy" / "sst2.train.jsonl"))
+    kinds = [row["kind"] for row in sst2["read"](files.prompts("test"))]
+    assert kinds == ["sst"] * 3 + ["neutral"] * 3
+    assert sst2["_as_sst"]('We aren\'t "out".').split() == [
+        "we",
+        "are",
+        "n't",
+        '"',
+        "out",
+        '"',
+        ".",
+    ]
+
+
+def test_strengths_are_chosen_and_matched(sentiment):
+    figures = sentiment["judging"]["Figures"]
+
+    def one(strength, reward, kl, perplexity, pairs=0.9):
+        return figures(
+            "m", strength, [0.5], [0.5], [reward], kl, perplexity, [0.0, pairs, 0.0], 9.0, 1.0, 1.0
+        )
+
+    base = one(0.0, 0.5, 0.0, 100.0)
+    found = {
+        "a": [one(1.0, 0.6, 1.0, 110.0), one(4.0, 0.9, 4.0, 126.0)],
+        "b": [one(2.0, 0.7, 2.0, 90.0), one(8.0, 0.8, 8.0, 90.0, pairs=0.8)],
+    }
+    assert sentiment["_chosen"](found, base, "positive") == ("b", 2.0, 2.0)
+    assert sentiment["_chosen"](found, base, "negative") == ("a", 1.0, 1.0)
+    assert sentiment["_at_kl"](found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
+    assert sentiment["_at_kl"](found["a"], 100.0) == 4.0
+
+
+def test_best_of_n_takes_the_highest_reward(sentiment):
+    written = sentiment["judging"]["Written"](
+        "base", 0.0, [["a", "b", "c", "d"]], [[False] * 4], np.array([[0.1, 0.9, 0.2, 0.3]]),
+        np.array([[0.4, 0.3, 0.1, 0.8]]), 1.0, 5.0, 1.5, 2.0,
+    )  # fmt: skip
+    best = written.best_of(2, "positive")
+    assert best.texts == [["a", "d"]]
+    assert best.judge.tolist() == [[0.1, 0.3]]
+    assert (best.read_per_token, best.seconds_per_token) == (3.0, 4.0)
+    assert best.kl == pytest.approx(1.0 + math.log(2) - 0.5)
+    assert written.best_of(4, "negative").texts == [["c"]]
+    distinct = sentiment["judging"]["distinct"]
+    assert distinct([["a b a b"], ["a b"]], 2) == pytest.approx(2 / 4)

@@ -18,7 +18,6 @@ from qvgpt.envs.rewards import Metric, get_reward
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 
-MAX_TOKENS = 24
 MAX_BATCH = 128
 
 
@@ -142,8 +141,9 @@ def written(
     *,
     samples: int,
     seed: int,
+    max_tokens: int,
+    timing: int,
     values: ValueSource | None = None,
-    timing: int = 32,
 ) -> list[Written]:
     """Sample and judge `samples` texts of each prompt, for each strength of guidance."""
     assert model.tokenizer is not None
@@ -154,7 +154,7 @@ def written(
         prompts,
         lambda texts, index: judges.judge(texts, [rows[i] for i in index]),
         {str(strength): guidance for strength, guidance in guidances.items()},
-        CompareOptions(samples, MAX_TOKENS, MAX_BATCH, seed, timing=timing, resamples=1),
+        CompareOptions(samples, max_tokens, MAX_BATCH, seed, timing=timing, resamples=1),
         base=base if guided else None,
         values=values,
     )

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data import Files, read, write
-from judging import MAX_TOKENS
 from rich.console import Console
+from sst2 import Files, read, write
 
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, ValueSource
+from qvgpt.envs.rewards import get_reward
 from qvgpt.fit_options import FitOptions
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -34,7 +34,7 @@ class Setting:
     lm_fit: FitOptions
     value_fit: FitOptions
     tune_fit: FitOptions
-    reward: Size | None
+    reward: Size
     judge: Size
     reward_rates: Rates
     prompts: int
@@ -49,35 +49,41 @@ class Setting:
     base_samples: int
     """Of the base, for best of N too."""
     max_n: int
-    few_strengths: bool = False
+    max_tokens: int = 24
+    values: tuple[str, ...] = ("MonteCarlo", "ILQL", "Q♯", "FUDGE", "CD")
+    """Of `VALUES`, those that are tried."""
+    timed: int = 32
+    """Texts to measure every method's cost by."""
+    strengths: int | None = None
+    """How many of a method's are tried; none: all."""
 
 
 FULL = Setting(
     gpt=GPTShape(256, 4, 4, 64, 0.2),
-    vocab_size=6000,
+    vocab_size=4000,
     lm_fit=FitOptions(
         epochs=20.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
     ),
-    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=2e-4, value_lr=1e-3, bf16=True),
-    tune_fit=FitOptions(epochs=2.0, batch_size=64, lr=2e-4, bf16=True),
-    reward=None,
-    judge=Size(192, 3),
-    reward_rates=Rates(epochs=4.0, evals_per_epoch=2, bf16=True),
+    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=5e-4, value_lr=3e-3, bf16=True),
+    tune_fit=FitOptions(epochs=1.0, batch_size=64, lr=5e-4, bf16=True),
+    reward=Size(128, 2, dropout=0.2),
+    judge=Size(160, 2, dropout=0.2),
+    reward_rates=Rates(epochs=2.0, evals_per_epoch=4, lr=7e-4, bf16=True),
     prompts=1000,
     samples=16,
-    validation=200,
-    test=250,
-    judged_samples=4,
-    base_samples=32,
+    validation=150,
+    test=200,
+    judged_samples=2,
+    base_samples=16,
     max_n=16,
 )
 QUICK = replace(
     FULL,
     gpt=GPTShape(32, 2, 1, 64, 0.0),
     vocab_size=300,
-    lm_fit=FitOptions(max_steps=30, batch_size=16, lr=3e-3),
-    value_fit=FitOptions(max_steps=8, batch_size=32, lr=1e-3),
-    tune_fit=FitOptions(max_steps=4, batch_size=16, lr=1e-3),
+    lm_fit=FitOptions(max_steps=10, batch_size=16, lr=3e-3),
+    value_fit=FitOptions(max_steps=3, batch_size=32, lr=1e-3),
+    tune_fit=FitOptions(max_steps=2, batch_size=16, lr=1e-3),
     reward=Size(32, 1, 200),
     judge=Size(32, 1, 300),
     reward_rates=Rates(epochs=2.0, lr=3e-3),
@@ -88,11 +94,15 @@ QUICK = replace(
     judged_samples=2,
     base_samples=4,
     max_n=2,
-    few_strengths=True,
+    max_tokens=6,
+    values=("MonteCarlo", "FUDGE"),
+    timed=0,
+    strengths=2,
 )
 
 
-PLAIN = Guidance()
+PLAIN = Guidance(top_k=40)
+"""What all methods write with, the base too: no value knows tokens that nobody would write."""
 
 
 @dataclass(frozen=True)
@@ -101,31 +111,29 @@ class Method:
 
     objectives: tuple[str | dict[str, Any], ...]
     heads: HeadsConfig | None = None
-    betas: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 32.0)
+    betas: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 24.0)
     guidance: Guidance = PLAIN
 
 
 LINEAR = HeadsConfig("linear", num_q=1)
-CANDIDATES = 50  # of methods that append each candidate
 VALUES: dict[str, Method] = {
     "MonteCarlo": Method(("LM", "MonteCarlo"), LINEAR),
     "ILQL": Method(("LM", {"ILQL": {"expectile": 0.8}}), HeadsConfig("linear", num_q=2)),
     "Q♯": Method(
         ("LM", "ReturnDistribution"),
         HeadsConfig("categorical", rank=64, num_q=1, bins=21, low=-0.05, high=1.05),
-        guidance=Guidance(functional="soft"),
+        guidance=replace(PLAIN, functional="soft"),
     ),
     "FUDGE": Method(
         ("LM", "FUDGE"), HeadsConfig("categorical", rank=8, num_q=1, bins=2),
-        betas=(0.5, 1.0, 2.0, 4.0), guidance=Guidance(top_k=CANDIDATES),
+        betas=(1.0, 3.0, 9.0),
     ),
     "CD": Method(
-        ("LM", "ControlledDecoding"), LINEAR, betas=(2.0, 8.0, 16.0, 32.0),
-        guidance=Guidance(top_k=CANDIDATES),
+        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 12.0, 36.0),
     ),
 }  # fmt: skip
-SHARES = (0.5, 0.25, 0.1)
-CONTRAST_BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+SHARES = (0.25, 0.1)
+CONTRAST_BETAS = (0.5, 1.0, 2.0, 4.0)
 
 
 def resumes(output: Path) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def judge_model(
             eval_data=[str(files.labelled("validation"))],
             labels=["negative", "positive"],
             family="roberta" if judge else "bert",
-            size=size or Size(),
+            size=size,
             max_length=64,
             rates=setting.reward_rates,
             seed=seed,
@@ -174,26 +182,43 @@ def judge_model(
 def samples_of(
     output: Path, base: Path, reward: Path, files: Files, setting: Setting, seed: int
 ) -> dict[str, Path]:
-    """Rewarded samples of the base, for each direction."""
+    """What values learn from, for each direction: samples of the base, and the texts of half A that
+    it learned from itself, all with rewards by the reward model."""
+    spec = f"classifier:{reward}#positive"
     if not (output / "summary.json").exists():
         collect(
             CollectConfig(
                 model=str(base),
                 data=str(files.prompts("train")),
-                reward=f"classifier:{reward}#positive",
+                reward=spec,
                 samples=setting.samples,
                 limit=setting.prompts,
-                max_tokens=MAX_TOKENS,
+                top_k=PLAIN.top_k,
+                max_tokens=setting.max_tokens,
                 max_batch=128,
                 seed=seed,
                 **resumes(output),
             )
         )
-    turned = output / "negative.jsonl"
-    if not turned.exists():
+    found = {direction: output / f"{direction}.jsonl" for direction in ("negative", "positive")}
+    if not found["positive"].exists():
+        texts = read(files.texts("A"))
+        rewards = get_reward(spec)([row["completion"] for row in texts], texts)
         rows = read(output / "data.jsonl")
-        write(turned, ({**r, "rewards": [1 - x for x in r["rewards"]]} for r in rows))
-    return {"positive": output / "data.jsonl", "negative": turned}
+        rows += [
+            {"prompt": text["prompt"], "completion": text["completion"], "reward": reward}
+            for text, reward in zip(texts, rewards, strict=True)
+        ]
+        write(found["negative"], map(_turned, rows))
+        write(found["positive"], rows)
+    return found
+
+
+def _turned(row: dict[str, Any]) -> dict[str, Any]:
+    """The same with rewards for the other class."""
+    if "reward" in row:
+        return {**row, "reward": 1 - row["reward"]}
+    return {**row, "rewards": [1 - x for x in row["rewards"]]}
 
 
 def tuned(

@@ -14,7 +14,7 @@ Cells = Sequence[Mapping[str, Any]]
 
 
 def summarise(
-    cells: Cells, guided: Sequence[str], rivals: Sequence[str], facts: Mapping[str, Any]
+    cells: Cells, rivals: Sequence[str], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """What results.json holds, and the frontier of each direction.
 

@@ -5,7 +5,7 @@
 
 DIR holds sst2.train.jsonl, sst2.dev.jsonl ({"text", "label"}), prompts.neutral.jsonl ({"prompt"}).
 Half A of SST-2 teaches language model and reward model, half B the judge (another architecture and
-seed) and the language model that perplexity is of; the halves share no sentence (data.py). The base
+seed) and the language model that perplexity is of; the halves share no sentence (sst2.py). The base
 writes texts, the reward model scores them, every method learns from those. Strengths are chosen on
 prompts of validation sentences, by the reward model; what is reported is the judge's, on prompts of
 SST-2's dev set and on neutral ones. What is finished in --work is not done again. Writes
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import Files, prepare, read, toy
-from judging import MAX_BATCH, MAX_TOKENS, Figures, Judges, Written, written
+from judging import MAX_BATCH, Figures, Judges, Written, written
 from methods import (
     CONTRAST_BETAS,
     FULL,
+    PLAIN,
     QUICK,
     SHARES,
     VALUES,
@@ -37,6 +37,7 @@ from methods import (
     tuned,
 )
 from reporting import picture, summarise, table
+from sst2 import Files, prepare, read, toy
 
 from qvgpt.compare import CompareOptions, compare
 from qvgpt.decode.policy import Guidance
@@ -51,8 +52,9 @@ RIVALS = ("FUDGE", "CD", "contrast")
 """Compared at the headline's KL."""
 SECOND = ("MonteCarlo", "contrast")
 """What is done in the second direction too, beside base, best of N and fine-tuning."""
-MAX_PERPLEXITY = 1.25
-"""Of the chosen strength on validation prompts, in terms of the base's."""
+MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
+"""Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
+pairs of words."""
 
 
 def main() -> None:
@@ -86,7 +88,9 @@ def run(data: Path, work: Path, seeds: int, setting: Setting) -> tuple[dict[str,
         _Seed(seed, work / f"seed-{seed}", files, setting, judge, reader).cell()
         for seed in range(seeds)
     ]
-    return summarise(cells, GUIDED, RIVALS, _facts(judge))
+    return summarise(
+        cells, [r for r in RIVALS if r in cells[0]["positive"]["equal"]], _facts(judge)
+    )
 
 
 def _facts(judge: Path) -> dict[str, Any]:
@@ -147,7 +151,7 @@ class _Seed:
     ) -> dict[str, Any]:
         """Train, choose on validation prompts, report on test prompts."""
         base = ValueModel.from_pretrained(base_dir)
-        plain = _Way(base, {0.0: Guidance()})
+        plain = _Way(base, {0.0: PLAIN})
         ways = self._ways(direction, base_dir, base, samples)
         val = self._figures("validation", direction, "base", plain, base, judges)
         found = {
@@ -183,20 +187,23 @@ class _Seed:
         """Every method of a direction, trained."""
         setting, place = self.setting, self.work / direction
         ways: dict[str, _Way] = {}
-        for name, method in VALUES.items():
+        for name in setting.values:
+            method = VALUES[name]
             if direction == "negative" and name not in SECOND:
                 continue
             model = tuned(place / name, base_dir, samples, method.objectives, setting.value_fit,
                           self.seed, method.heads)  # fmt: skip
-            betas = method.betas[:2] if setting.few_strengths else method.betas
+            betas = method.betas[: setting.strengths]
             ways[name] = _Way(model, {b: replace(method.guidance, beta=b) for b in betas})
-        for share in SHARES[:1] if setting.few_strengths else SHARES:
+            if name == GUIDED[0]:  # what its trunk has learned by going on
+                ways[f"{name}, unguided"] = _Way(model, {0.0: PLAIN})
+        for share in SHARES[: setting.strengths]:
             model = tuned(place / f"filtered-{share}", base_dir, samples,
                           [{"LM": {"top_share": share}}], setting.tune_fit, self.seed)  # fmt: skip
-            ways[f"filtered, best {share:.0%}"] = _Way(model, {share: Guidance()})
+            ways[f"filtered, best {share:.0%}"] = _Way(model, {share: PLAIN})
         values = contrast(self.work, base_dir, self.files, setting, self.seed, direction)
-        betas = CONTRAST_BETAS[:2] if setting.few_strengths else CONTRAST_BETAS
-        ways["contrast"] = _Way(base, {b: Guidance(beta=b) for b in betas}, values)
+        betas = CONTRAST_BETAS[: setting.strengths]
+        ways["contrast"] = _Way(base, {b: replace(PLAIN, beta=b) for b in betas}, values)
         return ways
 
     def _figures(
@@ -230,7 +237,8 @@ class _Seed:
             samples = setting.judged_samples
         found: list[Written] = written(
             name, way.model, way.guidances, rows, judges, base,
-            samples=samples, seed=1 + (which == "test"), values=way.values,
+            samples=samples, seed=1 + (which == "test"), max_tokens=setting.max_tokens,
+            timing=setting.timed, values=way.values,
         )  # fmt: skip
         if many and which == "test":
             found += [
@@ -258,7 +266,7 @@ class _Seed:
             [base.tokenizer.encode_prompt(row["prompt"]) for row in rows],
             lambda texts, _: [0.0] * len(texts),
             {"base": plain.guidances[0.0], "guided": way.at(beta)},
-            CompareOptions(1, MAX_TOKENS, MAX_BATCH, timing=256, resamples=1),
+            CompareOptions(1, self.setting.max_tokens, MAX_BATCH, timing=256, resamples=1),
             base=base,
             values=way.values,
         )
@@ -283,9 +291,14 @@ def _kept(
 def _chosen(
     found: Mapping[str, Sequence[Figures]], base: Figures, direction: str
 ) -> tuple[str, float, float]:
-    """Method, β and KL of the highest reward among those whose perplexity is bearable."""
+    """Method, β and KL of the highest reward among those that write as well as the base."""
     every = [(name, f) for name, several in found.items() for f in several]
-    fluent = [e for e in every if e[1].perplexity <= MAX_PERPLEXITY * base.perplexity]
+    fluent = [
+        (name, f)
+        for name, f in every
+        if f.perplexity <= MAX_PERPLEXITY * base.perplexity
+        and f.distinct[1] >= MIN_DISTINCT * base.distinct[1]
+    ]
     if not fluent:
         fluent = [min(every, key=lambda e: e[1].perplexity)]
     name, best = max(fluent, key=lambda e: float(np.mean(e[1].towards(direction)["reward"])))

@@ -18,7 +18,7 @@ from tokenizers import (
 from qvgpt.errors import QvgptError
 
 Family = Literal["bert", "roberta"]
-_SIZES = ((4_000, 128, 2), (30_000, 192, 3))
+_SIZES = ((50_000, 128, 2), (500_000, 192, 3))
 """Up to so many examples: width and depth."""
 _LARGEST = (256, 4)
 
@@ -28,9 +28,9 @@ class Size:
     """A model from scratch; what is left open follows from the number of examples."""
 
     width: int | None = None
-    """Of hidden states, a multiple of 32 (none: 128, from 4000 examples 192, from 30000 256)."""
+    """Of hidden states, a multiple of 32 (none: 128; from 50,000 examples 192, 500,000 256)."""
     layers: int | None = None
-    """Depth (none: 2, 3, 4)."""
+    """Depth (none: 2, 3 or 4)."""
     vocab_size: int | None = None
     """Entries of the tokenizer, at most (none: 2000 to 8000, a quarter of the examples)."""
     dropout: float = 0.1

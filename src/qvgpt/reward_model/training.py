@@ -35,11 +35,11 @@ from qvgpt.run import Interruption, RunProgress
 class Rates:
     """How a reward model trains."""
 
-    epochs: float = 5.0
+    epochs: float = 4.0
     """Passes over the data, at most."""
     patience: int = 2
     """Stop after so many evaluations without a lower loss."""
-    evals_per_epoch: int = 1
+    evals_per_epoch: int = 2
     """Evaluations in each pass."""
     batch_size: int = 32
     """Examples per step."""
