@@ -92,7 +92,11 @@ class Server:
         lock = threading.Lock()
 
         def one(request: Mapping[str, Any]) -> Text:
-            text, tokens = self._text({**request, "model": self.model})
+            try:
+                text, tokens = self._text({**request, "model": self.model})
+            finally:
+                if self._ended.is_set():  # nobody is left to close what this thread opened
+                    self._drop()
             with lock:
                 told(1, tokens)
             return text
