@@ -19,7 +19,12 @@ SMALL = {
     "5_evaluate": "--limit 16 --betas 4",
     "6_lens": "--rows 2",
 }
-SMALL |= {name: SMALL["2_lm"] for name in ("rewards", "preferences", "dialogues")}
+EVALUATED = {
+    "model": "from_dialogues",
+    "data": "val_dialogues.jsonl",
+    "output": "evaluation_dialogues",
+}
+SMALL |= dict.fromkeys(("rewards", "preferences", "dialogues"), SMALL["2_lm"])
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +41,14 @@ def call(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
     monkeypatch.setattr("os.fsync", lambda _: None)
 
-    def run(name):
+    def run(name, *options):
         file = EXAMPLES / f"{name}.yaml"
         first = file.read_text().splitlines()[0]
         _, qvgpt, *words = shlex.split(first)
         assert qvgpt == "qvgpt"
         assert words[1:] == ["--config", str(file.relative_to(ROOT))]
         more = shlex.split(SMALL.get(name.removeprefix("variant_"), ""))
-        code = main([words[0], "--config", str(file), *more])
+        code = main([words[0], "--config", str(file), *more, *options])
         out, err = capsys.readouterr()
         assert code == 0, err
         return out
@@ -63,21 +68,25 @@ def test_from_logs_to_a_guided_model(call):
     assert summary("lm")["eval"]["LM/nll"] < 2.5  # 42 characters: 3.7 for one who knows nothing
     assert summary("samples")["samples"] == 60
     assert summary("values")["data"]["trajectories"] == 60
-    [base, guided] = summary("evaluation")["rows"]
-    assert {base["beta"], guided["beta"]} == {0, 4}
+    found = summary("evaluation")
+    assert (found["metric"], found["prompts"]) == ("exact_match", 16)
+    assert [row["beta"] for row in found["rows"]] == [0, 4]
     said = json.loads(Path("runs/your_logs/values/value_config.json").read_text())
-    assert said["recommended_guidance"]["beta"] in (0, 4)
+    best = max(found["rows"], key=lambda row: row["mean"])  # the base where all are alike
+    assert (said["recommended_guidance"] or {"beta": 0})["beta"] == best["beta"]
     assert "<html" in Path("runs/your_logs/lens.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "reward"), [("rewards", 1.0), ("preferences", 1.0), ("dialogues", 1.0)]
-)
-def test_logs_of_other_forms(call, name, reward):
-    call(f"variant_{name}")
-    found = summary(f"from_{name}")
+@pytest.mark.parametrize("form", ["rewards", "preferences", "dialogues"])
+def test_logs_of_other_forms(call, form):
+    call(f"variant_{form}")
+    found = summary(f"from_{form}")
     assert found["parameters"]["q"] > 0
-    assert found["data"]["trajectories"] == (300 if name == "preferences" else 150)
+    assert found["data"]["trajectories"] == (300 if form == "preferences" else 150)
+    if form == "dialogues":  # the one that is evaluated on prompts of its own
+        places = [f"--{k}=runs/your_logs/{v}" for k, v in EVALUATED.items()]
+        call("5_evaluate", *places, "--limit", "4", "--recommend", "false")
+        assert summary("evaluation_dialogues")["prompts"] == 4
 
 
 def test_every_example_is_run_and_told():

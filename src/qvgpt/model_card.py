@@ -89,21 +89,18 @@ def _use(model: ValueModel) -> list[str]:
     ]
     if model.tokenizer is not None and model.tokenizer.template.sep is not None:
         parts.append(
-            "It read prompts as <bos>prompt<sep>; qvgpt writes these tokens by itself, others are "
-            "to be given them."
+            "It read prompts as <bos>prompt<sep>"
+            + (", dialogues by its chat template" if model.info.dialogues else "")
+            + "; qvgpt writes these tokens by itself, others are to be given them."
         )
     if model.heads is None:
         return parts
-    strength = (
-        "There is a recommended guidance in value_config.json, which is used where nothing is said."
-        if model.info.recommended_guidance
-        else "β is in 1 / units of reward; `qvgpt evaluate … --recommend` finds one."
-    )
     return [
         *parts,
-        f"Guided by its values, π ∝ π₀·exp(β·A):\n```sh\nqvgpt generate path --prompt '…' --beta 8"
-        f"\n```\n{strength} In Python `qvgpt.ValueModel.from_pretrained(path)`; for other engines "
-        "`qvgpt export`.",
+        "Guided by its values, π ∝ π₀·exp(β·A):\n```sh\nqvgpt generate path --prompt '…' --beta 8"
+        "\n```\nβ is in 1 / units of reward; `qvgpt evaluate … --recommend` finds one and writes it "
+        "to value_config.json, where it is used if nothing is said. In Python "
+        "`qvgpt.ValueModel.from_pretrained(path)`; for other engines `qvgpt export`.",
     ]
 
 
@@ -143,7 +140,8 @@ def _figures(summary: Mapping[str, Any]) -> str:
     if not summary["eval"]:
         return "None: no `eval_data` were given."
     rows = [(f"loss {name}", float(x)) for name, x in summary["eval"].items()]
-    rows += [(f"values: {name}", float(x)) for name, x in summary["values"].items()]
+    values = {name: x for name, x in summary["values"].items() if "/" not in name}  # no tenths
+    rows += [(f"values: {name}", float(x)) for name, x in values.items()]
     kept = "at the last evaluation"
     if summary["best"] is not None:
         kept += f"; the model kept is that of step {summary['best_step']} ({summary['best']:.4g})"
