@@ -68,6 +68,7 @@ def test_what_a_card_says_of_loading_is_so(tmp_path):
     found: dict[str, Any] = {"path": str(card.parent)}
     exec(python, found)
     own = ValueModel.from_pretrained(card.parent).eval()
+    assert own.tokenizer is not None
     tokens = found["tokenizer"](ROWS[0]["prompt"], add_special_tokens=False)["input_ids"]
     assert tokens == own.tokenizer.encode(ROWS[0]["prompt"])
     x = torch.tensor([own.tokenizer.encode_prompt(ROWS[0]["prompt"])])

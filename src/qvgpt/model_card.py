@@ -98,8 +98,8 @@ def _use(model: ValueModel) -> list[str]:
     return [
         *parts,
         "Guided by its values, π ∝ π₀·exp(β·A):\n```sh\nqvgpt generate path --prompt '…' --beta 8"
-        "\n```\nβ is in 1 / units of reward; `qvgpt evaluate … --recommend` finds one and writes it "
-        "to value_config.json, where it is used if nothing is said. In Python "
+        "\n```\nβ is in 1 / units of reward; `qvgpt evaluate … --recommend` finds one and writes "
+        "it to value_config.json, where it is used if nothing is said. In Python "
         "`qvgpt.ValueModel.from_pretrained(path)`; for other engines `qvgpt export`.",
     ]
 
