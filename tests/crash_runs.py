@@ -25,7 +25,7 @@ from qvgpt.fit_options import FitOptions
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
 KILLS = 50
-FILES = ("model.safetensors", "value_heads.safetensors")
+FILES = ("model.safetensors", "value_heads.safetensors", "README.md")
 
 
 def config(folder, output, steps=6):

@@ -5,7 +5,6 @@ hand did to a checkpoint is noticed, and the one before it is taken. Random numb
 here: every step draws its own from its number (`loop.step_seed`).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
-from qvgpt.models.disk import load_tensors, read_json, writing
+from qvgpt.models.disk import load_tensors, read_json, sha256, writing
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import SlowTrunk
 from qvgpt.models.sharded import sharded_like, whole
@@ -119,7 +118,7 @@ def save_model(
             if add is not None:
                 add(staged)
             manifest = {
-                str(f.relative_to(staged)): {"bytes": f.stat().st_size, "sha256": _sha256(f)}
+                str(f.relative_to(staged)): {"bytes": f.stat().st_size, "sha256": sha256(f)}
                 for f in sorted(staged.rglob("*"))
                 if f.is_file()
             }
@@ -162,18 +161,13 @@ def fault(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != said["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {said['bytes']}"
-            if _sha256(file) != said["sha256"]:
+            if sha256(file) != said["sha256"]:
                 return f"{name} was changed"
     except QvgptError as error:
         return str(error)
     except (OSError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be followed: {error!r}"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def load_checkpoint(

@@ -19,6 +19,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
+from qvgpt.model_card import files_of, training_card, write_card
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
@@ -75,7 +76,8 @@ class TrainConfig:
     data: list[str]
     """Files of rows: .jsonl, .csv, or a directory that `datasets` saved."""
     output: str
-    """Directory for the model, log.jsonl, checkpoints and summary.json; new or empty."""
+    """Directory for the model, its card README.md, log.jsonl, checkpoints and summary.json; new or
+    empty."""
     eval_data: list[str] = field(default_factory=list)
     """Files of rows to evaluate on while training."""
     model: str | None = None
@@ -201,6 +203,7 @@ def _train(
         "output": str(output),
     }
     if state.is_main_process:
+        write_card(output, training_card(record, summary, model), console.print)
         write_json(output / "summary.json", summary)  # from here on the run counts as finished
         _clear(output)
     return summary
@@ -380,4 +383,5 @@ def _load(
             f"{report.too_long} texts are longer than {limit} tokens: {report.cut} cut, "
             f"{report.dropped} dropped"
         )
-    return texts, {**asdict(report), "judged_by": [*report.judged_by]}
+    counts = {**asdict(report), "judged_by": [*report.judged_by], "files": files_of(paths)}
+    return texts, counts

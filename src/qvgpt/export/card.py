@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from qvgpt.model_card import front_matter, table
+
 _TITLES = {
     "hf": "A guided language model",
     "lora": "A language model and its guidance as an adapter",
@@ -37,7 +39,8 @@ _MEASURES = {
 def card(manifest: dict[str, Any]) -> str:
     """Markdown; all figures are those of `export.json`."""
     kind, gguf = manifest["format"], manifest["format"].startswith("gguf")
-    head = [] if gguf else ["---", "library_name: transformers", "tags: [qvgpt]", "---"]
+    task = "text-classification" if kind == "critic" else "text-generation"
+    head = [] if gguf else [front_matter(task)]
     parts = ["\n".join([*head, f"# {_TITLES[kind]}"])]
     parts.append(f"Written by `qvgpt export --to {kind}`; `export.json` holds all figures.")
     parts.append(f"```{'sh' if gguf else 'python'}\n{_USE[kind]}\n```")
@@ -50,12 +53,10 @@ def card(manifest: dict[str, Any]) -> str:
     else:
         parts += [_strength(manifest), *_limits(manifest), *_value_rows(manifest)]
     rows = manifest["fidelity"] | (manifest["fidelity"].get("v") or {})
-    lines = [
-        f"| {name} | {rows[key]:.4g} |"
-        for key, name in _MEASURES.items()
-        if rows.get(key) is not None
+    figures = [
+        (name, float(rows[key])) for key, name in _MEASURES.items() if rows.get(key) is not None
     ]
-    parts.append("\n".join(["## Fidelity", "| | |", "| --- | --- |", *lines]))
+    parts.append(f"## Fidelity\n{table(figures)}")
     return "\n\n".join(parts) + "\n"
 
 

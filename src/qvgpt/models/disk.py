@@ -1,5 +1,6 @@
 """JSON and safetensors on disk, where a fault is one clear error. Pickles are never read."""
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Iterator
@@ -78,6 +79,12 @@ def writing(path: Path, then: str = "try again") -> Iterator[None]:
         raise QvgptError(
             f"{path}: cannot be written ({reason}): make room there, then {then}"
         ) from error
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def add_to_json(path: Path, more: dict[str, Any]) -> None:

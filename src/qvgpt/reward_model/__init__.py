@@ -23,6 +23,7 @@ from qvgpt.envs.rewards.classifier import (
 )
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import step_seed
+from qvgpt.model_card import write_card
 from qvgpt.models.disk import writing
 from qvgpt.reward_model.card import model_card
 from qvgpt.reward_model.examples import Examples, load_examples, split
@@ -86,7 +87,7 @@ def train_reward_model(config: RewardModelConfig, console: Console | None = None
     open_run(output, "reward-model", asdict(config), config.resume)
     with alone_in(output):
         found = training.run(output, config.resume, console)
-        return _written(config, training, learned, held, found)
+        return _written(config, training, learned, held, found, console)
 
 
 def _examples(config: RewardModelConfig) -> tuple[Examples, Examples]:
@@ -138,6 +139,7 @@ def _written(
     learned: Examples,
     held: Examples,
     found: Mapping[str, Any],
+    console: Console,
 ) -> dict[str, Any]:
     """Write the model, its card and the summary."""
     output, model = Path(config.output), training.model
@@ -162,7 +164,7 @@ def _written(
         "sha256": Classifier.load(output).sha256,
         "rewards": specs,
     }
-    (output / "README.md").write_text(model_card(config.model, config.reads, summary))
+    write_card(output, model_card(config.model, config.reads, summary), console.print)
     write_json(output / "summary.json", summary)
     shutil.rmtree(output / "checkpoint", ignore_errors=True)
     return summary

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qvgpt.model_card import front_matter
+
 
 def model_card(source: str | None, reads: str, summary: Mapping[str, Any]) -> str:
     """README.md of its directory, in the form of the Hugging Face Hub."""
@@ -15,10 +17,7 @@ def model_card(source: str | None, reads: str, summary: Mapping[str, Any]) -> st
     begun = "from scratch" if source is None else f"from `{source}`"
     figures = {k: v for k, v in held.items() if isinstance(v, int | float)}
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-classification",
-        "---",
+        front_matter("text-classification"),
         "# Reward model",
         f"A {summary['model_type']} of {summary['parameters']:,} parameters, trained {begun} by "
         f"`qvgpt reward-model` {learned}, on {summary['data']['examples']:,} examples.",

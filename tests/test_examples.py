@@ -1,0 +1,97 @@
+"""The examples for a user's own logs run, each by the command in its first line."""
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qvgpt.cli import main
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples/your_logs"
+SMALL = {
+    "2_lm": "--fit.max_steps 30 --gpt.embed_dim 32 --gpt.num_layers 1",
+    "3_collect": "--limit 20 --samples 3",
+    "4_values": "--fit.max_steps 5",
+    "5_evaluate": "--limit 16 --betas 4",
+    "6_lens": "--rows 2",
+}
+EVALUATED = {
+    "model": "from_dialogues",
+    "data": "val_dialogues.jsonl",
+    "output": "evaluation_dialogues",
+}
+SMALL |= dict.fromkeys(("rewards", "preferences", "dialogues"), SMALL["2_lm"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with the logs, few of them."""
+    folder = tmp_path_factory.mktemp("examples")
+    runpy.run_path(str(EXAMPLES / "make_logs.py"))["main"](folder / "runs/your_logs", 150, 30)
+    return folder
+
+
+@pytest.fixture
+def call(made, monkeypatch, capsys):
+    """Runs an example as its first line says, in small; returns what it prints."""
+    monkeypatch.chdir(made)
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+    def run(name, *options):
+        file = EXAMPLES / f"{name}.yaml"
+        first = file.read_text().splitlines()[0]
+        _, qvgpt, *words = shlex.split(first)
+        assert qvgpt == "qvgpt"
+        assert words[1:] == ["--config", str(file.relative_to(ROOT))]
+        more = shlex.split(SMALL.get(name.removeprefix("variant_"), ""))
+        code = main([words[0], "--config", str(file), *more, *options])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return run
+
+
+def summary(name):
+    return json.loads(Path("runs/your_logs", name, "summary.json").read_text())
+
+
+def test_from_logs_to_a_guided_model(call):
+    steps = sorted(path.stem for path in EXAMPLES.glob("[0-9]_*.yaml"))
+    out = {name: call(name) for name in steps}
+    assert [name[:2] for name in steps] == [f"{n}_" for n in range(1, 7)]
+    assert re.search(r"faults +│ 0 ", out["1_check"])
+    assert summary("lm")["eval"]["LM/nll"] < 2.5  # 42 characters: 3.7 for one who knows nothing
+    assert summary("samples")["samples"] == 60
+    assert summary("values")["data"]["trajectories"] == 60
+    found = summary("evaluation")
+    assert (found["metric"], found["prompts"]) == ("exact_match", 16)
+    assert [row["beta"] for row in found["rows"]] == [0, 4]
+    said = json.loads(Path("runs/your_logs/values/value_config.json").read_text())
+    best = max(found["rows"], key=lambda row: row["mean"])  # the base where all are alike
+    assert (said["recommended_guidance"] or {"beta": 0})["beta"] == best["beta"]
+    assert "<html" in Path("runs/your_logs/lens.html").read_text()
+
+
+@pytest.mark.parametrize("form", ["rewards", "preferences", "dialogues"])
+def test_logs_of_other_forms(call, form):
+    call(f"variant_{form}")
+    found = summary(f"from_{form}")
+    assert found["parameters"]["q"] > 0
+    assert found["data"]["trajectories"] == (300 if form == "preferences" else 150)
+    if form == "dialogues":  # the one that is evaluated on prompts of its own
+        places = [f"--{k}=runs/your_logs/{v}" for k, v in EVALUATED.items()]
+        call("5_evaluate", *places, "--limit", "4", "--recommend", "false")
+        assert summary("evaluation_dialogues")["prompts"] == 4
+
+
+def test_every_example_is_run_and_told():
+    names = {path.name for path in EXAMPLES.glob("*.yaml")}
+    assert {f"variant_{name}.yaml" for name in ("rewards", "preferences", "dialogues")} < names
+    page = (ROOT / "docs/your_logs.md").read_text()
+    told = set(re.findall(r"examples/your_logs/(\w+\.yaml)", page))
+    assert told == names
