@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would stand in the way of others'
 def browser():
     """Chromium from the system."""
     program = shutil.which("chromium")
@@ -76,7 +76,7 @@ class Pages:
         return page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(browser):
     return Pages(browser)
 
