@@ -190,6 +190,7 @@ def test_the_table_says_the_same(visit, written, texts):
     lens = page.locator(".lens").nth(1)
     assert lens.locator("table").count() == 0
     lens.locator("summary").press("Enter")
+    lens.locator("details tbody tr").first.wait_for()
     rows = lens.locator("details tbody tr").all()
     for row, record in zip(rows, actions(texts[1]), strict=True):
         assert row.locator("td").all_inner_texts()[1:6] == figures_of(record)
