@@ -33,9 +33,14 @@ def summarise(
         theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
     cost = {}
-    for n in sorted({r["strength"] for r in rows["positive"] if r["method"].endswith("of N")}):
+    for n in sorted({r["strength"] for r in rows["positive"] if r["method"] == "base, best of N"}):
         theirs = [_one(c, "positive", "base", n, best_of=True) for c in cells]
         cost[f"guided, once, against best of {n:g}"] = _difference(headline, theirs, "positive")
+        if all(_has(c, "positive", n) for c in cells):
+            ours = [_one(c, "positive", c["positive"]["headline"], n, best_of=True) for c in cells]
+            cost[f"guided, best of {n:g}, against best of {n:g}"] = _difference(
+                ours, theirs, "positive"
+            )
     results = {
         "metric": "judge_success: share of texts that the judge calls positive",
         "base": first.value - (first.delta or 0.0),
@@ -75,6 +80,13 @@ def _base(cell: Mapping[str, Any], direction: str) -> Figures:
     return next(f for f in _figures(cell, direction, "base") if f.method == "base")
 
 
+def _has(cell: Mapping[str, Any], direction: str, n: float) -> bool:
+    """Whether the headline was written so often that the best of n is known."""
+    found = _figures(cell, direction, cell[direction]["headline"])
+    wanted = f"β = {cell[direction]['beta']:g}, best of N"
+    return any(f.method.endswith(wanted) and f.strength == n for f in found)
+
+
 def _one(
     cell: Mapping[str, Any],
     direction: str,
@@ -83,7 +95,10 @@ def _one(
     best_of: bool = False,
 ) -> Figures:
     """A method's figures, at the strength that validation chose where none is said."""
-    wanted = f"{name}, best of N" if best_of else name
+    wanted = name
+    if best_of:
+        at_beta = "" if name == "base" else f", β = {cell[direction]['beta']:g}"
+        wanted = f"{name}{at_beta}, best of N"
     found = [f for f in _figures(cell, direction, name) if f.method == wanted]
     if strength is None:
         strength = cell[direction]["beta"] if len(found) > 1 else found[0].strength

@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 
 HERE = Path(__file__).parent
-GUIDED = ("MonteCarlo", "ILQL", "Q♯")
+GUIDED = ("MonteCarlo", "MonteCarlo, filtered", "ILQL", "Q♯")
 """One forward a token: of these the headline is chosen."""
-RIVALS = ("FUDGE", "CD", "contrast")
+CANDIDATES = ("FUDGE", "CD")
+"""As many as there are candidates."""
+RIVALS = (*CANDIDATES, "contrast")
 """Compared at the headline's KL."""
-SECOND = ("MonteCarlo", "contrast")
+SECOND = ("MonteCarlo", "MonteCarlo, filtered", "contrast")
 """What is done in the second direction too, beside base, best of N and fine-tuning."""
 MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
 """Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
@@ -210,17 +212,30 @@ class _Seed:
         self, which: str, direction: str, name: str, way: _Way, base: ValueModel, judges: Judges
     ) -> list[Figures]:
         """Of every strength, and of best of N where that belongs to the method; kept on disk."""
-        many = name == "base" or (name in GUIDED and which == "test")
-        place = self.work / ("base" if name == "base" else direction) / "figures"
+        rows, samples = read(self.files.prompts(which)), self.setting.judged_samples
+        if which == "validation":
+            rows = rows[: self.setting.validation]
+        elif name == "base":
+            samples = self.setting.base_samples
+        if name in CANDIDATES:
+            samples = max(1, samples // 2)
+        said = {
+            "guidances": {str(k): asdict(g) for k, g in way.guidances.items()},
+            "prompts": len(rows),
+            "samples": samples,
+            "max_tokens": self.setting.max_tokens,
+        }
+        many = which == "test" and (name == "base" or name in GUIDED)
         return _kept(
-            place / f"{which}.{direction}.{name}.json",
-            sorted(way.guidances),
-            lambda: self._measured(which, direction, name, way, base, judges, many),
+            self.work / "figures" / f"{which}.{direction}.{name}.json",
+            said,
+            lambda: self._measured(rows, samples, direction, name, way, base, judges, many),
         )
 
     def _measured(
         self,
-        which: str,
+        rows: list[dict[str, Any]],
+        samples: int,
         direction: str,
         name: str,
         way: _Way,
@@ -229,18 +244,12 @@ class _Seed:
         many: bool,
     ) -> list[Figures]:
         setting = self.setting
-        rows = read(self.files.prompts(which))
-        if which == "validation":
-            rows = rows[: setting.validation]
-        samples = setting.base_samples if name == "base" else setting.judged_samples
-        if which == "validation":
-            samples = setting.judged_samples
         found: list[Written] = written(
             name, way.model, way.guidances, rows, judges, base,
-            samples=samples, seed=1 + (which == "test"), max_tokens=setting.max_tokens,
+            samples=samples, seed=1, max_tokens=setting.max_tokens,
             timing=setting.timed, values=way.values,
         )  # fmt: skip
-        if many and which == "test":
+        if many:
             found += [
                 one.best_of(n, direction)
                 for one in list(found)
@@ -274,18 +283,17 @@ class _Seed:
         return seconds[1] / seconds[0]
 
 
-def _kept(
-    place: Path, strengths: Sequence[float], make: Callable[[], list[Figures]]
-) -> list[Figures]:
-    """What is on disk for these strengths, else made and written."""
+def _kept(place: Path, said: Mapping[str, Any], make: Callable[[], list[Figures]]) -> list[Figures]:
+    """What is on disk where it was made in this way, else made and written."""
+    said = json.loads(json.dumps(said))
     if place.exists():
-        said = json.loads(place.read_text())
-        if said["strengths"] == [*strengths]:
-            return [Figures(**figures) for figures in said["figures"]]
-    found = make()
+        found = json.loads(place.read_text())
+        if found["said"] == said:
+            return [Figures(**figures) for figures in found["figures"]]
+    figures = make()
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_json(place, {"strengths": [*strengths], "figures": [f.as_dict() for f in found]})
-    return found
+    write_json(place, {"said": said, "figures": [f.as_dict() for f in figures]})
+    return figures
 
 
 def _chosen(
