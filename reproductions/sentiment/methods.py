@@ -129,10 +129,10 @@ VALUES: dict[str, Method] = {
     ),
     "FUDGE": Method(
         ("LM", "FUDGE"), HeadsConfig("categorical", rank=8, num_q=1, bins=2),
-        betas=(1.0, 3.0, 9.0),
+        betas=(1.0, 4.0, 16.0, 64.0),
     ),
     "CD": Method(
-        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 12.0, 36.0),
+        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 16.0, 64.0, 256.0),
     ),
 }  # fmt: skip
 SHARES = (0.25, 0.1)

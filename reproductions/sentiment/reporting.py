@@ -10,6 +10,8 @@ from judging import Figures
 from qvgpt.bootstrap import Estimate, mean_ci
 from qvgpt.report import Section, Series, line_chart, write_report
 
+EQUAL_KL = ", equal KL"
+"""Ends the name of a rival that goes as far from the base as the headline, on the same prompts."""
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -26,8 +28,10 @@ def summarise(
     base = [_base(cell, "positive") for cell in cells]
     first = _paired(headline, base, "positive")
     equal = {}
-    for name in rivals:
-        theirs = [_one(c, "positive", name, c["positive"]["equal"][name]) for c in cells]
+    for name in (f"{rival}{EQUAL_KL}" for rival in rivals):
+        if name not in cells[0]["positive"]["test"]:
+            continue
+        theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
     for name in [r for r in {row["method"] for row in rows["positive"]} if r.startswith("filt")]:
         theirs = [_one(cell, "positive", name) for cell in cells]
@@ -130,24 +134,23 @@ def _difference(
 
 
 def _rows(cells: Cells, direction: str) -> list[dict[str, Any]]:
-    """A row for each method and strength that every seed has, in the order of the first."""
+    """A row for each method and strength, in the order of the first seed."""
     rows = []
     base = [_base(cell, direction) for cell in cells]
     for name in cells[0][direction]["test"]:
         for one in _figures(cells[0], direction, name):
+            any_strength = name.endswith(EQUAL_KL)  # it differs from seed to seed
             every = [
                 [f for f in _figures(cell, direction, name)
-                 if (f.method, f.strength) == (one.method, one.strength)]
+                 if f.method == one.method and (any_strength or f.strength == one.strength)]
                 for cell in cells
             ]  # fmt: skip
-            if not all(every):  # strengths of equal KL differ from seed to seed
-                continue
             figures = [found[0] for found in every]
             success = _paired(figures, base, direction)
             rows.append({
                 "direction": direction,
                 "method": one.method,
-                "strength": one.strength,
+                "strength": float(np.mean([f.strength for f in figures])),
                 "success": success.value,
                 "success_ci95": success.ci95,
                 "delta": success.delta,
@@ -201,8 +204,9 @@ def table(results: Mapping[str, Any]) -> str:
 def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Success against KL, a line a method."""
     charts = []
-    for direction, found in rows.items():
-        series = []
+    for direction, every in rows.items():
+        found, series = [r for r in every if "β" not in r["method"]], []  # nor its best of N
+        found = [r for r in found if not r["method"].endswith(EQUAL_KL)]
         for method in dict.fromkeys(_line_of(r["method"]) for r in found):
             of = sorted(
                 (r for r in found if _line_of(r["method"]) == method), key=lambda r: r["kl"]

@@ -36,7 +36,7 @@ from methods import (
     samples_of,
     tuned,
 )
-from reporting import picture, summarise, table
+from reporting import EQUAL_KL, picture, summarise, table
 from sst2 import Files, prepare, read, toy
 
 from qvgpt.compare import CompareOptions, compare
@@ -90,9 +90,7 @@ def run(data: Path, work: Path, seeds: int, setting: Setting) -> tuple[dict[str,
         _Seed(seed, work / f"seed-{seed}", files, setting, judge, reader).cell()
         for seed in range(seeds)
     ]
-    return summarise(
-        cells, [r for r in RIVALS if r in cells[0]["positive"]["equal"]], _facts(judge)
-    )
+    return summarise(cells, RIVALS, _facts(judge))
 
 
 def _facts(judge: Path) -> dict[str, Any]:
@@ -161,21 +159,21 @@ class _Seed:
             for name, way in ways.items()
         }
         guided = [name for name in GUIDED if name in ways]
-        headline, beta, kl = _chosen({n: found[n] for n in guided}, val[0], direction)
+        headline, beta = _chosen({n: found[n] for n in guided}, val[0], direction)
         test: dict[str, list[Figures]] = {
             "base": self._figures("test", direction, "base", plain, base, judges)
         }
         for name, way in ways.items():
-            more = way
-            if name in RIVALS:  # one strength more, where validation says it has the same KL
-                equal = _at_kl(found[name], kl)
-                more = replace(way, guidances={**way.guidances, equal: way.at(equal)})
-            test[name] = self._figures("test", direction, name, more, base, judges)
+            test[name] = self._figures("test", direction, name, way, base, judges)
+        kl = next(f.kl for f in test[headline] if (f.method, f.strength) == (headline, beta))
+        for name in (n for n in RIVALS if n in ways):  # one strength more: what has the same KL
+            equal = _at_kl(test[name], kl)
+            way = replace(ways[name], guidances={equal: ways[name].at(equal)})
+            name = f"{name}{EQUAL_KL}"
+            test[name] = self._figures("test", direction, name, way, base, judges)
         return {
             "headline": headline,
             "beta": beta,
-            "equal": {n: _at_kl(found[n], kl) for n in RIVALS if n in ways},
-            "equal_kl": kl,
             "time": self._time(direction, ways[headline], beta, plain, base, judges),
             "validation": {
                 n: [f.as_dict() for f in fs] for n, fs in (found | {"base": val}).items()
@@ -217,7 +215,7 @@ class _Seed:
             rows = rows[: self.setting.validation]
         elif name == "base":
             samples = self.setting.base_samples
-        if name in CANDIDATES:
+        if name.removesuffix(EQUAL_KL) in CANDIDATES:
             samples = max(1, samples // 2)
         said = {
             "guidances": {str(k): asdict(g) for k, g in way.guidances.items()},
@@ -298,8 +296,8 @@ def _kept(place: Path, said: Mapping[str, Any], make: Callable[[], list[Figures]
 
 def _chosen(
     found: Mapping[str, Sequence[Figures]], base: Figures, direction: str
-) -> tuple[str, float, float]:
-    """Method, β and KL of the highest reward among those that write as well as the base."""
+) -> tuple[str, float]:
+    """Method and β of the highest reward among those that write as well as the base."""
     every = [(name, f) for name, several in found.items() for f in several]
     fluent = [
         (name, f)
@@ -310,11 +308,14 @@ def _chosen(
     if not fluent:
         fluent = [min(every, key=lambda e: e[1].perplexity)]
     name, best = max(fluent, key=lambda e: float(np.mean(e[1].towards(direction)["reward"])))
-    return name, best.strength, best.kl
+    return name, best.strength
 
 
 def _at_kl(found: Sequence[Figures], kl: float) -> float:
-    """The strength at which a method's KL is `kl`: between those tried, linear in both logs."""
+    """The strength at which a method's KL is `kl`: between those tried, linear in both logs.
+
+    One of the ends where none of them goes so far.
+    """
     line = sorted((f.kl, f.strength) for f in found)
     kls, strengths = (np.log(np.maximum(x, 1e-6)) for x in zip(*line, strict=True))
     return round(float(np.exp(np.interp(np.log(kl), kls, strengths))), 3)
