@@ -158,8 +158,8 @@ def test_strengths_are_chosen_and_matched(sentiment):
         "a": [one(1.0, 0.6, 1.0, 110.0), one(4.0, 0.9, 4.0, 126.0)],
         "b": [one(2.0, 0.7, 2.0, 90.0), one(8.0, 0.8, 8.0, 90.0, pairs=0.8)],
     }
-    assert sentiment["_chosen"](found, base, "positive") == ("b", 2.0, 2.0)
-    assert sentiment["_chosen"](found, base, "negative") == ("a", 1.0, 1.0)
+    assert sentiment["_chosen"](found, base, "positive") == ("b", 2.0)
+    assert sentiment["_chosen"](found, base, "negative") == ("a", 1.0)
     assert sentiment["_at_kl"](found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
     assert sentiment["_at_kl"](found["a"], 100.0) == 4.0
 

@@ -113,12 +113,13 @@ class Written:
         reward = self.reward[:, : groups * n].reshape(-1, groups, n)
         chosen = reward.argmax(2) if direction == "positive" else reward.argmin(2)
         at = chosen + n * np.arange(groups)
+        at_beta = f", β = {self.strength:g}" if self.strength else ""
 
         def pick(rows: list[list[Any]]) -> list[list[Any]]:
             return [[row[i] for i in which] for row, which in zip(rows, at, strict=True)]
 
         return Written(
-            f"{self.method}, best of N",
+            f"{self.method}{at_beta}, best of N",
             n,
             pick(self.texts),
             pick(self.truncated),

@@ -45,12 +45,14 @@ class Setting:
     test: int
     """Prompts of each of two kinds."""
     judged_samples: int
-    """Of each prompt, for every method."""
+    """Of each prompt, for every method; half as many of those that try every candidate."""
     base_samples: int
     """Of the base, for best of N too."""
     max_n: int
     max_tokens: int = 24
-    values: tuple[str, ...] = ("MonteCarlo", "ILQL", "Q♯", "FUDGE", "CD")
+    values: tuple[str, ...] = (
+        "MonteCarlo", "MonteCarlo, filtered", "ILQL", "Q♯", "FUDGE", "CD",
+    )  # fmt: skip
     """Of `VALUES`, those that are tried."""
     timed: int = 32
     """Texts to measure every method's cost by."""
@@ -64,7 +66,7 @@ FULL = Setting(
     lm_fit=FitOptions(
         epochs=20.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
     ),
-    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=5e-4, value_lr=3e-3, bf16=True),
+    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=1e-3, value_lr=4e-3, bf16=True),
     tune_fit=FitOptions(epochs=1.0, batch_size=64, lr=5e-4, bf16=True),
     reward=Size(128, 2, dropout=0.2),
     judge=Size(160, 2, dropout=0.2),
@@ -73,7 +75,7 @@ FULL = Setting(
     samples=16,
     validation=150,
     test=200,
-    judged_samples=2,
+    judged_samples=4,
     base_samples=16,
     max_n=16,
 )
@@ -118,6 +120,7 @@ class Method:
 LINEAR = HeadsConfig("linear", num_q=1)
 VALUES: dict[str, Method] = {
     "MonteCarlo": Method(("LM", "MonteCarlo"), LINEAR),
+    "MonteCarlo, filtered": Method(({"LM": {"top_share": 0.25}}, "MonteCarlo"), LINEAR),
     "ILQL": Method(("LM", {"ILQL": {"expectile": 0.8}}), HeadsConfig("linear", num_q=2)),
     "Q♯": Method(
         ("LM", "ReturnDistribution"),
@@ -126,10 +129,10 @@ VALUES: dict[str, Method] = {
     ),
     "FUDGE": Method(
         ("LM", "FUDGE"), HeadsConfig("categorical", rank=8, num_q=1, bins=2),
-        betas=(1.0, 3.0, 9.0),
+        betas=(1.0, 4.0, 16.0, 64.0),
     ),
     "CD": Method(
-        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 12.0, 36.0),
+        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 16.0, 64.0, 256.0),
     ),
 }  # fmt: skip
 SHARES = (0.25, 0.1)

@@ -10,6 +10,8 @@ from judging import Figures
 from qvgpt.bootstrap import Estimate, mean_ci
 from qvgpt.report import Section, Series, line_chart, write_report
 
+EQUAL_KL = ", equal KL"
+"""Ends the name of a rival that goes as far from the base as the headline, on the same prompts."""
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -26,16 +28,23 @@ def summarise(
     base = [_base(cell, "positive") for cell in cells]
     first = _paired(headline, base, "positive")
     equal = {}
-    for name in rivals:
-        theirs = [_one(c, "positive", name, c["positive"]["equal"][name]) for c in cells]
+    for name in (f"{rival}{EQUAL_KL}" for rival in rivals):
+        if name not in cells[0]["positive"]["test"]:
+            continue
+        theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
     for name in [r for r in {row["method"] for row in rows["positive"]} if r.startswith("filt")]:
         theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
     cost = {}
-    for n in sorted({r["strength"] for r in rows["positive"] if r["method"].endswith("of N")}):
+    for n in sorted({r["strength"] for r in rows["positive"] if r["method"] == "base, best of N"}):
         theirs = [_one(c, "positive", "base", n, best_of=True) for c in cells]
         cost[f"guided, once, against best of {n:g}"] = _difference(headline, theirs, "positive")
+        if all(_has(c, "positive", n) for c in cells):
+            ours = [_one(c, "positive", c["positive"]["headline"], n, best_of=True) for c in cells]
+            cost[f"guided, best of {n:g}, against best of {n:g}"] = _difference(
+                ours, theirs, "positive"
+            )
     results = {
         "metric": "judge_success: share of texts that the judge calls positive",
         "base": first.value - (first.delta or 0.0),
@@ -75,6 +84,13 @@ def _base(cell: Mapping[str, Any], direction: str) -> Figures:
     return next(f for f in _figures(cell, direction, "base") if f.method == "base")
 
 
+def _has(cell: Mapping[str, Any], direction: str, n: float) -> bool:
+    """Whether the headline was written so often that the best of n is known."""
+    found = _figures(cell, direction, cell[direction]["headline"])
+    wanted = f"β = {cell[direction]['beta']:g}, best of N"
+    return any(f.method.endswith(wanted) and f.strength == n for f in found)
+
+
 def _one(
     cell: Mapping[str, Any],
     direction: str,
@@ -83,7 +99,10 @@ def _one(
     best_of: bool = False,
 ) -> Figures:
     """A method's figures, at the strength that validation chose where none is said."""
-    wanted = f"{name}, best of N" if best_of else name
+    wanted = name
+    if best_of:
+        at_beta = "" if name == "base" else f", β = {cell[direction]['beta']:g}"
+        wanted = f"{name}{at_beta}, best of N"
     found = [f for f in _figures(cell, direction, name) if f.method == wanted]
     if strength is None:
         strength = cell[direction]["beta"] if len(found) > 1 else found[0].strength
@@ -115,24 +134,23 @@ def _difference(
 
 
 def _rows(cells: Cells, direction: str) -> list[dict[str, Any]]:
-    """A row for each method and strength that every seed has, in the order of the first."""
+    """A row for each method and strength, in the order of the first seed."""
     rows = []
     base = [_base(cell, direction) for cell in cells]
     for name in cells[0][direction]["test"]:
         for one in _figures(cells[0], direction, name):
+            any_strength = name.endswith(EQUAL_KL)  # it differs from seed to seed
             every = [
                 [f for f in _figures(cell, direction, name)
-                 if (f.method, f.strength) == (one.method, one.strength)]
+                 if f.method == one.method and (any_strength or f.strength == one.strength)]
                 for cell in cells
             ]  # fmt: skip
-            if not all(every):  # strengths of equal KL differ from seed to seed
-                continue
             figures = [found[0] for found in every]
             success = _paired(figures, base, direction)
             rows.append({
                 "direction": direction,
                 "method": one.method,
-                "strength": one.strength,
+                "strength": float(np.mean([f.strength for f in figures])),
                 "success": success.value,
                 "success_ci95": success.ci95,
                 "delta": success.delta,
@@ -186,8 +204,9 @@ def table(results: Mapping[str, Any]) -> str:
 def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Success against KL, a line a method."""
     charts = []
-    for direction, found in rows.items():
-        series = []
+    for direction, every in rows.items():
+        found, series = [r for r in every if "β" not in r["method"]], []  # nor its best of N
+        found = [r for r in found if not r["method"].endswith(EQUAL_KL)]
         for method in dict.fromkeys(_line_of(r["method"]) for r in found):
             of = sorted(
                 (r for r in found if _line_of(r["method"]) == method), key=lambda r: r["kl"]

@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from methods import (
     samples_of,
     tuned,
 )
-from reporting import picture, summarise, table
+from reporting import EQUAL_KL, picture, summarise, table
 from sst2 import Files, prepare, read, toy
 
 from qvgpt.compare import CompareOptions, compare
@@ -46,11 +46,13 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 
 HERE = Path(__file__).parent
-GUIDED = ("MonteCarlo", "ILQL", "Q♯")
+GUIDED = ("MonteCarlo", "MonteCarlo, filtered", "ILQL", "Q♯")
 """One forward a token: of these the headline is chosen."""
-RIVALS = ("FUDGE", "CD", "contrast")
+CANDIDATES = ("FUDGE", "CD")
+"""As many as there are candidates."""
+RIVALS = (*CANDIDATES, "contrast")
 """Compared at the headline's KL."""
-SECOND = ("MonteCarlo", "contrast")
+SECOND = ("MonteCarlo", "MonteCarlo, filtered", "contrast")
 """What is done in the second direction too, beside base, best of N and fine-tuning."""
 MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
 """Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
@@ -88,9 +90,7 @@ def run(data: Path, work: Path, seeds: int, setting: Setting) -> tuple[dict[str,
         _Seed(seed, work / f"seed-{seed}", files, setting, judge, reader).cell()
         for seed in range(seeds)
     ]
-    return summarise(
-        cells, [r for r in RIVALS if r in cells[0]["positive"]["equal"]], _facts(judge)
-    )
+    return summarise(cells, RIVALS, _facts(judge))
 
 
 def _facts(judge: Path) -> dict[str, Any]:
@@ -159,21 +159,21 @@ class _Seed:
             for name, way in ways.items()
         }
         guided = [name for name in GUIDED if name in ways]
-        headline, beta, kl = _chosen({n: found[n] for n in guided}, val[0], direction)
+        headline, beta = _chosen({n: found[n] for n in guided}, val[0], direction)
         test: dict[str, list[Figures]] = {
             "base": self._figures("test", direction, "base", plain, base, judges)
         }
         for name, way in ways.items():
-            more = way
-            if name in RIVALS:  # one strength more, where validation says it has the same KL
-                equal = _at_kl(found[name], kl)
-                more = replace(way, guidances={**way.guidances, equal: way.at(equal)})
-            test[name] = self._figures("test", direction, name, more, base, judges)
+            test[name] = self._figures("test", direction, name, way, base, judges)
+        kl = next(f.kl for f in test[headline] if (f.method, f.strength) == (headline, beta))
+        for name in (n for n in RIVALS if n in ways):  # one strength more: what has the same KL
+            equal = _at_kl(test[name], kl)
+            way = replace(ways[name], guidances={equal: ways[name].at(equal)})
+            name = f"{name}{EQUAL_KL}"
+            test[name] = self._figures("test", direction, name, way, base, judges)
         return {
             "headline": headline,
             "beta": beta,
-            "equal": {n: _at_kl(found[n], kl) for n in RIVALS if n in ways},
-            "equal_kl": kl,
             "time": self._time(direction, ways[headline], beta, plain, base, judges),
             "validation": {
                 n: [f.as_dict() for f in fs] for n, fs in (found | {"base": val}).items()
@@ -210,17 +210,30 @@ class _Seed:
         self, which: str, direction: str, name: str, way: _Way, base: ValueModel, judges: Judges
     ) -> list[Figures]:
         """Of every strength, and of best of N where that belongs to the method; kept on disk."""
-        many = name == "base" or (name in GUIDED and which == "test")
-        place = self.work / ("base" if name == "base" else direction) / "figures"
+        rows, samples = read(self.files.prompts(which)), self.setting.judged_samples
+        if which == "validation":
+            rows = rows[: self.setting.validation]
+        elif name == "base":
+            samples = self.setting.base_samples
+        if name.removesuffix(EQUAL_KL) in CANDIDATES:
+            samples = max(1, samples // 2)
+        said = {
+            "guidances": {str(k): asdict(g) for k, g in way.guidances.items()},
+            "prompts": len(rows),
+            "samples": samples,
+            "max_tokens": self.setting.max_tokens,
+        }
+        many = which == "test" and (name == "base" or name in GUIDED)
         return _kept(
-            place / f"{which}.{direction}.{name}.json",
-            sorted(way.guidances),
-            lambda: self._measured(which, direction, name, way, base, judges, many),
+            self.work / "figures" / f"{which}.{direction}.{name}.json",
+            said,
+            lambda: self._measured(rows, samples, direction, name, way, base, judges, many),
         )
 
     def _measured(
         self,
-        which: str,
+        rows: list[dict[str, Any]],
+        samples: int,
         direction: str,
         name: str,
         way: _Way,
@@ -229,18 +242,12 @@ class _Seed:
         many: bool,
     ) -> list[Figures]:
         setting = self.setting
-        rows = read(self.files.prompts(which))
-        if which == "validation":
-            rows = rows[: setting.validation]
-        samples = setting.base_samples if name == "base" else setting.judged_samples
-        if which == "validation":
-            samples = setting.judged_samples
         found: list[Written] = written(
             name, way.model, way.guidances, rows, judges, base,
-            samples=samples, seed=1 + (which == "test"), max_tokens=setting.max_tokens,
+            samples=samples, seed=1, max_tokens=setting.max_tokens,
             timing=setting.timed, values=way.values,
         )  # fmt: skip
-        if many and which == "test":
+        if many:
             found += [
                 one.best_of(n, direction)
                 for one in list(found)
@@ -274,24 +281,23 @@ class _Seed:
         return seconds[1] / seconds[0]
 
 
-def _kept(
-    place: Path, strengths: Sequence[float], make: Callable[[], list[Figures]]
-) -> list[Figures]:
-    """What is on disk for these strengths, else made and written."""
+def _kept(place: Path, said: Mapping[str, Any], make: Callable[[], list[Figures]]) -> list[Figures]:
+    """What is on disk where it was made in this way, else made and written."""
+    said = json.loads(json.dumps(said))
     if place.exists():
-        said = json.loads(place.read_text())
-        if said["strengths"] == [*strengths]:
-            return [Figures(**figures) for figures in said["figures"]]
-    found = make()
+        found = json.loads(place.read_text())
+        if found["said"] == said:
+            return [Figures(**figures) for figures in found["figures"]]
+    figures = make()
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_json(place, {"strengths": [*strengths], "figures": [f.as_dict() for f in found]})
-    return found
+    write_json(place, {"said": said, "figures": [f.as_dict() for f in figures]})
+    return figures
 
 
 def _chosen(
     found: Mapping[str, Sequence[Figures]], base: Figures, direction: str
-) -> tuple[str, float, float]:
-    """Method, β and KL of the highest reward among those that write as well as the base."""
+) -> tuple[str, float]:
+    """Method and β of the highest reward among those that write as well as the base."""
     every = [(name, f) for name, several in found.items() for f in several]
     fluent = [
         (name, f)
@@ -302,11 +308,14 @@ def _chosen(
     if not fluent:
         fluent = [min(every, key=lambda e: e[1].perplexity)]
     name, best = max(fluent, key=lambda e: float(np.mean(e[1].towards(direction)["reward"])))
-    return name, best.strength, best.kl
+    return name, best.strength
 
 
 def _at_kl(found: Sequence[Figures], kl: float) -> float:
-    """The strength at which a method's KL is `kl`: between those tried, linear in both logs."""
+    """The strength at which a method's KL is `kl`: between those tried, linear in both logs.
+
+    One of the ends where none of them goes so far.
+    """
     line = sorted((f.kl, f.strength) for f in found)
     kls, strengths = (np.log(np.maximum(x, 1e-6)) for x in zip(*line, strict=True))
     return round(float(np.exp(np.interp(np.log(kl), kls, strengths))), 3)
