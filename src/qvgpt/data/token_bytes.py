@@ -5,6 +5,11 @@ import re
 
 from qvgpt.data.tokenizer import Tokenizer
 
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_LETTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+"""GPT-2's letters for bytes: printable ones stand for themselves, others from 256 on."""
+_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -19,7 +24,7 @@ class TokenBytes:
         hf = tokenizer._hf
         decoder = json.dumps(json.loads(hf.to_str())["decoder"])
         self._tokenizer, self._added = tokenizer, hf.get_added_tokens_decoder()
-        self._letters = _byte_letters() if '"ByteLevel"' in decoder else None
+        self._letters = _BYTES if '"ByteLevel"' in decoder else None
         self._single = '"ByteFallback"' in decoder
         self._before = tokenizer.encode("a")
         self._known: dict[int, bytes] = {}
@@ -51,10 +56,3 @@ class TokenBytes:
             return bytes([int(byte[1], 16)])
         before = self._tokenizer.decode(self._before)
         return self._tokenizer.decode([*self._before, token])[len(before) :].encode()
-
-
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, others from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -9,6 +9,7 @@ There a character that was never seen is left out, where ours says <unk>.
 from pathlib import Path
 from typing import Any
 
+from qvgpt.data.token_bytes import BYTE_LETTERS
 from qvgpt.errors import QvgptError
 from qvgpt.models.disk import read_json
 
@@ -67,7 +68,7 @@ def is_char(said: dict[str, Any]) -> bool:
 
 def to_bytes(text: str) -> str:
     """Its UTF-8 bytes, each as the character that stands for it in GPT-2's vocabulary."""
-    return "".join(_SYMBOLS[byte] for byte in text.encode())
+    return "".join(BYTE_LETTERS[byte] for byte in text.encode())
 
 
 def _character_merges(pieces: dict[int, str], added: dict[int, Any]) -> list[str]:
@@ -80,7 +81,7 @@ def _character_merges(pieces: dict[int, str], added: dict[int, Any]) -> list[str
         symbols = to_bytes(piece)
         for k in range(1, len(symbols)):
             found[f"{symbols[:k]} {symbols[k]}"] = None
-    return sorted(found, key=len) or [f"{_SYMBOLS[255]} {_SYMBOLS[255]}"]
+    return sorted(found, key=len) or [f"{BYTE_LETTERS[255]} {BYTE_LETTERS[255]}"]
 
 
 def _pre_tokenizer(said: Any) -> str:
@@ -116,14 +117,3 @@ def _add_specials(writer: Any, directory: Path, ids: dict[str, int]) -> None:
     writer.add_add_eos_token(False)
     if said.get("chat_template"):
         writer.add_chat_template(said["chat_template"])
-
-
-def _byte_symbols() -> list[str]:
-    """GPT-2's table: printable bytes stand for themselves, others for letters from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    shown = {b: chr(b) for b in plain} | {b: chr(256 + k) for k, b in enumerate(rest)}
-    return [shown[b] for b in range(256)]
-
-
-_SYMBOLS = _byte_symbols()

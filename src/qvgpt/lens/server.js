@@ -9,7 +9,7 @@
   page.key.hidden = true;
 
   // The key, where one is asked for, is kept here and nowhere else.
-  const state = { model: null, dialogue: [], turns: [], running: null };
+  const state = { model: null, met: null, dialogue: [], turns: [], running: null };
 
   // ── asking the server ──────────────────────────────────────────────────────────────────────
 
@@ -205,6 +205,7 @@
     enable();
     Words.tell(by("status"), "writing");
     const { signal } = state.running;
+    await state.met; // else a quick hand would write with another β than is recommended
     const work = { complete: both, chat, judge }[way()];
     try {
       await work(signal);
@@ -276,7 +277,7 @@
   by("beta-slide").addEventListener("input", () => (by("beta").value = slid(amount("beta-slide"))));
   by("beta").addEventListener("input", () => (by("beta-slide").value = slide(amount("beta"))));
   by("limited").addEventListener("change", enable);
-  by("key").addEventListener("change", () => state.model || meet());
+  by("key").addEventListener("change", () => state.model || (state.met = meet()));
   by("stop").addEventListener("click", () => state.running?.abort());
   by("anew").addEventListener("click", turn);
   for (const input of document.querySelectorAll("[name=way]")) input.addEventListener("change", turn);
@@ -292,5 +293,5 @@
   Words.button(by("language"));
   turn();
   enable();
-  meet();
+  state.met = meet();
 }
