@@ -165,8 +165,8 @@ class Server:
         return answer.status, data, answer.getheader("Retry-After")
 
     def _connection(self) -> http.client.HTTPConnection:
-        """That of this thread, kept from one request to the next."""
-        if getattr(self._local, "connection", None) is None:
+        """That of this thread, kept from one request to the next until `_close` ends it."""
+        if getattr(self._local, "connection", None) not in self._open:
             secure = self._parts.scheme == "https"
             kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
             assert self._parts.hostname is not None
@@ -188,7 +188,6 @@ class Server:
                     connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
         self._open.clear()
-        self._local = threading.local()
 
     def _json(self, data: bytes) -> dict[str, Any]:
         try:

@@ -85,8 +85,6 @@ def test_messages_and_references(task, model, tmp_path):
     assert (line["sampled"], line["rewards"][1]) == (1, pytest.approx(1.0))
 
 
-# a thread still at its request when another was refused closes its socket late
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
