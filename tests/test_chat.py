@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -275,6 +276,11 @@ def test_a_slash_can_be_said_and_help_lists_all(chat):
     assert any(n.startswith("/kl X") for n in notices)
 
 
+def _as_in_a_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests begun in the background ignore it
+
+
 class Terminal:
     """`qvgpt chat` in a pseudo-terminal of its own, as a person sees it."""
 
@@ -283,7 +289,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qvgpt", "chat", *options],
             stdin=there, stdout=there, stderr=there, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_in_a_terminal,
             env={**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"},
         )  # fmt: skip
         os.close(there)

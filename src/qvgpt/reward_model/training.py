@@ -63,17 +63,6 @@ class Rates:
             raise QvgptError("rates: warmup lies in 0..1, and lr above 0")
 
 
-@dataclass
-class State:
-    """How far a training is."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    bad_evals: int = 0
-    seconds: float = 0.0
-
-
 class Training:
     """A reward model in training.
 
@@ -116,7 +105,7 @@ class Training:
         ]
         optimizer = torch.optim.AdamW(groups, lr=lr)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = State()
+        self.state = TrainState()
         self.best: dict[str, Tensor] = {}
         self.order: list[list[int]] = []
         self.each_epoch = -(-len(self.learned) // rates.batch_size)
@@ -261,10 +250,10 @@ class Training:
             (staged / "state.json").write_text(json.dumps(asdict(self.state)) + "\n")
             replace_directory(staged, checkpoint)
 
-    def _load(self, checkpoint: Path) -> State:
+    def _load(self, checkpoint: Path) -> TrainState:
         self.model.load_state_dict(load_tensors(checkpoint / "now.safetensors"))
         self.best = load_tensors(checkpoint / "best.safetensors")
         tensors = load_tensors(checkpoint / "optimizer.safetensors")
         put_optimizer_state(tensors, self.names, self.optimizer, checkpoint)
-        self.state = State(**read_json(checkpoint / "state.json"))
+        self.state = TrainState(**read_json(checkpoint / "state.json"))
         return self.state
