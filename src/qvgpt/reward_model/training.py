@@ -20,7 +20,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qvgpt.checkpoint import optimizer_state, put_optimizer_state, replace_directory
+from qvgpt.checkpoint import (
+    TrainState,
+    optimizer_state,
+    put_optimizer_state,
+    replace_directory,
+)
 from qvgpt.data.batches import batches
 from qvgpt.envs.rewards.classifier import encode
 from qvgpt.errors import QvgptError
