@@ -77,6 +77,14 @@ def test_corpus_metrics_are_sacrebleus(n):
     assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(texts, columns).score, abs=1e-9)
 
 
+def test_corpus_bleu_counts_chinese_characters_where_asked():
+    texts, wanted = ["我在这里吃饭。", "猫很大"], [["我在这里吃饭。"], ["那只猫很大"]]
+    expected = sacrebleu.corpus_bleu(texts, [[r[0] for r in wanted]], tokenize="zh", force=True)
+    found = corpus_bleu_ci(texts, wanted, resamples=2, tokenize="zh").value
+    assert found == pytest.approx(expected.score, abs=1e-9)
+    assert corpus_bleu_ci(texts, wanted, resamples=2).value != pytest.approx(found)
+
+
 def test_resampled_bleu_is_bleu_of_the_resample():
     texts, wanted = corpus(40)
     drawn = np.random.default_rng(3).integers(40, size=(1, 40))[0]

@@ -18,6 +18,9 @@ from qvgpt.trajectory import collate
 GAMES = {
     "random_walk", "star_graph", "maze_full", "maze_partial", "wordle", "wordle_adversarial",
 }  # fmt: skip
+TEXTS = {
+    "metric", "base", "guided", "delta", "delta_ci95", "relative_decode_time", "seeds", "rows",
+}  # fmt: skip
 REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
 
 
@@ -30,6 +33,10 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
         ("export", {"rows"}),
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
+        *(
+            (row, TEXTS)
+            for row in ("qa", "summarization", "translation_en_fr", "translation_en_zh")
+        ),
     ],
 )
 def test_quick_form_runs_and_leaves_the_results_alone(name, figures, monkeypatch, capsys):
@@ -177,3 +184,72 @@ def test_best_of_n_takes_the_highest_reward(sentiment):
     assert written.best_of(4, "negative").texts == [["c"]]
     distinct = sentiment["judging"]["distinct"]
     assert distinct([["a b a b"], ["a b"]], 2) == pytest.approx(2 / 4)
+
+
+@pytest.fixture
+def qa(monkeypatch):
+    """The names of the script of question answering."""
+    script = REPRODUCTIONS / "qa" / "run.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    return runpy.run_path(str(script), run_name="qa_run")
+
+
+def test_stories_are_in_one_split_and_their_answers_follow(qa, tmp_path):
+    """Answers by a second reader, who goes through the facts from the first to the last."""
+    files = qa["generated"]("three", learnt=100, asked=100, judged=20)(tmp_path, tmp_path / "data")
+    parts = [
+        qa["read"](getattr(files, name)) for name in ("train", "prompts", "validation", "test")
+    ]
+    assert [len(rows) for rows in parts] == [100, 100, 10, 20]
+    facts = [qa["facts"](row) for rows in parts for row in rows]
+    assert len(set(facts)) == len(facts)
+    for row in parts[0]:
+        *told, question = row["prompt"].split("\n")
+        thing = question.split()[3]
+        place, holder, been = {}, None, []
+        for words in (fact.rstrip(".").split() for fact in told):
+            if words[1] == "went":
+                place[words[0]] = words[-1]
+            elif thing in words:
+                holder = {"took": words[0], "gave": words[-1], "left": None}[words[1]]
+            if holder and been[-1:] != [place[holder]]:
+                been.append(place[holder])
+        assert row["completion"] == f"with {holder} in the {been[-1]}, before in the {been[-2]}"
+
+
+def test_questions_about_one_babi_story_stay_together(qa, tmp_path):
+    lines = [[f"Mary went to place {i} {j}." for j in range(3)] for i in range(50)]
+    rows = [
+        {"prompt": "\n".join([*story[: n + 1], "Where is Mary?"]), "completion": "x"}
+        for story in lines
+        for n in range(3)
+    ]
+    qa["write"](tmp_path / "babi_qa1.train.jsonl", rows)
+    files = qa["babi"](tmp_path, tmp_path / "data")
+    names = ("train", "prompts", "validation", "test")
+    parts = [qa["read"](getattr(files, name)) for name in names]
+    assert sum(map(len, parts)) == 150
+    stories = [{row["prompt"].split("\n")[0] for row in part} for part in parts]
+    assert sum(map(len, stories)) == 50
+
+
+def test_figures_of_a_text_task_are_paired_and_of_all_seeds(qa):
+    names = sys.modules["texts.program"]
+    rows = [{"prompt": str(i), "completion": "yes"} for i in range(4)]
+
+    def system(*texts):
+        return {"texts": list(texts), "forward_tokens": 8, "seconds": 1.0, "kl": 0.5}
+
+    cells = [
+        {
+            "chosen": {"values": "v", "beta": 1.0, "greedy": []},
+            "time": {"median": 1.05},
+            "systems": {"base": system("yes", "no", "no", last), "guided": system(*["yes"] * 4)},
+        }
+        for last in ("no", "yes")
+    ]
+    found = names.summary(cells, rows, names.Judge(("exact_match", "token_f1")))
+    assert (found["base"], found["guided"], found["delta"]) == (37.5, 100.0, 62.5)
+    assert found["seeds"] == 2
+    low, high = found["delta_ci95"]
+    assert 0 <= low < 62.5 < high <= 100

@@ -11,21 +11,13 @@ and table.md beside itself.
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from decoding import (
-    beam,
-    best_by,
-    corpus,
-    mean_kl,
-    minimum_bayes_risk,
-    relative_seconds,
-    write,
-)
 from jsonargparse import ArgumentParser
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
@@ -36,6 +28,18 @@ from qvgpt.run import write_json
 from qvgpt.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from texts.decoding import (  # noqa: E402
+    beam,
+    best_by,
+    corpus,
+    mean_kl,
+    minimum_bayes_risk,
+    relative_seconds,
+    write,
+)
+
 ROUNDS = 1
 SAMPLES = 8
 BEAMS = 5

@@ -48,13 +48,15 @@ def corpus_bleu_ci(
     baseline: Sequence[str | Sequence[str]] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    tokenize: str = "13a",
 ) -> Estimate:
-    """sacreBLEU's corpus BLEU (13a, exponential smoothing), 0..100, with its interval.
+    """sacreBLEU's corpus BLEU (exponential smoothing), 0..100, with its interval.
 
     `hypotheses[i]` and `baseline[i]` are the text, or the texts, of prompt i and `references[i]`
-    its references. Only n-gram counts are resampled, so 2000 resamples cost next to nothing.
+    its references. `tokenize` is sacreBLEU's: "13a", "zh" … Only n-gram counts are resampled, so
+    2000 resamples cost next to nothing.
     """
-    metric = _sacrebleu().BLEU(force=True)
+    metric = _sacrebleu().BLEU(force=True, tokenize=tokenize)
     statistics = [
         _counts(metric, texts, references) for texts in (hypotheses, baseline) if texts is not None
     ]

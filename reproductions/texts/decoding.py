@@ -1,7 +1,7 @@
 """The ways of decoding that are compared, each from a model directory to one text per prompt."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,18 +18,24 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 
 MAX_TOKENS = 80
+"""Of a translation."""
 MAX_BATCH = 128
 
 
 def write(
-    model: ValueModel, prompts: Sequence[str], guidance: Guidance, seed: int = 0, samples: int = 1
+    model: ValueModel,
+    prompts: Sequence[str],
+    guidance: Guidance,
+    seed: int = 0,
+    samples: int = 1,
+    max_tokens: int = MAX_TOKENS,
 ) -> tuple[list[list[str]], dict[str, float]]:
     """`samples` texts per prompt, and what they cost."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     requests = [
-        Request(tokens, MAX_TOKENS, guidance, row_seed(seed, i * samples + k))
+        Request(tokens, max_tokens, guidance, row_seed(seed, i * samples + k))
         for i in order
         for tokens in [tokenizer.encode_prompt(prompts[i])]
         for k in range(samples)
@@ -51,28 +57,33 @@ def beam(
     beams: int,
     length_penalty: float,
     guidance: Guidance | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> tuple[list[str], dict[str, float]]:
     """The first text of a beam search for each prompt, and what it cost."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     started = time.perf_counter()
-    search = BeamSearch(beams, length_penalty, MAX_TOKENS)
+    search = BeamSearch(beams, length_penalty, max_tokens)
     found = search(model, [tokenizer.encode_prompt(p) for p in prompts], guidance)
     seconds = time.perf_counter() - started
     texts = [tokenizer.decode_completion(h.tokens) for h in found.best]
     return texts, {"seconds": seconds, "forward_tokens": found.forward_tokens}
 
 
-def minimum_bayes_risk(candidates: Sequence[Sequence[str]]) -> list[str]:
-    """Of each prompt's samples, the one with the highest mean sentence BLEU against the others."""
+def _sentence_bleu(text: str, row: dict) -> float:
+    return bleu_prefixes([text], row)[0]
+
+
+def minimum_bayes_risk(
+    candidates: Sequence[Sequence[str]], reward: Callable[[str, dict], float] = _sentence_bleu
+) -> list[str]:
+    """Of each prompt's samples, the one that earns most with the others as references."""
     chosen = []
     for texts in candidates:
         counts = {text: texts.count(text) for text in texts}
         utility = {
             text: sum(
-                n * bleu_prefixes([text], {"references": [other]})[0]
-                for other, n in counts.items()
-                if other
+                n * reward(text, {"references": [other]}) for other, n in counts.items() if other
             )
             for text in counts
         }
@@ -155,13 +166,14 @@ def relative_seconds(
     guided: Guidance,
     prompts: Sequence[str],
     rounds: int = 10,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, object]:
     """Seconds per written token, guided ÷ base: the median of interleaved rounds."""
     ratios = []
     for _ in range(rounds):
         pair = []
         for model, guidance in ((base, plain), (guided_model, guided)):
-            _, cost = write(model, prompts, guidance)
+            _, cost = write(model, prompts, guidance, max_tokens=max_tokens)
             pair.append(cost["seconds"] / cost["forward_tokens"])
         ratios.append(pair[1] / pair[0])
     drawn = np.random.default_rng(0).choice(ratios, size=(2000, rounds))
