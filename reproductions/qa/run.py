@@ -69,7 +69,7 @@ def babi(data: Path, to: Path) -> Files:
             first = first if facts(row).startswith(before) else facts(row)
             before = facts(row)
             owner[id(row)] = first
-        shares = {"train": 0.1, "prompts": 0.6, "validation": 0.1, "test": 0.2}
+        shares = {"train": 0.4, "prompts": 0.3, "validation": 0.1, "test": 0.2}
         parts = divided(rows, shares, lambda row: owner[id(row)])
         for name, rows in parts.items():
             write(to / f"{name}.jsonl", rows)
