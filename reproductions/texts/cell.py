@@ -1,7 +1,7 @@
 """One seed of a task: models made, the choice on validation, what every system writes to test."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +24,9 @@ class Cell:
 
     def found(self) -> dict[str, Any]:
         """`chosen`, `time` and `systems`: texts, tokens read, seconds, KL to the base."""
-        work = self.models.work
-        chosen = kept(work / "chosen.json", self._choose)
-        return kept(work / "cell.json", lambda: self._compare(chosen))
+        work, said = self.models.work, [asdict(self.models.recipe), self.judge.metrics]
+        chosen = kept(work / "chosen.json", said, self._choose)
+        return kept(work / "cell.json", [*said, chosen], lambda: self._compare(chosen))
 
     @cached_property
     def _base(self) -> ValueModel:

@@ -122,9 +122,9 @@ class Models:
     def distilled(self, values: str, beta: float) -> Path:
         """The base fine-tuned on what the guided model writes greedily to the same prompts."""
         model, said = self.values(values), self.recipe.collect
-        kept = {k: said[k] for k in ("reward", "max_tokens", "max_batch", "limit") if k in said}
+        same = {k: said[k] for k in ("reward", "max_tokens", "max_batch", "limit") if k in said}
         how = {"samples": 1, "temperatures": [0.0], "beta": beta}
-        data = self._collected("guided-texts", model, kept | how)
+        data = self._collected("guided-texts", model, same | how)
         return self._tuned("rival-distilled", self.recipe.rivals["distilled"], data)
 
     def _tuned(self, name: str, said: Mapping[str, Any], data: Path) -> Path:
@@ -139,9 +139,11 @@ class Models:
                 reward = max(row["rewards"])
                 at = row["rewards"].index(reward)
                 if reward > 0:
-                    kept = {"completion": row["completions"][at]}
-                    kept["completion_ids"] = row["completion_ids"][at]
-                    lines.append({"prompt": row["prompt"], **kept})
+                    lines.append({
+                        "prompt": row["prompt"],
+                        "completion": row["completions"][at],
+                        "completion_ids": row["completion_ids"][at],
+                    })  # fmt: skip
             write(best, lines)
         return best
 
@@ -189,12 +191,17 @@ def write(path: Path, rows: Sequence[Row]) -> Path:
     return part.replace(path)
 
 
-def kept(path: Path, make: Any) -> Any:
-    """What JSON holds, made first where it is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, make())
-    return json.loads(path.read_text())
+def kept(path: Path, said: Any, make: Callable[[], Any]) -> Any:
+    """What JSON holds if it was made as `said`, else made and written."""
+    said = json.loads(json.dumps(said))
+    if path.exists():
+        content = json.loads(path.read_text())
+        if content["said"] == said:
+            return content["found"]
+    found = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"said": said, "found": found})
+    return json.loads(json.dumps(found))
 
 
 def split_of(text: str, shares: Mapping[str, float]) -> str:
