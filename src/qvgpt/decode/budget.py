@@ -24,7 +24,8 @@ def solve_beta(
     π_β ∝ π₀·exp(β·q) over the candidates, −inf ones aside. With Z = E₀[exp(β·q)]:
     KL = β·E_β[q] − log Z, and dKL/dβ = β·Var_β[q] ≥ 0. Newton's method finds the root of
     √KL − √budget, which is nearly straight at its beginning; a bracket, halved where a step has not
-    halved what is missing, keeps it from going astray. In float64, with numpy: so few numbers are sooner done there.
+    halved what is missing, keeps it from going astray. In float64, with numpy: so few numbers are
+    sooner done there.
     """
     p = base_logprob.double().softmax(-1).cpu().numpy()
     values = q.double().cpu().numpy()
