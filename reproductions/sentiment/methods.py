@@ -64,7 +64,7 @@ FULL = Setting(
     gpt=GPTShape(192, 4, 3, 64, 0.2),
     vocab_size=4000,
     lm_fit=FitOptions(
-        epochs=8.0, batch_size=128, lr=2e-3, bf16=True, keep_best="LM/nll", patience=2
+        epochs=6.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
     ),
     value_fit=FitOptions(epochs=1.0, batch_size=64, lr=1e-3, value_lr=4e-3, bf16=True),
     tune_fit=FitOptions(epochs=1.0, batch_size=64, lr=5e-4, bf16=True),
