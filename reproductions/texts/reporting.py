@@ -36,6 +36,10 @@ def _table(name: str, results: Mapping[str, Any]) -> str:
             f"{' | '.join(format(o['value'], '.2f') for o in others)} | {row['words']:.1f} | {kl} "
             f"| {row['relative_cost']:.2f} |"
         )
+    lines += ["", "Guided less others:", ""]
+    for name, figures in results["guided_against"].items():
+        low, high = figures["delta_ci95"]
+        lines.append(f"- {name}: {figures['delta']:+.2f} [{low:+.2f}, {high:+.2f}]")
     return "\n".join(lines) + "\n"
 
 
