@@ -23,16 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from judging import Rivals, Turns, foretold
 from reporting import offline, picture, summarise, table
 from rich.console import Console
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qvgpt.data.rows import load_trajectories
 from qvgpt.decode.policy import Guidance
 from qvgpt.fit_options import FitOptions
 from qvgpt.fqe import evaluate_offline
+from qvgpt.loop import fit
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
+from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 from qvgpt.trajectory import Trajectory, scaled
@@ -41,7 +46,6 @@ HERE = Path(__file__).parent
 QUIET = Console(file=io.StringIO())
 SIDES = {"validation": 0.15, "test": 0.4, "train": 1.0}
 """Where a city's hash may lie at most."""
-SIDE_OF_OPTION = {"data": "train", "eval_data": "validation"}
 LONGEST = 20
 """Questions in a game; rewards are divided by it while values learn."""
 
@@ -52,23 +56,20 @@ class Method:
 
     objective: str | dict[str, Any]
     heads: HeadsConfig
-    keep_best: str
 
 
 HEADS = HeadsConfig("low_rank", num_q=1)
 METHODS = {
-    "MonteCarlo": Method("MonteCarlo", HEADS, "MonteCarlo/v"),
-    "SARSA": Method({"SARSA": {"lambda_": 0.9}}, HEADS, "SARSA/v"),
+    "MonteCarlo": Method("MonteCarlo", HEADS),
+    "SARSA": Method({"SARSA": {"lambda_": 0.9}}, HEADS),
     "ILQL by turns": Method(
-        {"ILQL": {"level": "turn", "cql_weight": 0.0, "gamma": 1.0}},
-        replace(HEADS, num_q=2), "ILQL/v",
+        {"ILQL": {"level": "turn", "cql_weight": 0.0, "gamma": 1.0}}, replace(HEADS, num_q=2)
     ),
     "ReturnDistribution": Method(
         "ReturnDistribution",
         HeadsConfig("categorical", num_q=1, bins=LONGEST + 1, low=-1.0, high=0.0),
-        "ReturnDistribution/v",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Setting:
     vocab_size: int
     lm_fit: FitOptions
     value_fit: FitOptions
+    value_lrs: Sequence[float]
+    """Of these the best on validation games is taken, method by method."""
     fqe_fit: FitOptions
     guidances: Mapping[str, Guidance]
     """Policies that are judged offline; the first one wrote the logs."""
@@ -86,11 +89,12 @@ class Setting:
 
 
 FULL = Setting(
-    gpt=GPTShape(128, 4, 2, 2560, 0.1),
+    gpt=GPTShape(128, 4, 2, 2560, 0.0),
     vocab_size=2000,
     lm_fit=FitOptions(epochs=3.0, batch_size=8, lr=2e-3, bf16=True, keep_best="LM/nll"),
-    value_fit=FitOptions(epochs=4.0, batch_size=8, lr=3e-3, tau=0.05, bf16=True, eval_every=32),
-    fqe_fit=FitOptions(epochs=8.0, batch_size=4, lr=1e-2, tau=0.5, bf16=True),
+    value_fit=FitOptions(epochs=6.0, batch_size=8, tau=0.05),
+    value_lrs=(1e-3, 5e-3),
+    fqe_fit=FitOptions(epochs=8.0, batch_size=4, lr=1e-2, tau=0.5),
     guidances={
         "the logs'": Guidance(beta=0.0),
         "guided, β = 1": Guidance(beta=1.0, top_k=40),
@@ -102,7 +106,8 @@ QUICK = Setting(
     gpt=GPTShape(16, 2, 1, 160, 0.0),
     vocab_size=300,
     lm_fit=FitOptions(max_steps=4, batch_size=8, keep_best="LM/nll"),
-    value_fit=FitOptions(max_steps=3, batch_size=16, lr=3e-3),
+    value_fit=FitOptions(max_steps=3, batch_size=16),
+    value_lrs=(1e-3, 5e-3),
     fqe_fit=FitOptions(max_steps=2, batch_size=8, lr=3e-3),
     guidances={"the logs'": Guidance(beta=0.0), "guided, β = 1": Guidance(beta=1.0, top_k=40)},
     resamples=10,
@@ -177,53 +182,66 @@ class Seed:
         assert model.tokenizer is not None
         return load_trajectories(self.files[side], model.tokenizer)[0]
 
-    def trained(self, name: str, fit: FitOptions, **more: Any) -> ValueModel:
-        """What a training left, begun or gone on with where that is to be done."""
-        output = self.work / name
-        files = {k: [str(self.files[side])] for k, side in SIDE_OF_OPTION.items()}
-        config = TrainConfig(
-            output=str(output), resume=(output / "run.json").exists(),
-            fit=replace(fit, seed=self.seed), **files, **more,
-        )  # fmt: skip
-        train(config, QUIET)
-        return ValueModel.from_pretrained(output, freeze_trunk=True)
-
     def base(self) -> ValueModel:
-        """The language model of the training games."""
-        tokens = TokenizerConfig(vocab_size=self.setting.vocab_size)
-        return self.trained("base", self.setting.lm_fit, gpt=self.setting.gpt, tokenizer=tokens)
-
-    def values(self, name: str) -> ValueModel:
-        """A method's values on the frozen base."""
-        self.base()
-        method = METHODS[name]
-        return self.trained(
-            name,
-            replace(self.setting.value_fit, keep_best=method.keep_best),
-            model=str(self.work / "base"),
-            objectives=[method.objective],
-            heads=replace(
-                method.heads, rank=min(method.heads.rank, self.setting.gpt.embed_dim // 2)
-            ),
-            reward_scale=1 / LONGEST,
-            freeze_trunk=True,
+        """The language model of the training games; it reads each game once."""
+        output = self.work / "base"
+        config = TrainConfig(
+            data=[str(self.files["train"])],
+            eval_data=[str(self.files["validation"])],
+            gpt=self.setting.gpt,
+            tokenizer=TokenizerConfig(vocab_size=self.setting.vocab_size),
+            fit=replace(self.setting.lm_fit, seed=self.seed),
+            output=str(output),
+            resume=(output / "run.json").exists(),
         )
+        train(config, QUIET)
+        model = ValueModel.from_pretrained(output, freeze_trunk=True)
+        remember(model.trunk)
+        return model
+
+    def values(self, name: str, base: ValueModel) -> ValueModel:
+        """A method's values on the frozen base, at the rate that is best on validation games."""
+        held = self.texts("validation", base)
+        came = Turns.of(held).to_come
+        tried = [self._values(name, base, lr) for lr in self.setting.value_lrs]
+        return min(tried, key=lambda m: np.square(foretold(m, held) - came).mean())
+
+    def _values(self, name: str, base: ValueModel, lr: float) -> ValueModel:
+        method, output = METHODS[name], self.work / f"{name}, {lr:g}"
+        rank = min(method.heads.rank, base.trunk.embed_dim // 2)
+        torch.manual_seed(self.seed)
+        heads = replace(method.heads, rank=rank)
+        model = ValueModel(base.trunk, heads, base.tokenizer, freeze_trunk=True)
+        assert model.heads is not None
+        if (output / "value_config.json").exists():
+            known = ValueModel.from_pretrained(output, freeze_trunk=True)
+            known.trunk = base.trunk
+            return known
+        model.heads.reward_scale = 1 / LONGEST
+        fit(
+            model,
+            scaled(self.texts("train", base), 1 / LONGEST),
+            parse_objectives([method.objective]),
+            replace(self.setting.value_fit, lr=lr, seed=self.seed),
+            console=QUIET,
+        )
+        model.save(output)
+        print(f"seed {self.seed}: {name} at {lr:g}", file=sys.stderr, flush=True)
+        return model
 
     def foretold(self) -> tuple[Turns, dict[str, np.ndarray]]:
         """The test games' turns, and what each method and each rival foretold of them."""
         base = self.base()
         learned, held, test = (self.texts(side, base) for side in ("train", "validation", "test"))
         said = Rivals.of(learned, held).foretell(test)
-        for name in METHODS:
-            said[name] = foretold(self.values(name), test)
-            print(f"seed {self.seed}: {name}", file=sys.stderr, flush=True)
+        said |= {name: foretold(self.values(name, base), test) for name in METHODS}
         return Turns.of(test), said
 
     def fqe(self) -> dict[str, float]:
         """What policies would earn a game, by the test games alone; kept on disk."""
         done = self.work / "fqe.json"
         if not done.exists():
-            model = self.values("MonteCarlo")
+            model = self.values("MonteCarlo", self.base())
             texts = scaled(self.texts("test", model), 1 / LONGEST)
             options = replace(self.setting.fqe_fit, seed=self.seed)
             found = {
@@ -232,6 +250,20 @@ class Seed:
             }
             write_json(done, found)
         return json.loads(done.read_text())
+
+
+def remember(trunk: Any) -> None:
+    """Let a frozen trunk read each text once."""
+    compute, known = trunk.hidden, {}
+
+    def hidden(tokens: Tensor, *args: Any, **more: Any) -> Tensor:
+        texts = [tuple(row[: int(row.count_nonzero())].tolist()) for row in tokens]  # padding is 0
+        if not known.keys() >= set(texts):
+            states = compute(tokens, *args, **more)
+            known.update((t, row[: len(t)].clone()) for t, row in zip(texts, states, strict=True))
+        return pad_sequence([known[text] for text in texts], batch_first=True)
+
+    trunk.hidden = hidden
 
 
 def toy() -> list[dict[str, Any]]:
