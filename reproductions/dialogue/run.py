@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import Rivals, Turns, foretold
-from reporting import offline, picture, summarise, table
+from dialogue_report import offline, picture, summarise, table
 from rich.console import Console
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from turns import Rivals, Turns, foretold
 
 from qvgpt.data.rows import load_trajectories
 from qvgpt.decode.policy import Guidance

@@ -133,7 +133,7 @@ def main() -> None:
     if options.task == "sentiment" and not options.draw:
         if options.work is None:
             parser.error("sentiment: say --work")
-        asked = sentiment(options.work, 4 if options.quick else options.rows)
+        asked = sentiment(options.work, 2 if options.quick else options.rows)
         timing, samples = (0, 1) if options.quick else (64, 4)
         found = spent(SENTIMENT, asked, samples, timing)
         if options.quick:
@@ -217,7 +217,8 @@ def sentiment(work: Path, count: int) -> Prompted:
     models = ("positive/MonteCarlo", "base", "expert-positive", "expert-negative")
     model, base, plus, minus = (ValueModel.from_pretrained(seed / name) for name in models)
     judge = get_reward(f"classifier:{work / 'judge'}#positive")
-    rows = [json.loads(line) for line in (work / "data/prompts.test.jsonl").open()][:count]
+    prompted = (work / "data/prompts.test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in prompted[:count]]
 
     def score(texts: list[str], index: list[int]) -> list[float]:
         return judge(texts, [rows[i] for i in index])

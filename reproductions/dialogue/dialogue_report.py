@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from judging import Turns, by_turn, clustered, figures
+from turns import Turns, by_turn, clustered, figures
 
 from qvgpt.bootstrap import calibration, mean_ci
 from qvgpt.report import Section, Series, line_chart, write_report
