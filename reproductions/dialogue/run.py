@@ -5,8 +5,10 @@
 
 DATA_FILE holds dialogues whose assistant asks up to 20 questions (reward −1 each, 0 where the city
 is found) and the city as `goal`. Cities are split by a hash, so that no city of a test game was
-seen before. Every method learns values on the frozen trunk of one language model, from scratch;
-each training keeps what is best on validation games. Judged is V where a question is to be asked,
+seen before. A language model
+from scratch goes on with its values by Monte Carlo, trunk and all; the other methods learn values
+on that trunk, frozen (one that learned language alone does not know how far a game has come).
+Judged is V where a question is to be asked,
 on test games. What is finished in --work is not done again. Writes results.json, table.md and
 calibration.html beside itself.
 """
@@ -46,8 +48,8 @@ HERE = Path(__file__).parent
 QUIET = Console(file=io.StringIO())
 SIDES = {"validation": 0.15, "test": 0.4, "train": 1.0}
 """Where a city's hash may lie at most."""
-LONGEST = 20
-"""Questions in a game; rewards are divided by it while values learn."""
+LONGEST, SCALE = 20, 0.25
+"""Questions in a game, and what rewards are multiplied with while values learn."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ METHODS = {
     ),
     "ReturnDistribution": Method(
         "ReturnDistribution",
-        HeadsConfig("categorical", num_q=1, bins=LONGEST + 1, low=-1.0, high=0.0),
+        HeadsConfig("categorical", num_q=1, bins=LONGEST + 1, low=-SCALE * LONGEST, high=0.0),
     ),
 }
 
@@ -80,8 +82,8 @@ class Setting:
     vocab_size: int
     lm_fit: FitOptions
     value_fit: FitOptions
-    value_lrs: Sequence[float]
-    """Of these the best on validation games is taken, method by method."""
+    trunk_fit: FitOptions
+    """Of language model and Monte-Carlo values together."""
     fqe_fit: FitOptions
     guidances: Mapping[str, Guidance]
     """Policies that are judged offline; the first one wrote the logs."""
@@ -92,22 +94,22 @@ FULL = Setting(
     gpt=GPTShape(128, 4, 2, 2560, 0.0),
     vocab_size=2000,
     lm_fit=FitOptions(epochs=3.0, batch_size=8, lr=2e-3, bf16=True, keep_best="LM/nll"),
-    value_fit=FitOptions(epochs=6.0, batch_size=8, tau=0.05),
-    value_lrs=(1e-3, 5e-3),
+    trunk_fit=FitOptions(epochs=2.0, batch_size=8, lr=1e-3, value_lr=5e-3, bf16=True),
+    value_fit=FitOptions(epochs=3.0, batch_size=8, lr=5e-3, tau=0.05),
     fqe_fit=FitOptions(epochs=8.0, batch_size=4, lr=1e-2, tau=0.5),
     guidances={
         "the logs'": Guidance(beta=0.0),
         "guided, β = 1": Guidance(beta=1.0, top_k=40),
         "guided, β = 4": Guidance(beta=4.0, top_k=40),
     },
-    resamples=500,
+    resamples=200,
 )
 QUICK = Setting(
     gpt=GPTShape(16, 2, 1, 160, 0.0),
     vocab_size=300,
     lm_fit=FitOptions(max_steps=4, batch_size=8, keep_best="LM/nll"),
+    trunk_fit=FitOptions(max_steps=3, batch_size=8),
     value_fit=FitOptions(max_steps=3, batch_size=16),
-    value_lrs=(1e-3, 5e-3),
     fqe_fit=FitOptions(max_steps=2, batch_size=8, lr=3e-3),
     guidances={"the logs'": Guidance(beta=0.0), "guided, β = 1": Guidance(beta=1.0, top_k=40)},
     resamples=10,
@@ -182,70 +184,81 @@ class Seed:
         assert model.tokenizer is not None
         return load_trajectories(self.files[side], model.tokenizer)[0]
 
-    def base(self) -> ValueModel:
-        """The language model of the training games; it reads each game once."""
-        output = self.work / "base"
+    def learned(self, name: str, fit: FitOptions, **more: Any) -> ValueModel:
+        """What a training of a trunk left, begun or gone on with where there is more to do."""
+        output = self.work / name
         config = TrainConfig(
             data=[str(self.files["train"])],
             eval_data=[str(self.files["validation"])],
-            gpt=self.setting.gpt,
-            tokenizer=TokenizerConfig(vocab_size=self.setting.vocab_size),
-            fit=replace(self.setting.lm_fit, seed=self.seed),
+            fit=replace(fit, seed=self.seed),
             output=str(output),
             resume=(output / "run.json").exists(),
+            **more,
         )
         train(config, QUIET)
-        model = ValueModel.from_pretrained(output, freeze_trunk=True)
-        remember(model.trunk)
-        return model
+        return ValueModel.from_pretrained(output, freeze_trunk=True)
 
-    def values(self, name: str, base: ValueModel) -> ValueModel:
-        """A method's values on the frozen base, at the rate that is best on validation games."""
-        held = self.texts("validation", base)
-        came = Turns.of(held).to_come
-        tried = [self._values(name, base, lr) for lr in self.setting.value_lrs]
-        return min(tried, key=lambda m: np.square(foretold(m, held) - came).mean())
+    def monte_carlo(self) -> ValueModel:
+        """A language model of the training games, and then its values with it."""
+        setting = self.setting
+        tokens = TokenizerConfig(vocab_size=setting.vocab_size)
+        self.learned("base", setting.lm_fit, gpt=setting.gpt, tokenizer=tokens)
+        return self.learned(
+            "MonteCarlo",
+            setting.trunk_fit,
+            model=str(self.work / "base"),
+            objectives=["LM", METHODS["MonteCarlo"].objective],
+            heads=self._heads("MonteCarlo"),
+            reward_scale=SCALE,
+        )
 
-    def _values(self, name: str, base: ValueModel, lr: float) -> ValueModel:
-        method, output = METHODS[name], self.work / f"{name}, {lr:g}"
-        rank = min(method.heads.rank, base.trunk.embed_dim // 2)
-        torch.manual_seed(self.seed)
-        heads = replace(method.heads, rank=rank)
-        model = ValueModel(base.trunk, heads, base.tokenizer, freeze_trunk=True)
-        assert model.heads is not None
+    def _heads(self, name: str) -> HeadsConfig:
+        heads = METHODS[name].heads
+        return replace(heads, rank=min(heads.rank, self.setting.gpt.embed_dim // 2))
+
+    def values(self, name: str, known: ValueModel) -> ValueModel:
+        """Other values on the frozen trunk of a model that was trained before."""
+        output = self.work / name
         if (output / "value_config.json").exists():
-            known = ValueModel.from_pretrained(output, freeze_trunk=True)
-            known.trunk = base.trunk
-            return known
-        model.heads.reward_scale = 1 / LONGEST
+            model = ValueModel.from_pretrained(output, freeze_trunk=True)
+            model.trunk = known.trunk
+            return model
+        torch.manual_seed(self.seed)
+        model = ValueModel(known.trunk, self._heads(name), known.tokenizer, freeze_trunk=True)
+        assert model.heads is not None
+        model.heads.reward_scale = SCALE
         fit(
             model,
-            scaled(self.texts("train", base), 1 / LONGEST),
-            parse_objectives([method.objective]),
-            replace(self.setting.value_fit, lr=lr, seed=self.seed),
+            scaled(self.texts("train", known), SCALE),
+            parse_objectives([METHODS[name].objective]),
+            replace(self.setting.value_fit, seed=self.seed),
             console=QUIET,
         )
         model.save(output)
-        print(f"seed {self.seed}: {name} at {lr:g}", file=sys.stderr, flush=True)
+        print(f"seed {self.seed}: {name}", file=sys.stderr, flush=True)
         return model
 
     def foretold(self) -> tuple[Turns, dict[str, np.ndarray]]:
         """The test games' turns, and what each method and each rival foretold of them."""
-        base = self.base()
-        learned, held, test = (self.texts(side, base) for side in ("train", "validation", "test"))
+        model = self.monte_carlo()
+        remember(model.trunk)
+        learned, held, test = (self.texts(side, model) for side in ("train", "validation", "test"))
         said = Rivals.of(learned, held).foretell(test)
-        said |= {name: foretold(self.values(name, base), test) for name in METHODS}
+        for name in METHODS:
+            values = model if name == "MonteCarlo" else self.values(name, model)
+            said[name] = foretold(values, test)
         return Turns.of(test), said
 
     def fqe(self) -> dict[str, float]:
         """What policies would earn a game, by the test games alone; kept on disk."""
         done = self.work / "fqe.json"
         if not done.exists():
-            model = self.values("MonteCarlo", self.base())
-            texts = scaled(self.texts("test", model), 1 / LONGEST)
+            model = self.monte_carlo()
+            remember(model.trunk)
+            texts = scaled(self.texts("test", model), SCALE)
             options = replace(self.setting.fqe_fit, seed=self.seed)
             found = {
-                name: LONGEST * evaluate_offline(model, texts, guidance, options).value
+                name: evaluate_offline(model, texts, guidance, options).value / SCALE
                 for name, guidance in self.setting.guidances.items()
             }
             write_json(done, found)

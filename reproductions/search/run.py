@@ -134,7 +134,7 @@ def main() -> None:
         if options.work is None:
             parser.error("sentiment: say --work")
         asked = sentiment(options.work, 2 if options.quick else options.rows)
-        timing, samples = (0, 1) if options.quick else (64, 4)
+        timing, samples = (0, 1) if options.quick else (64, 2)
         found = spent(SENTIMENT, asked, samples, timing)
         if options.quick:
             print(json.dumps(found, indent=1))
