@@ -5,12 +5,11 @@
 
 DATA_FILE holds dialogues whose assistant asks up to 20 questions (reward −1 each, 0 where the city
 is found) and the city as `goal`. Cities are split by a hash, so that no city of a test game was
-seen before. A language model
-from scratch goes on with its values by Monte Carlo, trunk and all; the other methods learn values
-on that trunk, frozen (one that learned language alone does not know how far a game has come).
-Judged is V where a question is to be asked,
-on test games. What is finished in --work is not done again. Writes results.json, table.md and
-calibration.html beside itself.
+seen before. A language model from scratch goes on with its values by Monte Carlo, trunk and all;
+then every method learns on that trunk, frozen, what it can foretell beyond the mean return of the
+turn: rewards are shaped by it (LOG.md says what a frozen language model came to). Judged is V where
+a question is to be asked, on test games. What is finished in --work is not done again. Writes
+results.json, table.md and calibration.html beside itself.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from dialogue_report import offline, picture, summarise, table
 from rich.console import Console
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from turns import Rivals, Turns, foretold
+from turns import Rivals, Turns, foretold, means, shaped
 
 from qvgpt.data.rows import load_trajectories
 from qvgpt.decode.policy import Guidance
@@ -69,7 +68,9 @@ METHODS = {
     ),
     "ReturnDistribution": Method(
         "ReturnDistribution",
-        HeadsConfig("categorical", num_q=1, bins=LONGEST + 1, low=-SCALE * LONGEST, high=0.0),
+        HeadsConfig(
+            "categorical", num_q=1, bins=2 * LONGEST + 1, low=-SCALE * LONGEST, high=SCALE * LONGEST
+        ),
     ),
 }
 
@@ -95,8 +96,8 @@ FULL = Setting(
     vocab_size=2000,
     lm_fit=FitOptions(epochs=3.0, batch_size=8, lr=2e-3, bf16=True, keep_best="LM/nll"),
     trunk_fit=FitOptions(epochs=2.0, batch_size=8, lr=1e-3, value_lr=5e-3, bf16=True),
-    value_fit=FitOptions(epochs=3.0, batch_size=8, lr=5e-3, tau=0.05),
-    fqe_fit=FitOptions(epochs=8.0, batch_size=4, lr=1e-2, tau=0.5),
+    value_fit=FitOptions(epochs=2.0, batch_size=8, lr=5e-3, tau=0.05),
+    fqe_fit=FitOptions(max_steps=60, batch_size=4, lr=5e-3, tau=0.5),
     guidances={
         "the logs'": Guidance(beta=0.0),
         "guided, β = 1": Guidance(beta=1.0, top_k=40),
@@ -216,9 +217,9 @@ class Seed:
         heads = METHODS[name].heads
         return replace(heads, rank=min(heads.rank, self.setting.gpt.embed_dim // 2))
 
-    def values(self, name: str, known: ValueModel) -> ValueModel:
-        """Other values on the frozen trunk of a model that was trained before."""
-        output = self.work / name
+    def values(self, name: str, known: ValueModel, potential: np.ndarray) -> ValueModel:
+        """Values of shaped rewards, on the frozen trunk of a model that was trained before."""
+        output = self.work / f"{name}, shaped"
         if (output / "value_config.json").exists():
             model = ValueModel.from_pretrained(output, freeze_trunk=True)
             model.trunk = known.trunk
@@ -229,7 +230,7 @@ class Seed:
         model.heads.reward_scale = SCALE
         fit(
             model,
-            scaled(self.texts("train", known), SCALE),
+            scaled(shaped(self.texts("train", known), potential), SCALE),
             parse_objectives([METHODS[name].objective]),
             replace(self.setting.value_fit, seed=self.seed),
             console=QUIET,
@@ -243,11 +244,13 @@ class Seed:
         model = self.monte_carlo()
         remember(model.trunk)
         learned, held, test = (self.texts(side, model) for side in ("train", "validation", "test"))
+        potential, turns = means(learned), Turns.of(test)
+        known = potential[turns.turn.clip(max=len(potential) - 1)]
         said = Rivals.of(learned, held).foretell(test)
+        said["MonteCarlo with its trunk"] = foretold(model, test)
         for name in METHODS:
-            values = model if name == "MonteCarlo" else self.values(name, model)
-            said[name] = foretold(values, test)
-        return Turns.of(test), said
+            said[f"{name}, shaped"] = known + foretold(self.values(name, model, potential), test)
+        return turns, said
 
     def fqe(self) -> dict[str, float]:
         """What policies would earn a game, by the test games alone; kept on disk."""
@@ -255,10 +258,11 @@ class Seed:
         if not done.exists():
             model = self.monte_carlo()
             remember(model.trunk)
-            texts = scaled(self.texts("test", model), SCALE)
+            potential = means(self.texts("train", model))
+            texts = scaled(shaped(self.texts("test", model), potential), SCALE)
             options = replace(self.setting.fqe_fit, seed=self.seed)
             found = {
-                name: evaluate_offline(model, texts, guidance, options).value / SCALE
+                name: potential[0] + evaluate_offline(model, texts, guidance, options).value / SCALE
                 for name, guidance in self.setting.guidances.items()
             }
             write_json(done, found)

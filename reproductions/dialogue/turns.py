@@ -1,7 +1,7 @@
 """What was foretold at the beginning of each turn, held against what came."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -51,6 +51,27 @@ def foretold(model: ValueModel, texts: Sequence[Trajectory]) -> np.ndarray:
     return foretell(model, texts, batch_size=8).v[np.concatenate([*map(_begins, texts)])]
 
 
+def means(texts: Sequence[Trajectory]) -> np.ndarray:
+    """The mean return to come, by turn number."""
+    turns = Turns.of(texts)
+    return np.array([turns.to_come[turns.turn == t].mean() for t in range(turns.turn.max() + 1)])
+
+
+def shaped(texts: Sequence[Trajectory], potential: np.ndarray) -> list[Trajectory]:
+    """Rewards with Φ(next turn) − Φ(turn) added, Φ = 0 where a game is over (Ng et al., 1999).
+
+    The return to come from turn t is then less by Φ(t), and which turn is better is the same.
+    """
+    found = []
+    for text in texts:
+        acts, reward = np.array(text.is_action), np.array(text.reward)
+        ends = np.flatnonzero(acts & ~np.append(acts[1:], False))
+        phi = np.append(potential[np.arange(len(ends)).clip(max=len(potential) - 1)], 0.0)
+        reward[ends] += np.diff(phi)
+        found.append(replace(text, reward=reward.tolist()))
+    return found
+
+
 @dataclass(frozen=True)
 class Rivals:
     """What foretells without values, fitted to training games."""
@@ -66,14 +87,11 @@ class Rivals:
     def of(cls, learned: Sequence[Trajectory], chosen_on: Sequence[Trajectory]) -> "Rivals":
         """Fitted to the first games, penalties chosen on the others."""
         turns, held = Turns.of(learned), Turns.of(chosen_on)
-        mean = np.array(
-            [turns.to_come[turns.turn == t].mean() for t in range(turns.turn.max() + 1)]
-        )
         tokens = 1 + max(max(t.tokens) for t in [*learned, *chosen_on])
         x, x_held = _words(learned, tokens), _words(chosen_on, tokens)
         scale = x.std(0) + 1e-3
         return cls(
-            mean,
+            means(learned),
             _best_ridge(_numbers(turns), turns, _numbers(held), held),
             (_best_ridge(x / scale, turns, x_held / scale, held), scale),
         )
@@ -101,12 +119,12 @@ def _words(texts: Sequence[Trajectory], tokens: int) -> np.ndarray:
         at = np.flatnonzero(text.is_action)[_begins(text)]
         said = np.array(text.tokens).clip(max=tokens - 1)
         rows += [np.log1p(np.bincount(said[:i], minlength=tokens)) for i in at]
-    return np.concatenate([np.array(rows), _numbers(Turns.of(texts))], axis=1)
+    return np.concatenate([np.array(rows), _numbers(Turns.of(texts))], axis=1).astype(np.float32)
 
 
 def _best_ridge(x: np.ndarray, turns: Turns, x_held: np.ndarray, held: Turns) -> np.ndarray:
     """The weights whose penalty is best on held-out turns; the last feature, 1, has none."""
-    squares, products = x.T @ x, x.T @ turns.to_come
+    squares, products = (x.T @ x).astype(float), x.T @ turns.to_come
     free = np.append(np.ones(x.shape[1] - 1), 0.0)
     tried = [np.linalg.solve(squares + np.diag(p * free + 1e-9), products) for p in PENALTIES]
     return min(tried, key=lambda w: np.square(x_held @ w - held.to_come).mean())
