@@ -59,15 +59,15 @@ def games(monkeypatch):
 def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
     setting = games["quick_settings"]()["random_walk"]
     setting = replace(setting, evaluations=5, fit=replace(setting.fit, max_steps=2))
-    found = games["cell"]("random_walk", setting, "ILQL", 1, tmp_path)
-    kept = tmp_path / "random_walk" / "ILQL" / "1" / "cell.json"
+    kept = tmp_path / "cells.jsonl"
+    found = games["cell"]("random_walk", setting, "ILQL", 1, tmp_path, kept)
     assert json.loads(kept.read_text()) == found
     assert found["score"] == score(found["mean"], found["data_mean"], 1.0)
     kept.write_text(json.dumps({**found, "mean": 7.0}))
-    assert games["cell"]("random_walk", setting, "ILQL", 1, tmp_path)["mean"] == 7.0
+    assert games["cell"]("random_walk", setting, "ILQL", 1, tmp_path, kept)["mean"] == 7.0
     other = replace(setting, embed_dim=64)
     with pytest.raises(QvgptError, match="another setting"):
-        games["cell"]("random_walk", other, "ILQL", 1, tmp_path)
+        games["cell"]("random_walk", other, "ILQL", 1, tmp_path, kept)
 
 
 def test_figures_of_the_games_by_hand(games):

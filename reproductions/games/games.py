@@ -38,6 +38,8 @@ class Method:
     """None: the game's."""
     goes_on: bool = False
     """It goes on with BC's trunk, and learns all of it further."""
+    on: str | None = None
+    """The method on whose frozen trunk it learns; None: as the game has it."""
 
     @property
     def has_q(self) -> bool:
@@ -73,8 +75,12 @@ ABLATION = {
         "mlp": HeadsConfig("mlp"),
         "one_q": HeadsConfig("mlp", num_q=1),
     }.items()
+} | {
+    f"{method}_{name}": Method(method, joint=joint, on=on, heads=HeadsConfig("mlp"))
+    for method in ("MonteCarlo", "ILQL")
+    for name, joint, on in (("own_trunk", True, None), ("cloned_trunk", False, "BC"))
 }
-"""What kind of heads to take."""
+"""What kind of heads to take, and on which trunk: one that learns along, or a clone's, frozen."""
 WORDS = (
     "crane", "slate", "light", "night", "might", "sight", "eerie", "mamma", "babes", "abbey",
 )  # fmt: skip

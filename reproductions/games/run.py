@@ -4,9 +4,10 @@
     python reproductions/games/run.py --quick          a toy of the same form, nothing kept
 
 FILE holds Wordle's words, one a line; without --answers the two Wordle games are left out. Every
-(game, method, seed) is trained once, one after another, and kept under --work: started again, the
-script goes on where it stopped, in the middle of a training too. A seed is that of the game, of
-its logs, of the training and of the texts. games.py says how each game is set.
+(game, method, seed) is trained once, one after another, under --work: started again, the script
+goes on where it stopped, in the middle of a training too. What came of each is a line of
+cells.jsonl beside this script, and no cell that stands there is made again. A seed is that of the
+game, of its logs, of the training and of the texts. games.py says how each game is set.
 
 MonteCarlo learns trunk and values together, from scratch. Where a game says so that trunk is frozen
 then and its states are kept, and the other methods learn values on those alone; those named
@@ -22,6 +23,7 @@ it was.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import tempfile
@@ -43,6 +45,7 @@ from qvgpt.run import write_json
 from qvgpt.sampling import engine_policy
 
 HERE = Path(__file__).parent
+CELLS = HERE / "cells.jsonl"
 SEEDS = 5
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 %, of 1, 2, … degrees of freedom."""
@@ -61,7 +64,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         with tempfile.TemporaryDirectory() as work:
-            results = table(quick_settings(), list(METHODS), 1, Path(work))
+            kept = Path(work) / CELLS.name
+            results = table(quick_settings(), list(METHODS), 1, Path(work), kept)
         check_order(results)
         print(json.dumps(results, indent=2))
         return
@@ -72,7 +76,7 @@ def main() -> None:
         parser.error(f"--games: {', '.join(unknown)} not among {', '.join(games)} (words given?)")
     chosen = {name: games[name] for name in options.games or games}
     methods = list(ABLATION) if options.ablation else options.methods
-    results = table(chosen, methods, options.seeds, options.work)
+    results = table(chosen, methods, options.seeds, options.work, CELLS)
     kept = HERE / ("ablation.json" if options.ablation else "results.json")
     before = json.loads(kept.read_text()) if kept.exists() else {}
     write_json(kept, results := merged(before, results))
@@ -81,7 +85,7 @@ def main() -> None:
 
 
 def table(
-    games: Mapping[str, Setting], methods: Sequence[str], seeds: int, work: Path
+    games: Mapping[str, Setting], methods: Sequence[str], seeds: int, work: Path, kept: Path
 ) -> dict[str, Any]:
     """The figures of every game and method, over all seeds."""
     results = {}
@@ -91,7 +95,7 @@ def table(
         cells: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
         for seed in range(seeds):
             for method in rows:
-                cells[method].append(cell(name, setting, method, seed, work))
+                cells[method].append(cell(name, setting, method, seed, work, kept))
         first = cells[rows[0]]
         results[name] = {
             "data_mean": fmean(c["data_mean"] for c in first),
@@ -123,15 +127,20 @@ def interval(values: Sequence[float]) -> list[float] | None:
     return [fmean(values) - half, fmean(values) + half]
 
 
-def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dict[str, Any]:
-    """Train and judge, unless that was done before under the same setting."""
-    directory = work / name / method / str(seed)
-    done, said = directory / "cell.json", described(setting, method)
-    if done.exists():
-        found = json.loads(done.read_text())
-        if found["setting"] != said:
-            raise QvgptError(f"{done}: was made with another setting; remove it or change --work")
-        return found
+def cell(
+    name: str, setting: Setting, method: str, seed: int, work: Path, kept: Path
+) -> dict[str, Any]:
+    """Train and judge, unless `kept` says what came of it under the same setting."""
+    which = {"game": name, "method": method, "seed": seed}
+    said = digest(described(setting, method))
+    for line in kept.read_text().splitlines() if kept.exists() else ():
+        found = json.loads(line)
+        if which.items() <= found.items():
+            if found["setting"] != said:
+                raise QvgptError(
+                    f"{kept}: {name} {method} {seed} was made with another setting; remove its line"
+                )
+            return found
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     model, seconds = train(task, setting, method, seed, work / name)
@@ -152,6 +161,7 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
         dialogue=task.dialogue,
     )
     found = {
+        **which,
         "mean": outcome.mean,
         "data_mean": data_mean,
         "optimum": task.optimum,
@@ -160,10 +170,9 @@ def cell(name: str, setting: Setting, method: str, seed: int, work: Path) -> dic
         "seconds": round(seconds, 1),
         "setting": said,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(done, found)
-    shown = {k: round(v, 3) for k, v in found.items() if k != "setting"}
-    print(name, method, seed, shown, flush=True)
+    with kept.open("a") as lines:
+        lines.write(json.dumps(found) + "\n")
+    print(name, method, seed, round(found["score"], 3), flush=True)
     return found
 
 
@@ -183,6 +192,11 @@ def described(setting: Setting, method: str) -> dict[str, Any]:
     said["guidance"] = asdict(guided(setting, method))
     del said["task"], said["options"], said["eta"]
     return json.loads(json.dumps(said))
+
+
+def digest(said: Mapping[str, Any]) -> str:
+    """Short, and another one where anything is different."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_order(results: Mapping[str, Any]) -> None:

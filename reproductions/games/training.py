@@ -48,12 +48,12 @@ def train(
     if how.goes_on:
         trunk, spent = trunk_of("BC", setting, seed, work)
         options = setting.further_fit
-    elif setting.heads_fit is None or how.joint or method == "BC":
-        trunk = new_trunk(task, setting, seed)
+    elif on := frozen(setting, method):
+        trunk, spent = trunk_of(on, setting, seed, work)
+        options = setting.heads_fit or options
+        freeze(trunk, known_states(setting, on, seed, work))
     else:
-        trunk, spent = trunk_of("MonteCarlo", setting, seed, work)
-        options = setting.heads_fit
-        freeze(trunk, known_states(setting, seed, work))
+        trunk = new_trunk(task, setting, seed)
     torch.manual_seed(seed)
     heads = None if how.is_text else heads_of(setting, method, texts)
     model = ValueModel(trunk, heads, tokenizer)
@@ -68,6 +68,14 @@ def train(
     )
     write_json(done, seconds := spent + found["seconds"])
     return model, seconds
+
+
+def frozen(setting: Setting, method: str) -> str | None:
+    """The method on whose trunk it learns values alone; None: its trunk learns too."""
+    how = EVERY[method]
+    if how.on or setting.heads_fit is None or how.joint or method == "BC":
+        return how.on
+    return "MonteCarlo"
 
 
 @lru_cache(maxsize=1)
@@ -138,16 +146,17 @@ def trunk_of(method: str, setting: Setting, seed: int, work: Path) -> tuple[Back
     return model.trunk, seconds
 
 
-_states: dict[tuple[Path, int], States] = {}
+_states: dict[tuple[Path, str, int], States] = {}
 
 
-def known_states(setting: Setting, seed: int, work: Path) -> States:
-    """What MonteCarlo's trunk makes of the logs; that of the last seed asked for is kept."""
-    if (work, seed) not in _states:
+def known_states(setting: Setting, method: str, seed: int, work: Path) -> States:
+    """What a method's trunk makes of the logs; that of the last one asked for is kept."""
+    key = (work, method, seed)
+    if key not in _states:
         _states.clear()
-        trunk, _ = trunk_of("MonteCarlo", setting, seed, work)
-        _states[work, seed] = states(trunk, encoded(setting, seed)[1])
-    return _states[work, seed]
+        trunk, _ = trunk_of(method, setting, seed, work)
+        _states[key] = states(trunk, encoded(setting, seed)[1])
+    return _states[key]
 
 
 def objectives_of(
@@ -158,8 +167,7 @@ def objectives_of(
     Values that learn together with their trunk learn beside the language model.
     """
     how = EVERY[method]
-    joint = setting.heads_fit is None or how.joint
-    beside = joint and how.has_q
+    beside = how.has_q and frozen(setting, method) is None
     returns = sorted(map(row_return, rows))
     top = returns[len(rows) * 4 // 5] / setting.scale if rows else TOP
     ((kind, own),) = ({how.learns: {}} if isinstance(how.learns, str) else how.learns).items()

@@ -61,18 +61,18 @@ class Setting:
 
 
 FULL = Setting(
-    gpt=GPTShape(256, 4, 4, 64, 0.2),
+    gpt=GPTShape(192, 4, 3, 64, 0.2),
     vocab_size=4000,
     lm_fit=FitOptions(
-        epochs=20.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
+        epochs=6.0, batch_size=64, lr=1e-3, bf16=True, keep_best="LM/nll", patience=2
     ),
-    value_fit=FitOptions(epochs=2.0, batch_size=64, lr=1e-3, value_lr=4e-3, bf16=True),
+    value_fit=FitOptions(epochs=1.0, batch_size=64, lr=1e-3, value_lr=4e-3, bf16=True),
     tune_fit=FitOptions(epochs=1.0, batch_size=64, lr=5e-4, bf16=True),
     reward=Size(128, 2, dropout=0.2),
     judge=Size(160, 2, dropout=0.2),
     reward_rates=Rates(epochs=2.0, evals_per_epoch=4, lr=7e-4, bf16=True),
     prompts=1000,
-    samples=16,
+    samples=12,
     validation=150,
     test=200,
     judged_samples=4,

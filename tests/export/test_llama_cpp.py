@@ -1,11 +1,19 @@
-"""llama.cpp itself on exported files: `make llama-cpp`.
+"""llama.cpp itself on exported files: `make llama-cpp`; its server where `llama-server` is found.
 
 Its GELU is a table of float16, so that logits of a GPT-2 differ from ours by a few thousandths;
 those of a Llama do not.
 """
 
+import contextlib
 import ctypes
+import json
 import random
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +86,56 @@ def test_the_scale_of_an_adapter_is_chosen_while_it_runs(tmp_path, save_model, e
         assert lib.llama_set_adapters_lora(llm.ctx, adapters, 1, scales) == 0
         true = exact(model, torch.tensor([tokens]), Guidance(beta))[0]
         torch.testing.assert_close(logprobs(llm, tokens), true, atol=2e-3, rtol=0)
+
+
+@contextlib.contextmanager
+def llama_server(*files, slots):
+    """llama.cpp's server, ready; its address."""
+    if (program := shutil.which("llama-server")) is None:
+        pytest.skip("no llama-server on the path")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    exact = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    how = ["--port", port, "--threads", "1", "--parallel", str(slots), "--ctx-size", "512"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([program, *map(str, files), *how, *exact], **quiet)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            assert process.poll() is None, "llama-server ended"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_each_request_to_its_server_says_the_scale(tmp_path, save_model, exact):
+    model = save_model(HeadsConfig("low_rank", rank=3, num_q=2), "llama")
+    export(tmp_path, to="gguf_lora")
+    out, tokens = tmp_path / "out", PROMPTS[0] + TOKENIZER.encode("hello there")
+
+    def ask(url, beta):
+        body = {"prompt": tokens, "n_predict": 1, "n_probs": 20, "cache_prompt": False,
+                "lora": [{"id": 0, "scale": beta / 2.0}]}  # fmt: skip
+        request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as reply:
+            (found,) = json.load(reply)["completion_probabilities"]
+        return {one["id"]: one["logprob"] for one in found["top_logprobs"]}
+
+    betas = [2.0, 0.0, 5.0] * 4
+    files = ("--model", out / "model.gguf", "--lora", out / "adapter.gguf")
+    with llama_server(*files, slots=4) as url, ThreadPoolExecutor(6) as clients:
+        found = list(clients.map(lambda beta: ask(url, beta), betas))
+    for beta, told in zip(betas, found, strict=True):
+        true = exact(model, torch.tensor([tokens]), Guidance(beta))[0, -1]
+        assert len(told) == 20
+        ids = list(told)
+        torch.testing.assert_close(torch.tensor([*told.values()]), true[ids], atol=2e-3, rtol=0)
 
 
 def test_v_is_read_from_two_log_probs(tmp_path, save_model):

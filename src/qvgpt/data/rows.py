@@ -63,7 +63,8 @@ def load_trajectories(
     if too_long and on_too_long == "error":
         raise QvgptError(
             f"{too_long} of {len(every)} texts are longer than max_length {max_length} (the longest"
-            f" has {longest} tokens): raise max_length, or set on_too_long to 'drop' or 'cut'"
+            f" has {longest} tokens): raise max_length (by default the context, gpt.seq_len of a"
+            " new model), or set on_too_long to 'drop' or 'cut'"
         )
     cut = 0
     if too_long and on_too_long == "cut":

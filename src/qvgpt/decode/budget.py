@@ -23,8 +23,9 @@ def solve_beta(
 
     π_β ∝ π₀·exp(β·q) over the candidates, −inf ones aside. With Z = E₀[exp(β·q)]:
     KL = β·E_β[q] − log Z, and dKL/dβ = β·Var_β[q] ≥ 0. Newton's method finds the root of
-    √KL − √budget, which is nearly straight at its beginning; a bracket, halved at every third
-    step, keeps it from going astray. In float64, with numpy: so few numbers are sooner done there.
+    √KL − √budget, which is nearly straight at its beginning; a bracket, halved where a step has not
+    halved what is missing, keeps it from going astray. In float64, with numpy: so few numbers are
+    sooner done there.
     """
     p = base_logprob.double().softmax(-1).cpu().numpy()
     values = q.double().cpu().numpy()
@@ -57,17 +58,19 @@ def _root(
         # Var ≤ spread² / 4, so KL ≤ (β·spread)² / 8: the root lies above this
         low = np.where(open_, np.sqrt(8 * budget) / spread, 0.0)
         guess = np.clip(np.sqrt(2 * budget / kl(np.zeros_like(low))[1]), low, high)
-        for step in range(1, _MOST_STEPS):
+        missing = np.full_like(spread, np.inf)
+        for _ in range(_MOST_STEPS):
             if not open_.any():
                 break
             found, variance = kl(guess)
             beta, spent = np.where(open_, guess, beta), np.where(open_, found, spent)
-            open_ &= np.abs(found - budget) > _CLOSE * budget
+            before, missing = missing, np.abs(found - budget)
+            open_ &= missing > _CLOSE * budget
             below = found <= budget
             low, high = np.where(below, guess, low), np.where(below, high, guess)
             root = np.sqrt(found)
             guess = guess - 2 * root * (root - np.sqrt(budget)) / (guess * variance)
-            inside = (guess > low) & (guess < high) & (step % 3 > 0)
-            guess = np.where(inside, guess, np.sqrt(low * high))
+            good = (guess > low) & (guess < high) & (missing <= before / 2)
+            guess = np.where(good, guess, np.sqrt(low * high))
             open_ &= high > low * (1 + 1e-12)  # as close as its digits allow
     return beta, spent
