@@ -37,7 +37,7 @@ def summarise(
     city = np.array(cities)[turns.game]
     rows, curves = [], {}
     for name in first:
-        every = [said[name] for _, said in seeds]
+        every = [said[name] for _, said in (seeds[:1] if name in RIVALS else seeds)]
         means = _means(every, turns, first[RIVALS[0]])
         games, by_city = (clustered(means, drawn, resamples) for drawn in (turns.game, city))
         row = {
