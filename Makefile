@@ -38,6 +38,7 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/qa/run.py --quick
 	$(BIN)/python reproductions/sentiment/run.py --quick
 	$(BIN)/python reproductions/export/run.py --quick
+	$(BIN)/python reproductions/dialogue/run.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/gpu.py --quick
 	$(BIN)/python benchmarks/serve.py --quick

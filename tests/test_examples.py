@@ -6,12 +6,15 @@ import runpy
 import shlex
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from qvgpt.cli import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples/your_logs"
+NOTEBOOK = ROOT / "examples/your_own_logs.ipynb"
 SMALL = {
     "2_lm": "--fit.max_steps 30 --gpt.embed_dim 32 --gpt.num_layers 1",
     "3_collect": "--limit 20 --samples 3",
@@ -95,3 +98,33 @@ def test_every_example_is_run_and_told():
     page = (ROOT / "docs/your_logs.md").read_text()
     told = set(re.findall(r"examples/your_logs/(\w+\.yaml)", page))
     assert told == names
+
+
+def shown(notebook):
+    """What each code cell shows, as text."""
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        "".join(o.get("text", "") or o.data.get("text/html", "") for o in several)
+        for several in outputs
+    ]
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """In its quick form, by a kernel, as its reader would have it."""
+    monkeypatch.setenv("QVGPT_QUICK", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    kept = shown(notebook)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs = []
+    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(notebook, timeout=100, kernel_name="python3", resources=place).execute()
+    found = shown(notebook)
+    assert "guided, β = 64" in found[-3]
+    assert found[-2].count("<p ") == 6
+    assert found[-2].count('class="token') > 20
+    assert [bool(text) for text in found] == [bool(text) for text in kept]
+    assert all("/tmp" not in text for text in kept)
+    assert "1700 (completion 1700)" in "".join(kept)  # what is shown is the whole form

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
-from qvgpt.trajectory import collate
+from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.value_model import ValueModel
+from qvgpt.trajectory import Trajectory, collate
 
 GAMES = {
     "random_walk", "star_graph", "maze_full", "maze_partial", "wordle", "wordle_adversarial",
@@ -32,6 +35,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("search", {"base", "best of 8", "guided, β = 64", "contrast, α = 1"}),
         ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
         ("export", {"rows"}),
+        ("dialogue", {"base", "guided", "why_not_guided", "seeds", "fqe", "rows"}),
         ("translation", {"bleu_greedy_base", "delta_ci95", "relative_decode_time", "rows"}),
         *(
             (row, TEXTS)
@@ -116,9 +120,31 @@ def sentiment(monkeypatch):
         **runpy.run_path(str(script), run_name="sentiment_run"),
         **{
             name: runpy.run_path(str(script.with_name(f"{name}.py")))
-            for name in ("sst2", "judging")
+            for name in ("sst2", "judging", "methods")
         },
     }
+
+
+def test_ways_to_please_a_judge(sentiment, tmp_path, monkeypatch, capsys):
+    """The search reads what the sentiment script left; values that know nothing change nothing."""
+    made, setting = sentiment["methods"], sentiment["methods"]["QUICK"]
+    toy = sentiment["sst2"]["toy"](tmp_path / "toy")
+    files = sentiment["sst2"]["prepare"](toy, tmp_path / "data", test=3)
+    made["judge_model"](tmp_path / "judge", files, "B", setting, 0, judge=True)
+    base = made["language_model"](tmp_path / "seed-0/base", files, "A", setting, 0)
+    for label in ("positive", "negative"):
+        shutil.copytree(base, tmp_path / f"seed-0/expert-{label}")
+    plain = ValueModel.from_pretrained(base)
+    valued = ValueModel(plain.trunk, HeadsConfig("linear"), plain.tokenizer)
+    valued.save(tmp_path / "seed-0/positive/MonteCarlo")
+    script = str(REPRODUCTIONS / "search/run.py")
+    monkeypatch.setattr(sys, "argv", [script, "sentiment", "--work", str(tmp_path), "--quick"])
+    runpy.run_path(script, run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    of_base = {key: found["base"][key] for key in ("reward", "kl")}
+    for same in ("guided, β = 24", "contrast, α = 2"):  # experts, too, are copies of the base
+        assert {key: found[same][key] for key in of_base} == pytest.approx(of_base, rel=1e-4)
+    assert {"best of 8", "block search (block 2)", "tree search"} <= found.keys()
 
 
 def test_halves_share_no_sentence(sentiment, tmp_path):
@@ -253,3 +279,32 @@ def test_figures_of_a_text_task_are_paired_and_of_all_seeds(qa):
     assert found["seeds"] == 2
     low, high = found["delta_ci95"]
     assert 0 <= low < 62.5 < high <= 100
+
+
+def test_dialogue_figures_by_hand(monkeypatch):
+    """What is foretold at the beginnings of turns, against what came."""
+    script = REPRODUCTIONS / "dialogue" / "turns.py"
+    judging = runpy.run_path(str(script))
+    acts = [False, True, True, False, True, False]
+    texts = [
+        Trajectory([0, 1, 2, 3, 4, 5], acts, [0.0, 0.0, -1.0, 0.0, last, 0.0], terminated=True)
+        for last in (0.0, -1.0)
+    ]
+    turns = judging["Turns"].of(texts)
+    assert turns.game.tolist() == [0, 0, 1, 1]
+    assert turns.turn.tolist() == [0, 1, 0, 1]
+    assert turns.to_come.tolist() == [-1, 0, -2, -1]
+    many = judging["Turns"](*np.tile([turns.game, turns.turn, turns.to_come], 5))
+    mean = np.where(many.turn == 0, -1.5, -0.5)
+    known = judging["figures"](mean, many, mean)
+    assert (known["skill"], known["within"], known["slope"]) == (0, 0, pytest.approx(1))
+    assert known["ece"] == pytest.approx(0)
+    right = judging["figures"](2 * many.to_come - 1, many, mean)
+    assert (right["within"], right["spearman"], right["slope"]) == pytest.approx((1, 1, 0.5))
+    assert right["intercept"] == pytest.approx(0.5)
+    assert right["rmse"] ** 2 == pytest.approx((4 + 1 + 9 + 4) / 4)  # 2·c − 1 − c = c − 1
+    assert right["skill"] == pytest.approx(1 - 4.5 / 0.25)
+    low, high = judging["clustered"](lambda at: {"x": many.to_come[at].mean()}, many.game, 200)["x"]
+    assert (low, high) == (-1.5, -0.5)  # two clusters: one of them twice, or both
+    rivals = judging["Rivals"].of(texts, texts).foretell(texts)
+    assert rivals["mean of the turn"].tolist() == [-1.5, -0.5, -1.5, -0.5]

@@ -2,12 +2,17 @@
 
     python reproductions/search/run.py random_walk       five seeds, some minutes
     python reproductions/search/run.py translation --model DIR --plus DIR --data FILE
+    python reproductions/search/run.py sentiment --work DIR
     python reproductions/search/run.py --quick           one short seed of walks, nothing written
 
 Walks: each seed's model is the demo's, the contrast that of two language models of the best and
 the worst fifth of its logs. Translation: the models of reproductions/translation/run.py (`--model`:
 with values, `--plus`: best-of-K fine-tuned, contrasted with the model's own trunk), the first
-`--rows` pairs of FILE, reward: sentence BLEU. Writes TASK.json, TASK.md and TASK.html.
+`--rows` pairs of FILE, reward: sentence BLEU. Sentiment: the models that
+reproductions/sentiment/run.py left in its --work (of the first seed values by Monte Carlo, base and
+experts of both labels), the first `--rows` test prompts, reward: P(positive) by the judge, which no
+model learned from. Writes TASK.json, TASK.md and TASK.html; sentiment with --quick takes a few
+prompts and writes nothing.
 """
 
 import argparse
@@ -36,7 +41,7 @@ from qvgpt.decode.sources import Contrast
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.demo import FIT, GUIDANCE, MAX_NODES, DemoConfig, demo
 from qvgpt.envs.random_walk import RandomWalks
-from qvgpt.envs.rewards import bleu_prefixes
+from qvgpt.envs.rewards import bleu_prefixes, get_reward
 from qvgpt.loop import fit
 from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
@@ -46,8 +51,8 @@ from qvgpt.run import write_json
 
 HERE = Path(__file__).parent
 BEST_OF = 8
-SHORT, ROOM = {"max_tokens": MAX_NODES + 1}, {"max_tokens": 64}
-"""Of a walk, and of a translation."""
+SHORT, ROOM, PHRASE = {"max_tokens": MAX_NODES + 1}, {"max_tokens": 64}, {"max_tokens": 24}
+"""Of a walk, of a translation, and of a review's sentence."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Prompted:
     contrast: Contrast
     prompts: list[list[int]]
     score: Score
+    base: ValueModel | None = None
+    """What writes unguided, and what KL is to; None: the model itself."""
 
 
 WALKS = Ways(
@@ -101,19 +108,39 @@ TRANSLATION = Ways(
     ],
     **ROOM,
 )
+SENTIMENT = Ways(
+    Guidance(top_k=40),
+    (2.0, 8.0, 24.0),
+    (0.5, 1.0, 2.0),
+    [BlockSearch(1, 8, block, **PHRASE) for block in (2, 8)],
+    [BeamSearch(5, **PHRASE), TreeSearch(16, **PHRASE)],
+    **PHRASE,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", nargs="?", choices=("random_walk", "translation"))
+    parser.add_argument("task", nargs="?", choices=("random_walk", "translation", "sentiment"))
     parser.add_argument("--quick", action="store_true", help="one short seed, nothing written")
     parser.add_argument("--seeds", type=int, default=5, help="of walks")
     parser.add_argument("--model", type=Path, help="of translation: with values")
     parser.add_argument("--plus", type=Path, help="of translation: the better language model")
     parser.add_argument("--data", type=Path, help="of translation: pairs to translate")
+    parser.add_argument("--work", type=Path, help="of sentiment: where its models are")
     parser.add_argument("--draw", action="store_true", help="the picture of TASK.json again")
-    parser.add_argument("--rows", type=int, default=200, help="of those pairs")
+    parser.add_argument("--rows", type=int, default=200, help="of those pairs, or prompts")
     options = parser.parse_args()
+    if options.task == "sentiment" and not options.draw:
+        if options.work is None:
+            parser.error("sentiment: say --work")
+        asked = sentiment(options.work, 2 if options.quick else options.rows)
+        timing, samples = (0, 1) if options.quick else (64, 2)
+        found = spent(SENTIMENT, asked, samples, timing)
+        if options.quick:
+            print(json.dumps(found, indent=1))
+        else:
+            keep("sentiment", [found], "P(positive) by the judge")
+        return
     if options.quick:
         few = replace(WALKS, greedy=WALKS.greedy[:-2])
         print(json.dumps(spent(few, walks(0, steps=20, logged=200), 1, 8), indent=1))
@@ -184,6 +211,23 @@ def translation(model_dir: Path, plus_dir: Path, data: Path, count: int) -> Prom
     return Prompted(model, contrast, prompts, score)
 
 
+def sentiment(work: Path, count: int) -> Prompted:
+    """Sentences to go on with, by the models of the first seed."""
+    seed = work / "seed-0"
+    models = ("positive/MonteCarlo", "base", "expert-positive", "expert-negative")
+    model, base, plus, minus = (ValueModel.from_pretrained(seed / name) for name in models)
+    judge = get_reward(f"classifier:{work / 'judge'}#positive")
+    prompted = (work / "data/prompts.test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in prompted[:count]]
+
+    def score(texts: list[str], index: list[int]) -> list[float]:
+        return judge(texts, [rows[i] for i in index])
+
+    assert model.tokenizer is not None
+    prompts = [model.tokenizer.encode_prompt(row["prompt"]) for row in rows]
+    return Prompted(model, Contrast(plus, minus), prompts, score, base)
+
+
 def spent(
     ways: Ways, asked: Prompted, samples: int = 20, timing: int = 400
 ) -> dict[str, dict[str, Any]]:
@@ -201,12 +245,13 @@ def spent(
     searches = {search_name(search): search for search in (*ways.sampled, *ways.greedy)}
     options = CompareOptions(samples, ways.max_tokens, max_batch=256, seed=1, timing=timing)
 
-    def run(guidances: Mapping[str, Guidance], **how: Any) -> list[Row]:
-        return compare(asked.model, asked.prompts, asked.score, guidances, options, **how)
+    def run(model: ValueModel, guidances: Mapping[str, Guidance], **how: Any) -> list[Row]:
+        return compare(model, asked.prompts, asked.score, guidances, options, **how)
 
-    rows = run(guidances, best_of={f"best of {BEST_OF}": BEST_OF}, searches=searches)
+    best_of = {f"best of {BEST_OF}": BEST_OF}
+    rows = run(asked.model, guidances, best_of=best_of, searches=searches, base=asked.base)
     strengths = {f"contrast, α = {a:g}": replace(ways.base, beta=a) for a in ways.contrasts}
-    rows += run(strengths, values=asked.contrast)
+    rows += run(asked.base or asked.model, strengths, values=asked.contrast)
     return {
         row.method: {
             "reward": row.score.value,

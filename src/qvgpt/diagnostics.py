@@ -125,7 +125,7 @@ def value_diagnostics(
     to watch are `within_prompt`: rank correlations among the samples of one prompt, averaged over
     the prompts whose samples differ in return. Q is the mean of the slow heads, as in decoding.
     """
-    f = _foretell(model, trajectories, batch_size)
+    f = foretell(model, trajectories, batch_size)
     known = f.where(f.ended > 0)
     if not len(known.v):
         raise QvgptError("no decision of a text that ended to diagnose the values on")
@@ -154,7 +154,10 @@ def value_diagnostics(
 
 
 @torch.no_grad()
-def _foretell(model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int) -> Foretold:
+def foretell(
+    model: ValueModel, trajectories: Sequence[Trajectory], batch_size: int = 64
+) -> Foretold:
+    """What a model's values say of logged texts, and what came."""
     if model.heads is None:
         raise QvgptError("this model has no value heads: there is nothing to diagnose")
     model.eval()
