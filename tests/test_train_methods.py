@@ -236,7 +236,7 @@ def test_heads_of_another_kind_are_refused_before_training():
     with pytest.raises(QvgptError, match=r"read return_logits, v_return_logits, .* categorical"):
         run(model(), ["ReturnDistribution"])
     categorical = HeadsConfig("categorical", rank=4, low=0.0, high=1.0)
-    with pytest.raises(QvgptError, match=r"read q_logsumexp, .* linear, low_rank or mlp"):
+    with pytest.raises(QvgptError, match=r"read q_logsumexp, .* linear, low_rank, bilinear or mlp"):
         run(model(heads=categorical), ["ILQL"])
     run(model(heads=categorical), [{"ILQL": {"cql_weight": 0.0}}])
 

@@ -51,7 +51,8 @@ class Setting:
     max_n: int
     max_tokens: int = 24
     values: tuple[str, ...] = (
-        "MonteCarlo", "MonteCarlo, filtered", "ILQL", "Q♯", "FUDGE", "CD",
+        "MonteCarlo", "MonteCarlo, filtered", "MonteCarlo, bilinear",
+        "MonteCarlo, filtered, bilinear", "ILQL", "Q♯", "FUDGE", "CD",
     )  # fmt: skip
     """Of `VALUES`, those that are tried."""
     timed: int = 32
@@ -117,10 +118,16 @@ class Method:
     guidance: Guidance = PLAIN
 
 
-LINEAR = HeadsConfig("linear", num_q=1)
+LINEAR, BILINEAR = HeadsConfig("linear", num_q=1), HeadsConfig("bilinear", num_q=1)
 VALUES: dict[str, Method] = {
     "MonteCarlo": Method(("LM", "MonteCarlo"), LINEAR),
     "MonteCarlo, filtered": Method(({"LM": {"top_share": 0.25}}, "MonteCarlo"), LINEAR),
+    "MonteCarlo, bilinear": Method(
+        ("LM", "MonteCarlo"), BILINEAR, betas=(4.0, 8.0, 16.0, 32.0, 64.0)
+    ),
+    "MonteCarlo, filtered, bilinear": Method(
+        ({"LM": {"top_share": 0.25}}, "MonteCarlo"), BILINEAR, betas=(4.0, 8.0, 16.0, 32.0, 64.0)
+    ),
     "ILQL": Method(("LM", {"ILQL": {"expectile": 0.8}}), HeadsConfig("linear", num_q=2)),
     "Q♯": Method(
         ("LM", "ReturnDistribution"),

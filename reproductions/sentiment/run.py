@@ -46,13 +46,14 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 
 HERE = Path(__file__).parent
-GUIDED = ("MonteCarlo", "MonteCarlo, filtered", "ILQL", "Q♯")
+BILINEAR = ("MonteCarlo, bilinear", "MonteCarlo, filtered, bilinear")
+GUIDED = ("MonteCarlo", "MonteCarlo, filtered", *BILINEAR, "ILQL", "Q♯")
 """One forward a token: of these the headline is chosen."""
 CANDIDATES = ("FUDGE", "CD")
 """As many as there are candidates."""
 RIVALS = (*CANDIDATES, "contrast")
 """Compared at the headline's KL."""
-SECOND = ("MonteCarlo", "MonteCarlo, filtered", "contrast")
+SECOND = ("MonteCarlo", *BILINEAR, "contrast")
 """What is done in the second direction too, beside base, best of N and fine-tuning."""
 MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
 """Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different

@@ -57,7 +57,8 @@ def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
     if model.heads is None:
         raise QvgptError("the objectives learn values, but the model has no value heads")
     if missing := sorted(objectives.needs - model.offers - OF_THE_TRUNK):
-        kind = "categorical" if "v_return_logits" in missing else "linear, low_rank or mlp"
+        numbers = "linear, low_rank, bilinear or mlp"
+        kind = "categorical" if "v_return_logits" in missing else numbers
         raise QvgptError(
             f"the objectives read {', '.join(missing)}, which these value heads do not have: they "
             f"need heads of kind {kind}"

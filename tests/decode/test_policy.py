@@ -111,7 +111,7 @@ def test_senseless_guidance_is_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.5}, {"top_k": 5, "candidates": "guided"},
@@ -139,7 +139,7 @@ def test_what_folds(make_model, plain):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp", "categorical"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp", "categorical"])
 @pytest.mark.parametrize("twins", ["mean", "min"])
 @pytest.mark.parametrize("top_k", [1, 6, 34, 35, 500])
 def test_gathered_path_is_the_full_path(make_model, kind, twins, top_k):
@@ -216,7 +216,7 @@ def test_guidance_by_a_functional_of_the_returns(make_model, functional, scale):
     torch.testing.assert_close(some.logprob, cut, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear"])
 def test_reward_scale_is_undone_by_every_path(make_model, kind):
     model, h = make_model(kind), states(make_model(kind))
     expected = next_token(model, h, Guidance(beta=1.0)).logprob

@@ -32,7 +32,7 @@ def save_model(path, heads, tied=True, recommended=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_transformers_reads_the_guided_model(tmp_path, kind, tied):
     model = save_model(tmp_path / "model", HeadsConfig(kind, rank=5), tied)

@@ -89,7 +89,7 @@ def test_slow_heads_read_the_slow_trunk_where_there_is_one():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp"])
 def test_values_are_read_at_the_states_of_the_decisions(kind):
     model = make(kind)
     values = model(BATCH)
@@ -189,7 +189,7 @@ def test_a_batch_without_decisions_gives_zeros():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_and_read_it_is_the_same(tmp_path, kind, tied):
     model = make(kind, tied=tied, num_q=3, v="linear")

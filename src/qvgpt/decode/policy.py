@@ -353,7 +353,7 @@ def folds(heads: ValueHeads | None, guidance: Guidance, softcap: float | None = 
         return False
     free = guidance.candidates == "guided" or not guidance.truncates
     joined = guidance.twins == "mean" or heads.config.num_q == 1
-    linear = heads.config.kind in ("linear", "low_rank") and guidance.functional == "mean"
+    linear = heads.config.folds and guidance.functional == "mean"
     return free and joined and linear
 
 

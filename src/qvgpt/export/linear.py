@@ -37,7 +37,7 @@ class LinearV:
 
 def is_linear(heads: ValueHeads, guidance: Guidance) -> bool:
     """Whether Q is a matrix; of twins the mean is meant, which stands for their minimum too."""
-    return heads.config.kind in ("linear", "low_rank") and guidance.functional == "mean"
+    return heads.config.folds and guidance.functional == "mean"
 
 
 @torch.no_grad()

@@ -4,10 +4,15 @@ Every Q head has the same form, whatever its kind:
 
     Q(s, a) = b(s) + (wₐ − w̄) · f(s)          w̄ = meanₐ wₐ
 
-with features f(s) = h (linear), P·h (low rank) or relu(U·h) (mlp). It is a dueling head with a
-centred advantage: linear in h wherever f is, so that it folds into the LM head. The last layers
-are zero at the start, so guidance begins as a no-op. Weights, last layers and values are fp32;
-autocast shortens the products of hidden layers, and the sums over the vocabulary, alone.
+with features f(s) = h (linear), P·h (low rank), M·h (bilinear) or relu(U·h) (mlp). It is a dueling
+head with a centred advantage: linear in h wherever f is, so that it folds into the LM head. The
+last layers are zero at the start, so guidance begins as a no-op. Weights, last layers and values
+are fp32; autocast shortens the products of hidden layers, and the sums over the vocabulary, alone.
+
+Of kind `bilinear`, wₐ is the LM head's row of the token as it was when the heads were made, and is
+not learned: M alone is, embed × embed numbers, so that what is seen of a token is known of all that
+are like it (action embeddings; Dulac-Arnold et al., 2015). The other kinds learn a row for each
+token, and of a rare one they know little.
 
 A trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards are
 negative that makes them the best ones. Centring puts them at the mean of all tokens instead, and
@@ -39,9 +44,10 @@ _TAKEN = 2**20  # elements of weights that are gathered at a time: they stay in 
 class HeadsConfig:
     """What the value heads look like."""
 
-    kind: Literal["linear", "low_rank", "mlp", "categorical"] = "linear"
-    """linear and low_rank fold into an ordinary checkpoint; mlp is ILQL's; categorical knows the
-    distribution of returns, low-rank over the vocabulary."""
+    kind: Literal["linear", "low_rank", "bilinear", "mlp", "categorical"] = "linear"
+    """linear, low_rank and bilinear fold into an ordinary checkpoint; bilinear tells tokens apart
+    as the LM head does, and so needs fewer texts; mlp is ILQL's; categorical knows the distribution
+    of returns, low-rank over the vocabulary."""
     rank: int = 64
     """Rank of a low_rank or categorical head."""
     num_q: int = 2
@@ -61,7 +67,7 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
-        kinds = ("linear", "low_rank", "mlp", "categorical")
+        kinds = ("linear", "low_rank", "bilinear", "mlp", "categorical")
         if self.kind not in kinds or self.v not in ("linear", "mlp"):
             raise QvgptError(f"heads: unknown kind in {self}")
         if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank, self.bins)):
@@ -75,6 +81,11 @@ class HeadsConfig:
     def knows_support(self) -> bool:
         """Whether low and high were given, or are not needed."""
         return self.kind != "categorical" or self.bins == 2 or self.low is not None
+
+    @property
+    def folds(self) -> bool:
+        """Whether Q is linear in the hidden state, and so a matrix like an LM head."""
+        return self.kind in ("linear", "low_rank", "bilinear")
 
     @property
     def support(self) -> Support | None:
@@ -141,6 +152,11 @@ class _OverVocab(nn.Module):
     weight: nn.Parameter
     _mean: tuple[tuple[int, int], Tensor] | None = None
 
+    @property
+    def last(self) -> Tensor:
+        """The matrix that is zero as long as no token is told from another."""
+        return self.weight
+
     def train(self, mode: bool = True) -> "_OverVocab":
         """What was kept is forgotten: sharded weights change in ways that nobody sees."""
         self._mean = None
@@ -163,13 +179,22 @@ class QHead(_OverVocab):
     def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
         super().__init__()
         self.kind = config.kind
-        width = {"linear": embed_dim, "low_rank": config.rank, "mlp": 2 * embed_dim}[config.kind]
+        width = {"low_rank": config.rank, "mlp": 2 * embed_dim}.get(config.kind, embed_dim)
         self.baseline = StateHead(embed_dim, config.v)
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
         if config.kind == "low_rank":
             self.project = nn.Linear(embed_dim, width, bias=False)
+        elif config.kind == "bilinear":
+            self.project = nn.Linear(embed_dim, width, bias=False)
+            nn.init.zeros_(self.project.weight)
+            self.weight.requires_grad_(False)
         elif config.kind == "mlp":
             self.project = nn.Linear(embed_dim, width)
+
+    @property
+    def last(self) -> Tensor:
+        """Of bilinear heads the rows are given."""
+        return self.project.weight if self.kind == "bilinear" else self.weight
 
     def features(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape features"]:
         """f(s): the part that does not depend on the token."""
@@ -223,7 +248,7 @@ class QHead(_OverVocab):
         if self.kind == "mlp":
             raise QvgptError(
                 "an mlp Q head is not linear in the hidden state and does not fold: "
-                "train with heads.kind linear or low_rank"
+                "train with heads.kind linear, low_rank or bilinear"
             )
         if self.kind == "linear":
             return self.centred_weight()
@@ -306,7 +331,7 @@ class ReturnHead(_OverVocab):
         """There is no such matrix."""
         raise QvgptError(
             "a categorical Q head is not linear in the hidden state and does not fold: "
-            "train with heads.kind linear or low_rank"
+            "train with heads.kind linear, low_rank or bilinear"
         )
 
 
@@ -329,19 +354,29 @@ class ValueHeads(nn.Module):
         """Whether nothing was learned yet: what begins at 0 is 0 still."""
         heads: list[Any] = [*self.q, *self.target_q]
         last: list[Any] = [h.layers[-1] for h in (self.v, *(head.baseline for head in heads))]
-        found = [head.weight for head in heads] + [p for x in last for p in (x.weight, x.bias)]
+        found = [head.last for head in heads] + [p for x in last for p in (x.weight, x.bias)]
         return not any(bool(tensor.any()) for tensor in found)
 
     @property
     def know_q(self) -> bool:
         """Whether Q tells any token from another. Looks no further than the first that it does."""
         heads: list[Any] = [*self.q]
-        return any(bool(part.any()) for head in heads for part in head.weight.split(1024))
+        return any(bool(part.any()) for head in heads for part in head.last.split(1024))
 
     @property
     def know_v_alone(self) -> bool:
         """Whether V was learned and Q was not."""
         return not self.know_q and not self.are_fresh
+
+    @torch.no_grad()
+    def tell_tokens_by(self, rows: Float[Tensor, "vocab embed"]) -> None:
+        """Let bilinear heads tell tokens apart by these rows, centred, of a mean square norm of
+        1 / embed: a step then changes Q about as much as one of a linear head does."""
+        rows = rows.float() - rows.float().mean(0)
+        size = rows.square().sum(-1).mean().mul(rows.size(1)).sqrt()
+        heads: list[Any] = [*self.q, *self.target_q]
+        for head in heads:
+            head.weight.copy_(rows / size.clamp(min=1e-12))
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:

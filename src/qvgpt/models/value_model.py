@@ -83,6 +83,8 @@ class ValueModel(nn.Module):
             )
         self.trunk: Any = as_module(trunk)
         self.heads = ValueHeads(trunk.embed_dim, trunk.vocab_size, heads) if heads else None
+        if self.heads is not None and self.heads.config.kind == "bilinear":
+            self.heads.tell_tokens_by(trunk.output_weight)
         self.tokenizer = tokenizer
         self.info = ValueInfo()
         self.reference: Reference | None = None
