@@ -72,6 +72,7 @@ ABLATION = {
         "rank4": HeadsConfig("low_rank", 4),
         "rank16": HeadsConfig("low_rank", 16),
         "rank32": HeadsConfig("low_rank", 32),
+        "bilinear": HeadsConfig("bilinear"),
         "mlp": HeadsConfig("mlp"),
         "one_q": HeadsConfig("mlp", num_q=1),
     }.items()
