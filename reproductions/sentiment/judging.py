@@ -194,15 +194,20 @@ def perplexity(
     texts: Sequence[Sequence[str]],
     truncated: Sequence[Sequence[bool]],
 ) -> float:
-    """exp(nats / words), the end of a text counting as a word."""
+    """exp(nats / words), the end of a text counting as a word; read as far as the context goes."""
     assert reader.tokenizer is not None
     read, words = [], 0
     for row, several, cut in zip(fields, texts, truncated, strict=True):
         for text, is_cut in zip(several, cut, strict=True):
             if is_cut and not text:
                 continue
-            one = {"prompt": row["prompt"], "completion": text, "truncated": is_cut}
-            read += row_to_trajectories(Row("a text", one), reader.tokenizer)
+            while True:
+                one = {"prompt": row["prompt"], "completion": text, "truncated": is_cut}
+                (tokens,) = row_to_trajectories(Row("a text", one), reader.tokenizer)
+                if len(tokens) <= reader.trunk.seq_len:
+                    break
+                text, is_cut = text.rsplit(maxsplit=1)[0], True
+            read.append(tokens)
             words += len(text.split()) + (not is_cut)
     return math.exp(-sum(scored.base_logprob for scored in score(reader, read)) / words)
 
