@@ -203,11 +203,11 @@ def perplexity(
                 continue
             while True:
                 one = {"prompt": row["prompt"], "completion": text, "truncated": is_cut}
-                (tokens,) = row_to_trajectories(Row("a text", one), reader.tokenizer)
-                if len(tokens) <= reader.trunk.seq_len:
+                (whole,) = row_to_trajectories(Row("a text", one), reader.tokenizer)
+                if len(whole.tokens) <= reader.trunk.seq_len:
                     break
                 text, is_cut = text.rsplit(maxsplit=1)[0], True
-            read.append(tokens)
+            read.append(whole)
             words += len(text.split()) + (not is_cut)
     return math.exp(-sum(scored.base_logprob for scored in score(reader, read)) / words)
 
