@@ -1,5 +1,6 @@
 """Seeds taken together: the headline, the comparisons, the table and the picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def summarise(
             continue
         theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
-    for name in [r for r in {row["method"] for row in rows["positive"]} if r.startswith("filt")]:
+    for name in sorted(m for m in {r["method"] for r in rows["positive"]} if m.startswith("filt")):
         theirs = [_one(cell, "positive", name) for cell in cells]
         equal[name] = _difference(headline, theirs, "positive")
     cost = {}
@@ -202,7 +203,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Success against KL, a line a method."""
+    """Success against the logarithm of KL, a line a method."""
     charts = []
     for direction, every in rows.items():
         found, series = [r for r in every if "β" not in r["method"]], []  # nor its best of N
@@ -211,13 +212,13 @@ def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
             of = sorted(
                 (r for r in found if _line_of(r["method"]) == method), key=lambda r: r["kl"]
             )
-            xs, ys = [r["kl"] for r in of], [r["success"] for r in of]
+            xs, ys = [math.log10(r["kl"]) for r in of], [r["success"] for r in of]
             low, high = ([r["success_ci95"][i] for r in of] for i in (0, 1))
             series.append(Series(method, xs, ys, low, high, [f"{r['strength']:g}" for r in of]))
         charts.append(
             line_chart(
-                series, title=f"Towards {direction}", x_label="KL to the base, nats a text "
-                "(of best of N a bound)", y_label="judge's success", style="both",
+                series, title=f"Towards {direction}", x_label="log₁₀ of the KL to the base, nats a "
+                "text (of best of N a bound)", y_label="judge's success", style="both",
             )
         )  # fmt: skip
     section = Section("Success and distance from the base", body_html="".join(charts))
