@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
+from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
@@ -210,6 +212,14 @@ def test_best_of_n_takes_the_highest_reward(sentiment):
     assert written.best_of(4, "negative").texts == [["c"]]
     distinct = sentiment["judging"]["distinct"]
     assert distinct([["a b a b"], ["a b"]], 2) == pytest.approx(2 / 4)
+
+
+def test_perplexity_of_a_word_longer_than_the_context_is_that_of_its_beginning(sentiment):
+    perplexity = sentiment["judging"]["perplexity"]
+    tokenizer = Tokenizer.train("abc", "char")
+    reader = ValueModel(GPT(tokenizer.vocab_size, 16, 2, 1, seq_len=9), tokenizer=tokenizer)
+    whole = perplexity(reader, [{"prompt": "a"}], [["abcabc"]], [[True]])  # 8 → 6 letters of 6
+    assert perplexity(reader, [{"prompt": "a"}], [["abcabcab"]], [[False]]) == whole
 
 
 @pytest.fixture

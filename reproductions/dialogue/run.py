@@ -13,7 +13,6 @@ results.json, table.md and calibration.html beside itself.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import sys
@@ -44,9 +43,13 @@ from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 from qvgpt.trajectory import Trajectory, scaled
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from texts.steps import split_of  # noqa: E402
+
 QUIET = Console(file=io.StringIO())
-SIDES = {"validation": 0.15, "test": 0.4, "train": 1.0}
-"""Where a city's hash may lie at most."""
+SIDES = {"validation": 0.15, "test": 0.25, "train": 0.6}
+"""Shares of the cities."""
 LONGEST, SCALE = 20, 0.25
 """Questions in a game, and what rewards are multiplied with while values learn."""
 
@@ -157,8 +160,7 @@ def run(
 
 def side_of(city: str) -> str:
     """By a hash of the city: neither seeds nor the order of the file matter."""
-    share = int.from_bytes(hashlib.sha256(city.encode()).digest()[:8]) / 2**64
-    return next(side for side, most in SIDES.items() if share < most)
+    return split_of(city, SIDES)
 
 
 def split(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Path]:
