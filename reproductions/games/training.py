@@ -203,9 +203,10 @@ def freeze(trunk: Backbone, known: States) -> None:
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         cache: object = None,
+        **embedded: Tensor,
     ) -> Float[Tensor, "batch time embed"]:
         if positions is None or cache is not None:
-            return compute(tokens, mask, positions, cache)
+            return compute(tokens, mask, positions, cache, **embedded)
         rows = zip(tokens.tolist(), positions.tolist(), strict=True)
         return torch.stack([_row(known, *row) for row in rows])
 

@@ -27,6 +27,8 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.trainer import TrainConfig, train
 from qvgpt.trajectory import Trajectory, collate
 
+PACKING = {"llama", "qwen3", "gemma"}
+"""Those without windows whose attention is torch's."""
 PROMPTS = [[1, 12, 7, 20, 2], [1, 12], [1], [1, 30, 8, 8, 8, 17, 21, 9, 2]]
 
 
@@ -95,6 +97,23 @@ def test_packed_texts_do_not_see_each_other(family):
     found = trunk.hidden(row, positions=positions)[0].split([*sizes, 2])
     for tokens, states in zip(texts, found, strict=False):
         torch.testing.assert_close(states, trunk.hidden(tokens[None])[0], atol=1e-5, rtol=0)
+
+
+def test_packed_texts_learn_taken_apart_as_by_a_mask(family, monkeypatch):
+    monkeypatch.setattr("qvgpt.models.causal_lm._APART", 0)
+    trunk = CausalLM(make_hf(family)).train()
+    assert trunk.packs == (family in PACKING)
+    tokens = torch.randint(4, 30, (2, 12))
+    positions = torch.cat([torch.arange(n) for n in (5, 4, 3)]).expand(2, 12)
+    gradients: list[dict[str, torch.Tensor]] = []
+    for packs in (trunk.packs, False):
+        trunk.packs = packs
+        trunk.zero_grad()
+        trunk.hidden(tokens, positions=positions).square().sum().backward()
+        found = [(n, p.grad) for n, p in trunk.named_parameters() if p.grad is not None]
+        gradients.append(dict(found))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[-1][name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["plain", "padded", "packed"])

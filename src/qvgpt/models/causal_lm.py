@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import attend_once, attention, is_short
+from qvgpt.models.attention import Packed, attend_once, attention, is_short, packed_attention
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.column_cache import ColumnCache
 from qvgpt.models.disk import add_to_json, one_line, read_config
@@ -43,12 +43,19 @@ from qvgpt.models.lora import (
 
 _ATTENTION = "qvgpt_sdpa"
 """The name of `_attention` among transformers' implementations."""
+_APART = 128
+"""Tokens of packed rows up to which a mask costs less on a CPU than taking texts apart."""
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+"""Keeps transformers from making a mask, which needs none where texts are taken apart."""
 
 
 class CausalLM(nn.Module):
     """A `transformers` causal LM seen as hidden states and an output matrix."""
 
     lora: LoraConfig | None = None
+    packs = False
+    """Whether texts that share rows of a CPU are attended to one by one, which is faster than with
+    a mask."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -63,6 +70,7 @@ class CausalLM(nn.Module):
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(_ATTENTION)
         self._try()
+        self.packs = self._can_pack()
 
     @property
     def output_weight(self) -> Float[Tensor, "vocab embed"]:
@@ -87,6 +95,10 @@ class CausalLM(nn.Module):
         With a `cache` that holds something, several new tokens a row must all be real.
         """
         if cache is None and mask is None:
+            ours = self.model.config._attn_implementation == _ATTENTION and self.packs
+            here = tokens.device.type == "cpu" and tokens.size(1) > _APART
+            if ours and here and positions is not None:
+                return self._taken_apart(tokens, positions)
             return self._base(tokens, position_ids=positions, use_cache=False)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         # real tokens to the right: padding then stands only before a row's first token
@@ -113,6 +125,16 @@ class CausalLM(nn.Module):
             cache.mask = seen
             cache.longest = min(cache.longest + tokens.size(1), cache.capacity)
         return out.gather(1, back[:, :, None].expand_as(out))
+
+    def _taken_apart(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        heads = self.model.config.get_text_config().num_attention_heads
+        return self._base(
+            tokens,
+            attention_mask=_NO_MASK,
+            position_ids=positions,
+            use_cache=False,
+            packed=Packed.of(positions, heads),
+        )
 
     def _base(self, tokens: Tensor, **options: Any) -> Tensor:
         hidden = self.model.base_model(input_ids=tokens, **options).last_hidden_state
@@ -264,18 +286,44 @@ class CausalLM(nn.Module):
                 "hidden state (it may scale them): it cannot carry value heads yet"
             )
 
+    @torch.no_grad()
+    def _can_pack(self) -> bool:
+        """Tried on two texts in a row: not every architecture hands its attention what it needs."""
+        config, weight = self.model.config.get_text_config(), self.output_weight
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windows = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+        ours = self.model.config._attn_implementation == _ATTENTION
+        if not ours or windows or weight.device.type != "cpu":
+            return False
+        training = self.model.training
+        self.model.eval()
+        tokens = torch.tensor([[1, 2, 3, 4, 2]]) % self.vocab_size
+        positions = torch.tensor([[0, 1, 0, 1, 2]])
+        with_mask = self.hidden(tokens, positions=positions).float()
+        try:
+            apart = self._taken_apart(tokens, positions).float()
+        except Exception:  # whatever a model makes of an argument that it does not know
+            return False
+        finally:
+            self.model.train(training)
+        return torch.allclose(apart, with_mask, rtol=1e-2, atol=1e-2)
+
 
 def _attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads time head_dim"],
     key: Float[Tensor, "batch key_heads keys head_dim"],
     value: Float[Tensor, "batch key_heads keys head_dim"],
-    attention_mask: Bool[Tensor, "batch 1 time keys"] | None,
+    attention_mask: Bool[Tensor, "#batch 1 #time #keys"] | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed: Packed | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch time heads head_dim"], None]:
-    """transformers' `sdpa`, but on a CPU for short texts that learn and for one token a row."""
+    """transformers' `sdpa`, but on a CPU for short texts that learn and for one token a row.
+
+    `packed`: texts that share rows, each to be attended to by itself.
+    """
     plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     if query.size(2) == 1 and query.device.type == "cpu" and plain and not query.requires_grad:
@@ -289,7 +337,10 @@ def _attention(
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may be in fp32
     causal = getattr(module, "is_causal", True) and query.size(2) == key.size(2)
-    if not (plain and causal and is_short(query, key, dropout)):
+    ours = plain and causal
+    if packed is not None and not ours:
+        raise NotImplementedError
+    if not ours or (packed is None and not is_short(query, key, dropout)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
@@ -298,6 +349,9 @@ def _attention(
     own = query.size(-1) ** -0.5
     if scale != own:
         query = query * (scale / own)
+    if packed is not None:
+        qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], 2)
+        return packed_attention(qkv, packed, dropout), None
     if attention_mask is not None:  # padding sees itself, so that no softmax is empty
         itself = torch.eye(key.size(2), dtype=torch.bool, device=key.device)
         attention_mask = attention_mask | itself
