@@ -52,7 +52,9 @@ class Service:
         values: ValueSource | None = None,
         max_batch: int = 64,
         max_waiting: int = 256,
+        threads: int | None = None,
     ):
+        """`threads`: that torch may take for writing; None: as it is set."""
         assert model.tokenizer is not None
         self.model, self.name, self.values = model, name, values
         self.tokenizer, self.guidance = model.tokenizer, guidance or Guidance()
@@ -63,7 +65,7 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(
             model, self._deliver, values=values, max_batch=max_batch,
-            foldable=[self.guidance.beta], step_done=self.metrics.step,
+            foldable=[self.guidance.beta], step_done=self.metrics.step, threads=threads,
         )  # fmt: skip
         self.worker.guide.refuse([0], 1, self.guidance)
         self.live: set[Job] = set()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from qvgpt.decode.engine import Engine, Request, TokenEvent, TokenReport
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.sources import ValueSource
@@ -27,7 +29,7 @@ logger = logging.getLogger("qvgpt.serve")
 
 PAUSE = 0.02
 """Seconds between two pieces of a stream, at least: fifty a second look smooth."""
-_PIECES_PER_SECOND = 640  # of all streams together, a full batch ten times each: 60 µs a piece
+_PIECES_PER_SECOND = 320  # of all streams together, a full batch five times each: 60 µs a piece
 _MOST_FAILURES = 12  # of steps that a job takes part in: enough to be halved out of any batch
 
 
@@ -134,10 +136,11 @@ class Worker:
         max_batch: int = 64,
         foldable: Sequence[float] = (),
         step_done: Callable[[int, float], None] = lambda tokens, seconds: None,
+        threads: int | None = None,
     ):
         self.max_batch, self.deliver, self.step_done = max_batch, deliver, step_done
         self.guide = replace(Guide.of(model, values), foldable=frozenset(foldable))
-        self._model, self._values = model, values
+        self._model, self._values, self._threads = model, values, threads
         self._engine = self._new_engine()
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
@@ -182,6 +185,8 @@ class Worker:
         return engine
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         while True:
             idle = not (self._at_work or self._waiting or self._groups)
             while idle or not self._commands.empty():
