@@ -264,7 +264,9 @@ def distribution(
         logits[:, known:] = NEG_INF
     base = logits.log_softmax(-1)
     tokens, gathered, q, spent = _everything(base), None, None, None
-    if guidance.top_k and guidance.candidates == "base" and guidance.top_k < base.size(-1):
+    # folded logits are guided already, and of none at all both sets of candidates are one
+    known_set = guidance.candidates == "base" or folded is not None or not guidance.guides
+    if guidance.top_k and known_set and guidance.top_k < base.size(-1):
         base, tokens = base.topk(guidance.top_k, dim=-1)
         gathered = tokens
     if guidance.guides and folded is None:
