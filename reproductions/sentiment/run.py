@@ -14,6 +14,7 @@ results.json, table.md and frontier.html beside itself.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from judging import MAX_BATCH, Figures, Judges, Written, written
+from judging import Figures, Judges, Written, written
 from methods import (
     CONTRAST_BETAS,
     FULL,
@@ -39,7 +40,10 @@ from methods import (
 from reporting import EQUAL_KL, picture, summarise, table
 from sst2 import Files, prepare, read, toy
 
-from qvgpt.compare import CompareOptions, compare
+sys.path.append(str(Path(__file__).parents[1]))
+
+from texts.decoding import relative_seconds
+
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import ValueSource
 from qvgpt.models.value_model import ValueModel
@@ -175,7 +179,7 @@ class _Seed:
         return {
             "headline": headline,
             "beta": beta,
-            "time": self._time(direction, ways[headline], beta, plain, base, judges),
+            "time": self._time(ways[headline], beta, base),
             "validation": {
                 n: [f.as_dict() for f in fs] for n, fs in (found | {"base": val}).items()
             },
@@ -257,29 +261,14 @@ class _Seed:
             ]
         return [one.figures(rows, judges.reader) for one in found]
 
-    def _time(
-        self,
-        direction: str,
-        way: _Way,
-        beta: float,
-        plain: _Way,
-        base: ValueModel,
-        judges: Judges,
-    ) -> float:
-        """Seconds a token, guided over base: the best of rounds that are taken in turn."""
-        assert base.tokenizer is not None
-        rows = read(self.files.prompts("test"))[:256]
-        found = compare(
-            way.model,
-            [base.tokenizer.encode_prompt(row["prompt"]) for row in rows],
-            lambda texts, _: [0.0] * len(texts),
-            {"base": plain.guidances[0.0], "guided": way.at(beta)},
-            CompareOptions(1, self.setting.max_tokens, MAX_BATCH, timing=256, resamples=1),
-            base=base,
-            values=way.values,
+    def _time(self, way: _Way, beta: float, base: ValueModel) -> dict[str, Any]:
+        """Seconds per token that is read, prompts too: guided texts are the shorter ones, and per
+        token that is written each bears more of its prompt."""
+        prompts = [row["prompt"] for row in read(self.files.prompts("test"))]
+        rounds = 20 if self.setting.timed else 1
+        return relative_seconds(
+            base, PLAIN, way.model, way.at(beta), prompts, rounds, self.setting.max_tokens
         )
-        seconds = [row.s_per_token or 0.0 for row in found]
-        return seconds[1] / seconds[0]
 
 
 def _kept(place: Path, said: Mapping[str, Any], make: Callable[[], list[Figures]]) -> list[Figures]:
