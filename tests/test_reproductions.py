@@ -113,6 +113,27 @@ def test_a_frozen_trunk_looks_up_what_it_would_compute(games):
     assert not any(p.requires_grad for p in trunk.parameters())
 
 
+def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from texts.steps import Files, Models, Recipe, read, write
+
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(24)]
+    files = Files(*(write(tmp_path / f"{n}.jsonl", rows) for n in ("a", "b", "c", "d")))
+    recipe = Recipe.read(REPRODUCTIONS / "translation_en_zh" / "recipe.yaml", quick=True)
+    models = Models(tmp_path / "work", files, replace(recipe, folds=2), 0)
+    samples = models.samples()
+    asked = [{r["prompt"] for r in read(models.work / f"fold-{i}/prompts.jsonl")} for i in (0, 1)]
+    learnt = [{r["prompt"] for r in read(models.work / f"fold-{i}/train.jsonl")} for i in (0, 1)]
+    assert learnt == asked[::-1]
+    assert min(map(len, asked)) > 0
+    assert asked[0] | asked[1] == {row["prompt"] for row in rows}
+    written = {row["prompt"] for row in read(samples)}
+    assert written & asked[0]
+    assert written & asked[1]
+    ours, theirs = (ValueModel.from_pretrained(models.work / n) for n in ("base", "fold-0/base"))
+    assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
+
+
 @pytest.fixture
 def sentiment(monkeypatch):
     """The names of the script of sentiment."""

@@ -9,6 +9,10 @@ A recipe is a YAML file that says, in this order, what is trained and what is wr
     rivals        by name, what is fine-tuned from the base on the same texts
     decode        how much is written and what is tried on validation
 
+With `folds: 2` or more the samples are not the base's own: where it has learned by heart what it is
+asked to write, they would show few of the faults that it has elsewhere. Each part of the prompts is
+answered by a model of the base's form, which learned from the other parts alone.
+
 A step that is finished is not repeated.
 """
 
@@ -74,6 +78,8 @@ class Recipe:
     rivals: Mapping[str, Mapping[str, Any]]
     decode: Decode
     pretraining: Mapping[str, Any] | None = None
+    folds: int = 1
+    """Parts that prompts are divided in; of one the base itself writes."""
     quick: bool = False
 
     @classmethod
@@ -106,7 +112,33 @@ class Models:
 
     def samples(self) -> Path:
         """What the base writes to the prompts, rewarded."""
-        return self._collected("samples", self.base(), self.recipe.collect)
+        if self.recipe.folds == 1:
+            prompts = self.files.prompts
+            return self._collected("samples", self.base(), self.recipe.collect, prompts)
+        samples = self.work / "samples.jsonl"
+        if not samples.exists():
+            write(samples, [row for i in range(self.recipe.folds) for row in read(self._fold(i))])
+        return samples
+
+    def _fold(self, fold: int) -> Path:
+        """What a model that knows all but this part of the prompts writes to it."""
+        work, base = self.work / f"fold-{fold}", self.base()
+        parts = {"train": self.files.train, "prompts": self.files.prompts}
+        for name, whole in parts.items():
+            parts[name] = work / f"{name}.jsonl"
+            if not parts[name].exists():
+                asked = name == "prompts"
+                rows = [r for r in read(whole) if (self._fold_of(r) == fold) == asked]
+                write(parts[name], rows)
+        said = {**self.recipe.base, "tokenizer": {"path": str(base)}}
+        where = {"data": [parts["train"]], "eval_data": [self.files.validation]}
+        model = self._trained(f"fold-{fold}/base", said, **where)
+        name = f"fold-{fold}/samples"
+        return self._collected(name, model, self.recipe.collect, parts["prompts"])
+
+    def _fold_of(self, row: Row) -> int:
+        shares = {str(i): 1 / self.recipe.folds for i in range(self.recipe.folds)}
+        return int(split_of(f"fold {row['prompt']}", shares))  # not the hash that splits are of
 
     def values(self, name: str) -> Path:
         """The base with Q and V."""
@@ -124,7 +156,7 @@ class Models:
         model, said = self.values(values), self.recipe.collect
         same = {k: said[k] for k in ("reward", "max_tokens", "max_batch", "limit") if k in said}
         how = {"samples": 1, "temperatures": [0.0], "beta": beta}
-        data = self._collected("guided-texts", model, same | how)
+        data = self._collected("guided-texts", model, same | how, self.files.prompts)
         return self._tuned("rival-distilled", self.recipe.rivals["distilled"], data)
 
     def _tuned(self, name: str, said: Mapping[str, Any], data: Path) -> Path:
@@ -154,7 +186,7 @@ class Models:
             said["fit"] |= {"max_steps": 4, "batch_size": 8, "bf16": False}
             if "gpt" in said:
                 said["gpt"] = {"embed_dim": 16, "num_heads": 2, "num_layers": 1, "seq_len": 256}
-                said["tokenizer"] = {"vocab_size": 300}
+                said["tokenizer"] = {**said["tokenizer"], "vocab_size": 300}
         given = {
             k: [str(x) for x in v] if isinstance(v, list) else str(v) for k, v in where.items()
         }
@@ -165,14 +197,14 @@ class Models:
         train(TrainConfig(**vars(config)), QUIET)
         return directory
 
-    def _collected(self, name: str, model: Path, said: Mapping[str, Any]) -> Path:
+    def _collected(self, name: str, model: Path, said: Mapping[str, Any], prompts: Path) -> Path:
         output = self.work / name
         if not (output / "summary.json").exists():
             small: dict[str, Any] = {}
             if self.recipe.quick:  # nothing would be right
                 small = {"limit": 12, "max_tokens": 8, "reward": "length"}
             resume = (output / "run.json").exists()
-            where = {"model": str(model), "data": str(self.files.prompts), "output": str(output)}
+            where = {"model": str(model), "data": str(prompts), "output": str(output)}
             config = {**said, **small, **where, "seed": self.seed, "resume": resume}
             collect(CollectConfig(**config))
         return output / "data.jsonl"
