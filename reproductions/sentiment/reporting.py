@@ -53,6 +53,7 @@ def summarise(
         "delta": first.delta,
         "delta_ci95": first.delta_ci95,
         "relative_decode_time": float(np.mean([c["positive"]["time"]["median"] for c in cells])),
+        "time": [c["positive"]["time"] for c in cells],
         "seeds": len(cells),
         "headline": [[c["positive"]["headline"], c["positive"]["beta"]] for c in cells],
         "against_others": equal,

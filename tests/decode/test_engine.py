@@ -1,5 +1,7 @@
 """A text must not depend on who shares its batch, and what is reported must be true."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -253,8 +255,9 @@ def test_reports_without_heads_know_no_values(plain):
     assert all(r.kl == 0 and r.base_logprob == r.logprob for r in reports)
 
 
-def test_a_report_changes_no_text(model):
-    guidance = GUIDANCES["folded"]
+@pytest.mark.parametrize("cut", [{}, {"top_k": 9, "top_p": 0.9, "candidates": "guided"}])
+def test_a_report_changes_no_text(model, cut):
+    guidance = replace(GUIDANCES["folded"], **cut)
     requests = [Request(p, 15, guidance, seed=i) for i, p in enumerate(PROMPTS)]
     silent, reported = write(model, requests), write(model, requests, report=True)
     assert [t.tokens for t in silent] == [t.tokens for t in reported]

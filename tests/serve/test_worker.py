@@ -6,11 +6,14 @@ import threading
 import time
 
 import pytest
+import torch
 from served import BYTES, GUIDANCE, TOKENIZER, make_model, scripted, serving
 
 from qvgpt.decode.engine import Engine, Request, row_seed, write
 from qvgpt.decode.policy import Guidance
+from qvgpt.serve.command import _alone
 from qvgpt.serve.service import Service
+from qvgpt.serve.worker import Worker
 
 SCRIPT = "so it goes on and on"
 
@@ -28,6 +31,21 @@ def ask_all(server, bodies):
     for thread in threads:
         thread.join()
     return answers
+
+
+def test_only_the_thread_that_writes_takes_several():
+    before = torch.get_num_threads()
+    with _alone() as threads:
+        assert threads == before
+        assert torch.get_num_threads() == 1
+        found = []
+        worker = Worker(make_model(), print, threads=3)
+        worker.call(lambda: found.append(torch.get_num_threads()))
+        worker.start()
+        worker.stop()
+        assert found == [3]
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("place", [3, 9])

@@ -264,10 +264,10 @@ def distribution(
         logits[:, known:] = NEG_INF
     base = logits.log_softmax(-1)
     tokens, gathered, q, spent = _everything(base), None, None, None
-    # folded logits are guided already, and of none at all both sets of candidates are one
-    known_set = guidance.candidates == "base" or folded is not None or not guidance.guides
-    if guidance.top_k and known_set and guidance.top_k < base.size(-1):
-        base, tokens = base.topk(guidance.top_k, dim=-1)
+    cut = guidance.top_k if (guidance.top_k or base.size(-1)) < base.size(-1) else None
+    # folded logits are guided already
+    if cut and (guidance.candidates == "base" or folded is not None):
+        base, tokens = base.topk(cut, dim=-1)
         gathered = tokens
     if guidance.guides and folded is None:
         assert values is not None
@@ -277,6 +277,9 @@ def distribution(
             beta, spent = solve_beta(among, q, guidance.kl_budget, guidance.beta_max)
     plain = q is None and not guidance.truncates and guidance.temperature in (0.0, 1.0)
     logprob = base if plain else guided_logprob(base, q, guidance, beta)
+    if cut and cut < logprob.size(-1):  # in the order that folded ones have: a seed's text is one
+        logprob, tokens = logprob.topk(cut, dim=-1)
+        base = base.gather(1, tokens)
     picked = NextToken(tokens, logprob, base, beta, spent)
     return picked.greedy() if guidance.temperature == 0 else picked
 
