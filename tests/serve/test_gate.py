@@ -436,14 +436,9 @@ def test_help_comes_without_torch():
         "import sys; from qvgpt.cli import main; main(['serve', '--help']); "
         "print(*sorted(sys.modules), file=sys.stderr)"
     )
-    best = 9.0
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - started)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--drain_seconds" in done.stdout
     assert {"torch", "fastapi", "transformers", "pydantic"}.isdisjoint(done.stderr.split())
-    assert best < 0.5
 
 
 def test_a_missing_package_costs_one_line(monkeypatch, capsys):
