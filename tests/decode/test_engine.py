@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qvgpt.decode.engine import Engine, Request, generate, row_seed, write
+from qvgpt.decode.engine import Door, Engine, Request, generate, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, next_token
+from qvgpt.decode.reading import Reading
 from qvgpt.errors import QvgptError
 
 PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2], [1, 12, 13, 2]]
@@ -117,6 +118,33 @@ def test_who_joins_is_served_at_once(model):
     engine.step()
     second = engine.submit(Request([1, 8, 2], 40))
     assert [event.request_id for event in engine.step()] == [first, second]
+
+
+def test_who_waits_begins_with_others_but_not_late():
+    door = Door(64)
+    assert door.open(at_work=0, waiting=200) == 64
+    assert door.open(at_work=64, waiting=136) == 0
+    assert door.open(at_work=62, waiting=136) == 0, "two of four slots"
+    assert door.open(at_work=60, waiting=136) == 4
+    assert [door.open(at_work=63, waiting=9) for _ in range(6)] == [0, 0, 0, 0, 1, 0]
+    assert door.open(at_work=30, waiting=2) == 2, "all that wait have a slot"
+    assert Door(8).open(at_work=7, waiting=9) == 1, "small batches keep nobody"
+
+
+def test_a_full_batch_reads_prompts_together(model, monkeypatch):
+    reads, of = [], Reading.of
+
+    def spy(trunks, prompts, *rest):
+        reads.append(len(prompts))
+        return of(trunks, prompts, *rest)
+
+    monkeypatch.setattr(Reading, "of", spy)
+    engine = Engine(model, max_batch=32)
+    engine.end_ids = frozenset()
+    for i in range(40):  # from the second step on, one text ends at each
+        engine.submit(Request([1, 2 + i % 30, 3 + i // 30, 2], 2 + i, seed=i))
+    drain(engine)
+    assert reads == [32, 2, 2, 2, 2]
 
 
 def test_guidances_mix_in_a_batch(model):

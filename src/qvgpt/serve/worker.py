@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qvgpt.decode.engine import Engine, Request, TokenEvent, TokenReport
+from qvgpt.decode.engine import Door, Engine, Request, TokenEvent, TokenReport
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.sources import ValueSource
 from qvgpt.models.value_model import ValueModel
@@ -144,6 +144,7 @@ class Worker:
         self._engine = self._new_engine()
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
+        self._door = Door(max_batch)
         self._groups: list[list[Job]] = []
         self._at_work: dict[int, Job] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -206,8 +207,8 @@ class Worker:
         while self._groups and not joining:
             joining = self._groups.pop()
         if not joining:
-            room = self.max_batch - len(self._at_work)
-            joining = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            begin = self._door.open(len(self._at_work), len(self._waiting))
+            joining = [self._waiting.popleft() for _ in range(begin)]
         for job in joining:
             try:
                 job.engine_id = self._engine.submit(job.request)
