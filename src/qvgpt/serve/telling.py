@@ -57,17 +57,20 @@ async def stream(writing: Writing, pieces: Pieces) -> AsyncIterator[bytes]:
         delta = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         roles = [{"index": c.index, **delta, "finish_reason": None} for c in choices]
         yield _event(writing, roles)
+    left = len(writing.jobs)
     try:
         async for found in pieces:
             written += sum(len(piece.tokens) for _, piece in found)
+            left -= sum(piece.finished is not None for _, piece in found)
             shown = [form.choice(choices[job.index], piece, True) for job, piece in found]
-            yield b"".join(_event(writing, [one]) for one in shown)
+            events = [_event(writing, [one]) for one in shown]
+            if not left:  # with the last piece: each message wakes both ends
+                if writing.include_usage:
+                    events.append(_event(writing, [], usage(writing.prompt_tokens, written)))
+                events.append(b"data: [DONE]\n\n")
+            yield b"".join(events)
     except Refusal as refusal:
         yield b"data: " + refusal.body() + b"\n\n"
-        return
-    if writing.include_usage:
-        yield _event(writing, [], usage(writing.prompt_tokens, written))
-    yield b"data: [DONE]\n\n"
 
 
 def _event(

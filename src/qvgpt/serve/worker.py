@@ -29,7 +29,7 @@ logger = logging.getLogger("qvgpt.serve")
 
 PAUSE = 0.02
 """Seconds between two pieces of a stream, at least: fifty a second look smooth."""
-_PIECES_PER_SECOND = 320  # of all streams together, a full batch five times each: 60 µs a piece
+_PIECES_PER_SECOND = 160  # of all streams together: each stops the computing for 100 to 200 µs
 _MOST_FAILURES = 12  # of steps that a job takes part in: enough to be halved out of any batch
 
 
