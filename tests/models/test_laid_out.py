@@ -10,6 +10,7 @@ import torch
 from qvgpt.models import laid_out
 from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
+from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.laid_out import head_of, lay_out
 
 pytestmark = pytest.mark.skipif(
@@ -157,6 +158,28 @@ def test_a_step_follows_its_gpt(how):
     tokens = torch.tensor([[3]])
     found = laid_out.read(gpt, tokens, None, gpt.new_cache(1, 4))
     torch.testing.assert_close(found, gpt.hidden(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "low_rank", "linear", "categorical"])
+@torch.no_grad()
+def test_short_states_have_hidden_layers_read_short_and_values_not(kind):
+    """Of bf16 trunks; the rows of tokens and all that is summed to a value stay as they are."""
+    torch.manual_seed(0)
+    config = {"linear": HeadsConfig("linear"), "low_rank": HeadsConfig("low_rank", 128)}.get(
+        kind, HeadsConfig(kind, 128, bins=4, low=0.0, high=1.0)
+    )
+    heads = ValueHeads(256, 50, config)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    states, tokens = torch.randn(9, 256).bfloat16().float(), torch.randint(0, 50, (9, 7))
+    exact = heads.target_q[0].of_many(states, tokens)
+    wrong = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        lay_out(heads, dtype)
+        with laid_out.laid_out(heads):
+            wrong[dtype] = (heads.target_q[0].of_many(states, tokens) - exact).abs().max()
+    assert wrong[torch.float32] <= 1e-5 * exact.abs().max()
+    assert 1e-5 < wrong[torch.bfloat16] / exact.std() < 0.02
 
 
 def test_nothing_keeps_a_trunk_alive(trunk):

@@ -66,9 +66,11 @@ class Guide:
             refuse_other_tokenizer(model, other)
             other.eval()
         guide = cls(model.eval(), own_values(model) if source is None else source)
-        heads = [m.heads for m in guide.source.models if m.heads] if guide.source else []
-        for module in [*guide.trunks, *heads]:
-            lay_out(module)
+        for trunk in guide.trunks:
+            lay_out(trunk)
+        for other in guide.source.models if guide.source else ():
+            if other.heads:
+                lay_out(other.heads, other.trunk.output_weight.dtype)
         return guide
 
     @property

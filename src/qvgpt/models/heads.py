@@ -350,6 +350,13 @@ class ValueHeads(nn.Module):
         """What rewards were multiplied with when these were learned; decoding divides by it."""
 
     @property
+    def hidden_layers(self) -> list[nn.Linear]:
+        """Those that values are read after: digits that autocast takes from them are not missed."""
+        states = [m for m in self.modules() if isinstance(m, StateHead) and len(m.layers) > 1]
+        found = [m.layers[0] for m in states] + [getattr(m, "project", None) for m in self.modules()]
+        return [m for m in found if isinstance(m, nn.Linear)]
+
+    @property
     def are_fresh(self) -> bool:
         """Whether nothing was learned yet: what begins at 0 is 0 still."""
         heads: list[Any] = [*self.q, *self.target_q]

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -23,10 +24,14 @@ from qvgpt.models.step import Step
 class _LaidOut:
     """What takes the place of a module's layers, of its LM head and of a step of it."""
 
-    def __init__(self, module: Any):
-        self.state = _state(module)
+    def __init__(self, module: Any, dtype: torch.dtype | None):
+        self.state, self.dtype = _state(module), dtype
         layers = _layers(module)
-        matrices = {id(layer): Blocked(layer.weight) for layer in layers}
+        short = set(map(id, module.hidden_layers)) if dtype == torch.bfloat16 else set()
+        matrices = {
+            id(layer): Blocked(layer.weight.to(dtype) if id(layer) in short else layer.weight)
+            for layer in layers
+        }
         self.forwards = [(layer, _forward(matrices[id(layer)], layer.bias)) for layer in layers]
         self.step = Step(module, matrices) if _suits(module) else None
         head = getattr(module, "output_weight", None)
@@ -44,10 +49,15 @@ class _LaidOut:
 _known: WeakKeyDictionary[nn.Module, _LaidOut] = WeakKeyDictionary()
 
 
-def lay_out(module: Any) -> None:
-    """Lay out the weights of a trunk or of value heads; again where they are others by now."""
-    if module not in _known or _known[module].state != _state(module):
-        _known[module] = _LaidOut(module)
+def lay_out(module: Any, dtype: torch.dtype | None = None) -> None:
+    """Lay out the weights of a trunk or of value heads; again where they are others by now.
+
+    `dtype` is that of the states that value heads are told: their hidden layers, which autocast
+    makes short of digits in training too, are read in it.
+    """
+    known = _known.get(module)
+    if known is None or known.state != _state(module) or known.dtype != dtype:
+        _known[module] = _LaidOut(module, dtype)
 
 
 def head_of(trunk: Any) -> Tensor | Blocked:
@@ -89,7 +99,9 @@ def _layers(module: Any) -> list[nn.Linear]:
 
 
 def _forward(matrix: Blocked, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: matrix(x, bias)
+    dtype = matrix.weight.dtype
+    b = None if bias is None else bias.detach().to(dtype)
+    return lambda x: matrix(x.to(dtype), b).to(x.dtype)
 
 
 def _suits(module: Any) -> bool:
