@@ -353,7 +353,9 @@ class ValueHeads(nn.Module):
     def hidden_layers(self) -> list[nn.Linear]:
         """Those that values are read after: digits that autocast takes from them are not missed."""
         states = [m for m in self.modules() if isinstance(m, StateHead) and len(m.layers) > 1]
-        found = [m.layers[0] for m in states] + [getattr(m, "project", None) for m in self.modules()]
+        found = [m.layers[0] for m in states] + [
+            getattr(m, "project", None) for m in self.modules()
+        ]
         return [m for m in found if isinstance(m, nn.Linear)]
 
     @property
