@@ -14,7 +14,7 @@ then and its states are kept, and the other methods learn values on those alone;
 `joint` learn all from scratch again, as every method does where a game freezes nothing. (A trunk
 that learned to clone alone will not do: amid a move it need not know what the move is worth.)
 Filtered cloning and soft Q-learning go on with the trunk of BC. Seconds include what a row is built
-on.
+on; of the seeds the median, for by the clock a training that was stopped for a while is a long one.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself (--ablation, of kinds of
@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from games import ABLATION, METHODS, Setting, quick_settings, settings
@@ -114,7 +114,7 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "ci95": interval(scores),
         "seeds": len(cells),
         "invalid_rate": fmean(c["invalid_rate"] for c in cells),
-        "seconds": fmean(c["seconds"] for c in cells),
+        "seconds": median(c["seconds"] for c in cells),
     }
 
 
