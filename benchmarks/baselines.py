@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import synchronize
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -185,15 +186,16 @@ def hugging_face_generate(
     shape: dict[str, int], prompts: Tensor, new: int, dtype: torch.dtype
 ) -> Callable[[], float]:
     """Transformers' `generate` with its dynamic cache, sampling from the whole vocabulary."""
-    model = _hugging_face(shape, heads=False, use_cache=True).to(dtype).eval()
+    model = _hugging_face(shape, heads=False, use_cache=True).to(prompts.device, dtype).eval()
     mask = torch.ones_like(prompts)
 
     def run() -> float:
         stamps: list[float] = []
 
         def clock(tokens: Tensor, scores: Any, **options: Any) -> Tensor:
+            synchronize()
             stamps.append(time.perf_counter())
-            return torch.zeros(len(tokens), dtype=torch.bool)
+            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
         model.generate(
             prompts,
@@ -216,7 +218,7 @@ def trlx_generate(
 ) -> Callable[[], float]:
     """trlX's ILQL sampler: the lesser of two slow MLP heads of the whole vocabulary, top 20."""
     trunk, heads = _hugging_face(shape, heads=True, use_cache=True)
-    trunk, heads = trunk.to(dtype).eval(), heads.to(dtype).eval()
+    trunk, heads = (x.to(prompts.device, dtype).eval() for x in (trunk, heads))
 
     @torch.no_grad()
     def run() -> float:
@@ -233,7 +235,9 @@ def trlx_generate(
             probability = scores.masked_fill(scores < least, float("-inf")).float().softmax(-1)
             tokens = torch.multinomial(probability, 1)
             if step == 0:
+                synchronize()
                 started = time.perf_counter()
+        synchronize()
         return time.perf_counter() - started
 
     return run

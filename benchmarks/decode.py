@@ -1,6 +1,7 @@
 """What guidance costs while decoding, and how fast our engine is beside others' code.
 
     python benchmarks/decode.py            writes decode.json beside itself; half an hour
+                                           (on a CUDA GPU decode_gpu.json)
     python benchmarks/decode.py --quick    seconds, tiny shapes, nothing written
 
 Random weights, prompts of 16 random tokens, bf16 unless a name says fp32; sampled from the whole
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from baselines import hugging_face_generate, trlx_generate
-from measure import in_process, interleaved, ratio
+from measure import device, in_process, interleaved, ratio, synchronize
 
 from qvgpt.decode.engine import Engine, Request
 from qvgpt.decode.policy import Guidance
@@ -70,7 +71,8 @@ def main() -> None:
     results = measure_all(shapes, 2 if options.quick else options.blocks)
     print(json.dumps(results, indent=1))
     if not options.quick:
-        (HERE / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
+        name = "decode.json" if device().type == "cpu" else "decode_gpu.json"
+        (HERE / name).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
@@ -127,7 +129,9 @@ def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
         "new_tokens": NEW_TOKENS,
         "blocks": blocks,
         "machine": {
-            "device": platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name()
+            if device().type == "cuda"
+            else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
@@ -143,7 +147,7 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
     """A callable that writes a batch of texts and returns the seconds after the first step."""
     torch.manual_seed(0)
     new = NEW_TOKENS[batch]
-    prompts = torch.randint(0, shape["vocab_size"], (batch, PROMPT))
+    prompts = torch.randint(0, shape["vocab_size"], (batch, PROMPT)).to(device())
     dtype = torch.float32 if name.endswith("_fp32") else torch.bfloat16
     name = name.removesuffix("_fp32")
     if name == "hf":
@@ -155,6 +159,7 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
     if model.heads is not None:
         for parameter in model.heads.parameters():
             torch.nn.init.normal_(parameter, std=0.02)  # else they know nothing yet
+    model.to(device())
     texts = prompts.tolist()
 
     def run() -> float:
@@ -162,9 +167,11 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
         for i, prompt in enumerate(texts):
             engine.submit(Request(prompt, new + 1, guidance, seed=i))
         engine.step()
+        synchronize()
         started = time.perf_counter()
         while engine.busy:
             engine.step()
+        synchronize()
         return time.perf_counter() - started
 
     return run
@@ -173,7 +180,7 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
 @cache
 def trunk(shape: tuple[tuple[str, int], ...], dtype: torch.dtype) -> GPT:
     """One for all engines."""
-    return GPT(**dict(shape)).to(dtype)
+    return GPT(**dict(shape)).to(device(), dtype)
 
 
 def weight_bytes(shape: str) -> int:
@@ -185,11 +192,13 @@ def weight_bytes(shape: str) -> int:
 
 def bandwidth(seconds: float = 2.0) -> float:
     """Bytes a second that all threads read at best."""
-    x = torch.ones(2**27)  # 512 MB
+    x = torch.ones(2**27 if device().type == "cpu" else 2**31, device=device())  # 0.5, 8 GB
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until:
+        synchronize()
         started = time.perf_counter()
         x.sum()
+        synchronize()
         best = max(best, 4 * len(x) / (time.perf_counter() - started))
     return best
 

@@ -47,6 +47,11 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
     return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
 
 
+def device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -83,8 +88,7 @@ def in_process(script: str, advised: bool = True, **job: Any) -> Any:
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048, seconds: float = 3.0) -> float:
     """Floating-point operations a second of a square matrix product, at its best."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until:
         synchronize()

@@ -15,6 +15,7 @@ then and its states are kept, and the other methods learn values on those alone;
 that learned to clone alone will not do: amid a move it need not know what the move is worth.)
 Filtered cloning and soft Q-learning go on with the trunk of BC. Seconds include what a row is built
 on; of the seeds the median, for by the clock a training that was stopped for a while is a long one.
+What ran on a GPU says so in its cell, and has no part in them.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself (--ablation, of kinds of
@@ -33,8 +34,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import torch
 from games import ABLATION, METHODS, Setting, quick_settings, settings
-from training import EVERY, drawn, objectives_of, train
+from training import DEVICE, EVERY, drawn, objectives_of, train
 
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import PrefixValues
@@ -108,13 +110,14 @@ def table(
 def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One method over its seeds; the interval is that of the mean score, None of one seed."""
     scores = [c["score"] for c in cells]
+    seconds = [c["seconds"] for c in cells if "gpu" not in c]
     return {
         "mean": fmean(c["mean"] for c in cells),
         "score": fmean(scores),
         "ci95": interval(scores),
         "seeds": len(cells),
         "invalid_rate": fmean(c["invalid_rate"] for c in cells),
-        "seconds": median(c["seconds"] for c in cells),
+        "seconds": median(seconds) if seconds else None,
     }
 
 
@@ -169,6 +172,7 @@ def cell(
         "invalid_rate": outcome.invalid_rate,
         "seconds": round(seconds, 1),
         "setting": said,
+        **({"gpu": torch.cuda.get_device_name()} if DEVICE.type == "cuda" else {}),
     }
     with kept.open("a") as lines:
         lines.write(json.dumps(found) + "\n")
@@ -224,9 +228,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines.append(f"| {game} | the logs | {found['data_mean']:.3f} | 0 | | | | |")
         for method, m in found["methods"].items():
             ci = "" if m["ci95"] is None else "{:.3f} … {:.3f}".format(*m["ci95"])
+            seconds = "" if m["seconds"] is None else f"{m['seconds']:.0f}"
             lines.append(
                 f"| | {method} | {m['mean']:.3f} | {m['score']:.3f} | {ci} | {m['seeds']} | "
-                f"{m['invalid_rate']:.4f} | {m['seconds']:.0f} |"
+                f"{m['invalid_rate']:.4f} | {seconds} |"
             )
         lines.append(f"| | optimum | {found['optimum']:.3f} | 1 | | | | |")
     return "\n".join(lines) + "\n"

@@ -28,6 +28,7 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json
 from qvgpt.trajectory import Trajectory, scaled
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVERY = METHODS | ABLATION
 States = dict[tuple[int, ...], Float[Tensor, "time embed"]]
 
@@ -43,7 +44,7 @@ def train(
     how, options, spent = EVERY[method], setting.fit, 0.0
     directory = work / method / str(seed)
     if (done := directory / "seconds.json").exists():
-        return ValueModel.from_pretrained(directory), json.loads(done.read_text())
+        return ValueModel.from_pretrained(directory).to(DEVICE), json.loads(done.read_text())
     tokenizer, texts = encoded(setting, seed)
     if how.goes_on:
         trunk, spent = trunk_of("BC", setting, seed, work)
@@ -185,10 +186,11 @@ def states(trunk: Backbone, texts: Sequence[Trajectory], batch: int = 32) -> Sta
     found: States = {}
     for start in range(0, len(different), batch):
         part = different[start : start + batch]
-        tokens = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
+        tokens = torch.zeros(len(part), len(part[-1]), dtype=torch.long, device=DEVICE)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         for row, text in enumerate(part):
-            tokens[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), True
+            tokens[row, : len(text)] = torch.tensor(text)
+            mask[row, : len(text)] = True
         for text, hidden in zip(part, trunk.hidden(tokens, mask), strict=True):
             found[text] = hidden[: len(text)].clone()
     return found
@@ -219,5 +221,5 @@ def _row(known: States, tokens: list[int], positions: list[int]) -> Float[Tensor
     starts = [i for i, position in enumerate(positions) if position == 0]
     texts = zip(starts, [*starts[1:], len(tokens)], strict=True)
     parts = [tuple(tokens[start:end]) for start, end in texts]
-    nothing = torch.zeros(1, next(iter(known.values())).size(1))
+    nothing = torch.zeros_like(next(iter(known.values()))[:1])
     return torch.cat([nothing if len(part) == 1 else known[part] for part in parts])

@@ -1,5 +1,7 @@
 """The KV cache of the GPT: one static buffer a layer."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -24,6 +26,8 @@ class KVCache:
         self.kv = kv  # per layer [keys and values, batch, heads, capacity+1, head_dim]
         self.length = length
         self.longest = 0  # an upper bound of `length`, kept on the host to spare a device sync
+        self.graphs: dict[int, Any] = {}
+        """A step on a GPU (`graph.py`), by how many slots are looked at."""
         self._of_one: tuple[int, Tensor, Tensor, list[_Layer]] | None = None
 
     @classmethod
@@ -47,7 +51,11 @@ class KVCache:
     @property
     def extent(self) -> int:
         """How many slots attention has to look at: whole buckets."""
-        return min(-(-self.longest // BUCKET) * BUCKET, self.capacity)
+        return self.extent_of(self.longest)
+
+    def extent_of(self, longest: int) -> int:
+        """The same, were the longest row so long."""
+        return min(-(-longest // BUCKET) * BUCKET, self.capacity)
 
     def slots(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
         """Where the next tokens go; the last slot for padding."""
@@ -128,6 +136,7 @@ class KVCache:
             self.kv[layer] = buffer[:, : len(rows)].contiguous()
         if len(rows) < len(self.length):
             self._of_one = None
+        self.graphs.clear()  # of the buffers that were
         self.length = self.length[rows]
 
     def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from qvgpt.models import graph
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.gpt import GPT
 from qvgpt.models.step import Step
@@ -79,6 +80,8 @@ def read(
 ) -> Float[Tensor, "batch time embed"]:
     """`trunk.hidden` by what `lay_out` made, where it did. Gradients do not pass there."""
     known = _known.get(trunk)
+    if tokens.size(1) == 1 and graph.suits(trunk, cache):
+        return graph.step(trunk, tokens, mask, cache)
     if known is None:
         return trunk.hidden(tokens, mask, cache=cache)
     if known.step is not None and tokens.size(1) == 1:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from qvgpt.models.blocked import Blocked, product
 
 CHUNK_ELEMENTS = 2**26  # 128 MiB in bf16; a chunk of fewer than 1000 rows slows the products
-_BLOCK_ELEMENTS = 2**19  # of the softmax within a chunk: it stays in the processor's cache
+_BLOCK_ELEMENTS = 2**19  # of the softmax within a chunk: on a CPU it stays in the cache
 
 
 def wide(x: Tensor) -> Tensor:
@@ -269,7 +269,8 @@ def _to_softmax(
     z: Float[Tensor, "rows vocab"], lse: Float[Tensor, "rows"], softcap: float | None
 ) -> None:
     """In place: z becomes ∂lse/∂z, which is its softmax; its log-sum-exp goes to `lse`, in fp32."""
-    for rows in _slices(len(z), max(1, _BLOCK_ELEMENTS // z.size(1))):
+    size = max(1, _BLOCK_ELEMENTS // z.size(1)) if z.device.type == "cpu" else len(z)
+    for rows in _slices(len(z), size):
         block = wide(z[rows])
         if softcap is not None:
             block = softcap * torch.tanh(block / softcap)
