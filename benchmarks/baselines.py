@@ -186,7 +186,8 @@ def hugging_face_generate(
     shape: dict[str, int], prompts: Tensor, new: int, dtype: torch.dtype
 ) -> Callable[[], float]:
     """Transformers' `generate` with its dynamic cache, sampling from the whole vocabulary."""
-    model = _hugging_face(shape, heads=False, use_cache=True).to(prompts.device, dtype).eval()
+    with prompts.device:
+        model = _hugging_face(shape, heads=False, use_cache=True).to(dtype).eval()
     mask = torch.ones_like(prompts)
 
     def run() -> float:
@@ -217,8 +218,9 @@ def trlx_generate(
     shape: dict[str, int], prompts: Tensor, new: int, dtype: torch.dtype, beta: float = 2.0
 ) -> Callable[[], float]:
     """trlX's ILQL sampler: the lesser of two slow MLP heads of the whole vocabulary, top 20."""
-    trunk, heads = _hugging_face(shape, heads=True, use_cache=True)
-    trunk, heads = (x.to(prompts.device, dtype).eval() for x in (trunk, heads))
+    with prompts.device:
+        trunk, heads = _hugging_face(shape, heads=True, use_cache=True)
+    trunk, heads = trunk.to(dtype).eval(), heads.to(dtype).eval()
 
     @torch.no_grad()
     def run() -> float:

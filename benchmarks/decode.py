@@ -155,11 +155,11 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
     if name == "trlx":
         return trlx_generate(shape, prompts, new, dtype)
     heads, guidance = ENGINES[name]
-    model = ValueModel(trunk(tuple(shape.items()), dtype), heads)
+    with device():
+        model = ValueModel(trunk(tuple(shape.items()), dtype), heads)
     if model.heads is not None:
         for parameter in model.heads.parameters():
             torch.nn.init.normal_(parameter, std=0.02)  # else they know nothing yet
-    model.to(device())
     texts = prompts.tolist()
 
     def run() -> float:
@@ -180,7 +180,8 @@ def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
 @cache
 def trunk(shape: tuple[tuple[str, int], ...], dtype: torch.dtype) -> GPT:
     """One for all engines."""
-    return GPT(**dict(shape)).to(device(), dtype)
+    with device():
+        return GPT(**dict(shape)).eval().to(dtype)
 
 
 def weight_bytes(shape: str) -> int:

@@ -4,7 +4,6 @@ All functions work in decision time (see `trajectory.py`): step k+1 follows step
 and every tensor is [batch, steps].
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -22,16 +21,21 @@ def lambda_returns(
     λ = 0 is the one-step TD target, λ = 1 the Monte-Carlo return. `discount` is γ where
     the episode goes on and 0 where it ended; at the last unmasked step Gₖ₊₁ is vₖ₊₁. λ may be
     one for each step k.
-    A backward scan: no power of γ is ever formed, so none underflows.
+    Gₖ = aₖ + bₖ Gₖ₊₁ is taken two, four, eight … steps ahead at a time. Nothing is divided by a
+    power of γ: where one underflows, what it would have added is nothing.
     """
     has_next = F.pad(mask[:, 1:], (0, 1))
     weight = lambda_ * has_next.float()
-    target, targets = torch.zeros_like(reward[:, 0]), []
-    for k in reversed(range(reward.size(1))):
-        future = (1 - weight[:, k]) * next_value[:, k] + weight[:, k] * target
-        target = reward[:, k] + discount[:, k] * future
-        targets.append(target)
-    return torch.stack(targets[::-1], dim=1)
+    target = reward + discount * (1 - weight) * next_value
+    if not isinstance(lambda_, Tensor) and lambda_ == 0:
+        return target
+    factor, ahead = discount * weight, 1
+    while ahead < reward.size(1):
+        later = (0, ahead)
+        target = target + factor * F.pad(target[:, ahead:], later)
+        factor = factor * F.pad(factor[:, ahead:], later)
+        ahead *= 2
+    return target
 
 
 def gae(

@@ -3,6 +3,7 @@ import torch
 
 from qvgpt.decode.engine import Request, write
 from qvgpt.decode.policy import Guidance
+from qvgpt.models import graph
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig
 from qvgpt.models.laid_out import read
@@ -31,13 +32,12 @@ def requests() -> list[Request]:
 
 
 @gpu
-def test_recorded_steps_write_what_a_cpu_writes() -> None:
+def test_recorded_steps_write_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     # rows of every length, over three buckets of the cache, joining and leaving
-    model = model_of_random_weights()
-    here = [text.tokens for text in write(model, requests(), max_batch=4)]
-    there = [text.tokens for text in write(model.to("cuda"), requests(), max_batch=4)]
-    same = sum(a == b for a, b in zip(here, there, strict=True))
-    assert same >= len(here) - 1, (here, there)  # two candidates may be closer than rounding
+    model = model_of_random_weights().to("cuda")
+    recorded = [text.tokens for text in write(model, requests(), max_batch=4)]
+    monkeypatch.setattr(graph, "suits", lambda trunk, cache: False)
+    assert recorded == [text.tokens for text in write(model, requests(), max_batch=4)]
 
 
 @gpu

@@ -6,6 +6,7 @@ Hugging Face's GPT-2 directories, read and written exactly.
 """
 
 import json
+from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
 from qvgpt.models.attention import Packed, attention, packed_attention
-from qvgpt.models.backbone import Dtype
+from qvgpt.models.backbone import Backbone, Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
 from qvgpt.models.kv_cache import KVCache
 
@@ -270,6 +271,10 @@ class GPT(nn.Module):
                 f"{path}: the weights do not fit config.json: {one_line(error)}"
             ) from None
         return model.to(state["head.weight"].dtype if dtype == "auto" else getattr(torch, dtype))
+
+
+# a module within a module is no attribute to the protocols of Python 3.12
+ABCMeta.register(Backbone, GPT)
 
 
 def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
