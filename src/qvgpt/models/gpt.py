@@ -274,7 +274,7 @@ class GPT(nn.Module):
 
 
 # a module within a module is no attribute to the protocols of Python 3.12
-ABCMeta.register(Backbone, GPT)
+ABCMeta.register(Backbone, GPT)  # pyright: ignore[reportArgumentType]
 
 
 def _causal(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
