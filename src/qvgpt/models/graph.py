@@ -54,8 +54,10 @@ def step(
     longest = min(cache.longest + 1, cache.capacity)
     extent = cache.extent_of(longest)
     if extent not in cache.graphs:
-        cache.graphs[extent] = None
-        return gpt.hidden(tokens, mask, cache=cache)
+        cache.graphs[extent], length = None, cache.length
+        hidden = gpt.hidden(tokens, mask, cache=cache)
+        cache.length = length.copy_(cache.length)  # which the graphs of other extents write to
+        return hidden
     graph = cache.graphs[extent]
     if graph is None:
         graph = cache.graphs[extent] = Graph.of(gpt, cache, len(tokens))
