@@ -44,7 +44,12 @@ class Method:
     @property
     def has_q(self) -> bool:
         """Whether values guide it; else it is the policy that its trunk learned."""
-        return self.learns != "PathConsistency" and not self.is_text
+        return not self.is_policy and not self.is_text
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether log π/π₀ is the advantage that it learned."""
+        return self.learns == "PathConsistency"
 
     @property
     def is_text(self) -> bool:

@@ -13,9 +13,12 @@ MonteCarlo learns trunk and values together, from scratch. Where a game says so 
 then and its states are kept, and the other methods learn values on those alone; those named
 `joint` learn all from scratch again, as every method does where a game freezes nothing. (A trunk
 that learned to clone alone will not do: amid a move it need not know what the move is worth.)
-Filtered cloning and soft Q-learning go on with the trunk of BC. Seconds include what a row is built
-on; of the seeds the median, for by the clock a training that was stopped for a while is a long one.
-What ran on a GPU says so in its cell, and has no part in them.
+Filtered cloning and soft Q-learning go on with the trunk of BC; what the latter learned, log π/π₀,
+guides BC, so that its tokens are candidates of the logs like those of all others.
+
+Seconds include what a row is built on; of the seeds the median, for by the clock a training that
+was stopped for a while is a long one. What ran on a GPU says so in its cell, and has no part in
+them.
 
 score = (mean return − that of the logs) / (optimum − that of the logs), per seed; policies are
 judged by free generation. Writes results.json and table.md beside itself (--ablation, of kinds of
@@ -39,7 +42,7 @@ from games import ABLATION, METHODS, Setting, quick_settings, settings
 from training import DEVICE, EVERY, drawn, objectives_of, train
 
 from qvgpt.decode.policy import Guidance
-from qvgpt.decode.sources import PrefixValues
+from qvgpt.decode.sources import Contrast, PrefixValues
 from qvgpt.envs.games import play, row_return, score
 from qvgpt.envs.wordle import Wordle
 from qvgpt.errors import QvgptError
@@ -147,13 +150,14 @@ def cell(
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     model, seconds = train(task, setting, method, seed, work / name)
-    prefix = setting.reads == "prefix" and EVERY[method].has_q
+    writes, values = model, None
+    if EVERY[method].is_policy:
+        writes, _ = train(task, setting, "BC", seed, work / name)
+        values = Contrast(model, writes)
+    elif setting.reads == "prefix" and EVERY[method].has_q:
+        values = PrefixValues(model)
     policy = engine_policy(
-        model,
-        guided(setting, method),
-        max_tokens=task.max_tokens,
-        seed=seed,
-        values=PrefixValues(model) if prefix else None,
+        writes, guided(setting, method), max_tokens=task.max_tokens, seed=seed, values=values
     )
     outcome = play(
         [task.new() for _ in range(setting.evaluations)],
@@ -183,6 +187,8 @@ def cell(
 def guided(setting: Setting, method: str) -> Guidance:
     """How the method's policy is sampled."""
     how = EVERY[method]
+    if how.is_policy:
+        return replace(setting.guidance, beta=1.0)
     if not how.has_q:
         return replace(setting.guidance, beta=0.0)
     if how.functional == "soft":
