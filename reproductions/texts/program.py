@@ -7,6 +7,7 @@ rows. Intervals are bootstrapped over test rows, a row's figure being that of al
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def summary(cells: Sequence[dict[str, Any]], rows: Sequence[Row], judge: Judge) 
             "metrics": {k: _figures(e) for k, e in estimates.items()},
             "kl_to_base": _mean(cells, name, "kl"),
             "relative_cost": (_mean(cells, name, "forward_tokens") or 0.0) / (read_by_base or 1.0),
-            "words": float(np.mean([len(t.split()) for several in texts[name] for t in several])),
+            "words": float(np.mean([_words(t) for several in texts[name] for t in several])),
         })  # fmt: skip
     by_name = {row["system"]: row["metrics"][judge.metrics[0]] for row in found}
     base, guided = by_name["base"], by_name["guided"]
@@ -126,6 +127,11 @@ def summary(cells: Sequence[dict[str, Any]], rows: Sequence[Row], judge: Judge) 
         "guided_against": against,
         "rows": found,
     }
+
+
+def _words(text: str) -> int:
+    """Each character of Chinese is one."""
+    return len(re.findall(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+", text))
 
 
 def _figures(estimate: Any) -> dict[str, Any]:
