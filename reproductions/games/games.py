@@ -206,8 +206,12 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
     """The games of the table; those that need words only where there are some."""
     fit = FitOptions(epochs=1000.0, max_steps=400, batch_size=100, lr=2e-3, tau=0.1)
     whole = {"gamma": 1.0}
-    best = {"ILQL": {**whole, "expectile": 0.95, "cql_weight": 0.0}, "DoubleQ": whole}
-    by_turns = {"ILQL": {**best["ILQL"], "expectile": 0.9, "bootstrap": "turn"}, "DoubleQ": whole}
+    best = {
+        "ILQL": {**whole, "expectile": 0.95, "cql_weight": 0.0},
+        "DoubleQ": whole,
+        "PathConsistency": {"lambda_": 0.9},  # of whole paths it diverges where they are long
+    }
+    by_turns = {**best, "ILQL": {**best["ILQL"], "expectile": 0.9, "bootstrap": "turn"}}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
     # a game's length is its return here: batches of similar lengths would be batches of one return
     turns = replace(fit, max_steps=1200, batch_size=16, packed=True)
