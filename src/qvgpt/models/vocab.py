@@ -15,12 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qvgpt.models import softmax_gpu
 from qvgpt.models.blocked import Blocked, product
-
-try:
-    from qvgpt.models.softmax_gpu import to_softmax as _on_gpu
-except ImportError:  # no Triton here
-    _on_gpu = None
 
 CHUNK_ELEMENTS = 2**26  # 128 MiB in bf16; a chunk of fewer than 1000 rows slows the products
 _BLOCK_ELEMENTS = 2**19  # of the softmax within a chunk: on a CPU it stays in the cache
@@ -287,8 +283,8 @@ def _to_softmax(
 
     Columns beyond the vocabulary are no tokens, and become zero.
     """
-    if _on_gpu is not None and z.is_cuda:
-        _on_gpu(z, lse, softcap, vocab_size)
+    if z.is_cuda and softmax_gpu.is_there():
+        softmax_gpu.to_softmax(z, lse, softcap, vocab_size)
         return
     z[:, vocab_size:] = 0
     z = z[:, :vocab_size]
