@@ -41,15 +41,15 @@ if triton is not None:
 
     @triton.jit
     def _rows(
-        z: Any,
-        lse: Any,
-        stride: Any,
-        size: Any,
-        width: Any,
-        cap: Any,
+        z,
+        lse,
+        stride,
+        size,
+        width,
+        cap,
         capped: tl.constexpr,  # pyright: ignore[reportInvalidTypeForm]
         block: tl.constexpr,  # pyright: ignore[reportInvalidTypeForm]
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         z += row * stride
         most, total = -float("inf"), 0.0
