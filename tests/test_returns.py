@@ -51,3 +51,20 @@ def test_no_power_of_gamma_underflows():
     returns = lambda_returns(reward, discount, zero, mask, lambda_=1.0)
     assert returns.isfinite().all()
     torch.testing.assert_close(returns[0, -3:], torch.tensor([0.81, 0.9, 1.0]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 37])
+def test_many_steps_at_once_are_one_after_the_other(steps):
+    torch.manual_seed(0)
+    reward, next_value, lambda_ = torch.randn(3, 4, steps).unbind()
+    discount, lambda_ = torch.rand(4, steps), lambda_.sigmoid()
+    mask = torch.arange(steps) < torch.tensor([[steps], [max(1, steps // 2)], [1], [0]])
+    expected = torch.zeros(4, steps)
+    for k in reversed(range(steps)):
+        goes_on = mask[:, k + 1] if k + 1 < steps else torch.zeros(4, dtype=torch.bool)
+        later = expected[:, k + 1] if k + 1 < steps else torch.zeros(4)
+        mixed = (1 - lambda_[:, k]) * next_value[:, k] + lambda_[:, k] * later
+        future = torch.where(goes_on, mixed, next_value[:, k])
+        expected[:, k] = reward[:, k] + discount[:, k] * future
+    found = lambda_returns(reward, discount, next_value, mask, lambda_)
+    torch.testing.assert_close(found * mask, expected * mask)
