@@ -32,7 +32,8 @@ class Graph:
         mask = torch.ones(rows, 1, dtype=torch.bool, device=device)
         recorded = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(recorded):
+            # a server has other threads, which may ask the GPU for something meanwhile
+            with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
                 hidden = gpt.hidden(tokens, mask, cache=cache)
                 length.copy_(cache.length)
         finally:
