@@ -209,7 +209,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
     best = {
         "ILQL": {**whole, "expectile": 0.95, "cql_weight": 0.0},
         "DoubleQ": whole,
-        "PathConsistency": {"lambda_": 0.9},  # of whole paths it diverges where they are long
+        "PathConsistency": {"lambda_": 0.9},  # of whole paths it diverges in mazes
     }
     by_turns = {**best, "ILQL": {**best["ILQL"], "expectile": 0.9, "bootstrap": "turn"}}
     graphs = StarGraphs(degree=2, length=3, num_labels=12)
