@@ -8,7 +8,7 @@ from qvgpt.decode.policy import (
     NextToken,
     fold,
     folds,
-    guided_logprob,
+    guided_logits,
     joined_q,
     next_token,
 )
@@ -19,7 +19,7 @@ Q = torch.tensor([[0.0, 1.0, -1.0, 3.0]])
 
 
 def guided(q=Q, **options):
-    return guided_logprob(BASE, q, Guidance(**options)).exp()[0].tolist()
+    return guided_logits(BASE, q, Guidance(**options)).softmax(-1)[0].tolist()
 
 
 def normalised(*weights):
@@ -39,7 +39,7 @@ def dense(policy, size):
 def test_the_formula_by_hand():
     base = torch.randn(3, 5).log_softmax(-1)
     q, v = torch.randn(3, 5), torch.randn(3, 1)
-    found = guided_logprob(base, q, Guidance(beta=1.7)).exp().double()
+    found = guided_logits(base, q, Guidance(beta=1.7)).softmax(-1).double()
     weight = base.double().exp() * (1.7 * (q - v).double()).exp()
     torch.testing.assert_close(found, weight / weight.sum(-1, keepdim=True), atol=1e-6, rtol=0)
 
@@ -48,7 +48,7 @@ def test_a_constant_on_all_values_changes_nothing():
     base, q = torch.randn(3, 5).log_softmax(-1), torch.randn(3, 5)
     for options in ({}, {"top_k": 3}, {"top_p": 0.8, "temperature": 0.5}):
         guidance = Guidance(beta=2.0, **options)
-        a, b = guided_logprob(base, q, guidance), guided_logprob(base, q + 7.0, guidance)
+        a, b = (guided_logits(base, x, guidance).log_softmax(-1) for x in (q, q + 7.0))
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
@@ -73,7 +73,7 @@ def test_truncation_by_hand():
 
 def test_equal_tokens_do_not_slip_in_past_top_k():
     flat = torch.zeros(2, 6).log_softmax(-1)
-    assert (guided_logprob(flat, None, Guidance(top_k=2)) > float("-inf")).sum(-1).tolist() == [
+    assert (guided_logits(flat, None, Guidance(top_k=2)) > float("-inf")).sum(-1).tolist() == [
         2,
         2,
     ]
@@ -155,7 +155,7 @@ def test_gathered_path_is_the_full_path(make_model, kind, twins, top_k):
     gathered = next_token(model, h, guidance)
     assert gathered.tokens.size(1) == min(top_k, size)
     base = (h @ model.trunk.output_weight.T).log_softmax(-1)
-    full = guided_logprob(base, joined_q(model, h, None, twins), guidance).exp()
+    full = guided_logits(base, joined_q(model, h, None, twins), guidance).softmax(-1)
     torch.testing.assert_close(dense(gathered, size), full, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         gathered.base_logprob, base.gather(1, gathered.tokens), atol=1e-5, rtol=0

@@ -19,7 +19,7 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.blocks import BlockSearch
 from qvgpt.decode.engine import Request, generate, row_seed, write
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import Guidance, guided_logprob
+from qvgpt.decode.policy import Guidance, guided_logits
 from qvgpt.decode.rerank import candidate_seed, choice_kl, last_q, write_best
 from qvgpt.decode.score import score
 from qvgpt.decode.search import Judge
@@ -277,7 +277,7 @@ def test_the_guided_policy_of_a_table_is_the_formula_in_float64():
     base = torch.tensor([[game.policy[n, a] for a in ACTIONS] for n in nodes], dtype=torch.float64)
     known = torch.tensor([[q[n, a] for a in ACTIONS] for n in nodes], dtype=torch.float64)
     for beta in (-3.0, 0.0, 1.0, 20.0):
-        found = guided_logprob(base.log(), known, Guidance(beta=beta)).exp()
+        found = guided_logits(base.log(), known, Guidance(beta=beta)).softmax(-1)
         for n in nodes:
             weight = [game.policy[n, a] * math.exp(beta * (q[n, a] - v[n])) for a in ACTIONS]
             exact = [w / sum(weight) for w in weight]

@@ -9,7 +9,7 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.budget import solve_beta
 from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.guided_head import GuidedHead, guide
-from qvgpt.decode.policy import Guidance, folds, guided_logprob, next_token
+from qvgpt.decode.policy import Guidance, folds, guided_logits, next_token
 from qvgpt.decode.score import score, sequence_kl
 from qvgpt.decode.sources import TokenScorer
 from qvgpt.errors import QvgptError
@@ -64,7 +64,7 @@ def test_each_token_spends_its_budget_and_says_so(make_model, kind, temperature)
         for token, report in zip(written.tokens, written.reports, strict=True):
             h = model.trunk.hidden(torch.tensor([text]))[:, -1]
             base = (h @ model.trunk.output_weight.T).log_softmax(-1)
-            cut = guided_logprob(base, None, Guidance(top_k=20, top_p=0.95))
+            cut = guided_logits(base, None, Guidance(top_k=20, top_p=0.95)).log_softmax(-1)
             q = torch.stack([head(h) for head in model.heads.target_q]).mean(0)
             assert report.spent == pytest.approx(0.2, abs=1e-4)
             assert report.beta > 0

@@ -10,6 +10,7 @@ say; `candidates="guided"` truncates afterwards, as stock engines must. Where th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,65 +160,81 @@ class NextToken:
     """The distribution of the next token over its candidates, for a batch of states."""
 
     tokens: Int[Tensor, "rows candidates"]
-    logprob: Float[Tensor, "rows candidates"]
-    """What is sampled from: guided, truncated, tempered, normalised; −inf where cut."""
-    base_logprob: Float[Tensor, "rows candidates"]
-    """Of the whole vocabulary at temperature 1. Meaningless on the folded path."""
+    logits: Float[Tensor, "rows candidates"]
+    """What is sampled from, up to a number per row: guided, truncated, tempered; −inf where cut."""
+    base_logits: Float[Tensor, "rows vocab"]
+    """Of the whole vocabulary. Guided already on the folded path."""
     beta: Float[Tensor, "rows"] | None = None
     """β of each row, where it is not the guidance's one for all."""
     spent: Float[Tensor, "rows"] | None = None
     """What each row takes of a `kl_budget`: KL over the candidates, both at temperature 1."""
+
+    @cached_property
+    def logprob(self) -> Float[Tensor, "rows candidates"]:
+        """log π, normalised."""
+        return self.logits.log_softmax(-1)
+
+    @cached_property
+    def base_logprob(self) -> Float[Tensor, "rows candidates"]:
+        """log π₀ of the candidates, over the whole vocabulary at temperature 1. Meaningless on the
+        folded path."""
+        every = self.base_logits.log_softmax(-1)
+        return every if every.shape == self.tokens.shape else every.gather(1, self.tokens)
 
     def sample(
         self, uniform: Float[Tensor, "rows"]
     ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
         """One token per row from one number in [0, 1) per row; also its place among candidates."""
         level = uniform.double()[:, None]
-        place = _place(self.logprob.exp(), level)
+        place = _place(self.logits.softmax(-1), level)
         return self.tokens.gather(1, place)[:, 0], place[:, 0]
 
-    def kl(self) -> Float[Tensor, "rows"]:
-        """KL(guided ‖ base) of this step, the base over its whole vocabulary.
+    def kl(
+        self, base_logprob: Float[Tensor, "rows candidates"] | None = None
+    ) -> Float[Tensor, "rows"]:
+        """KL(guided ‖ base) of this step, the base (None: the model's own) over its whole vocabulary.
 
         Rounding may put that of equal distributions a little below 0: it is 0 then.
         """
+        base = self.base_logprob if base_logprob is None else base_logprob
         p = self.logprob.exp()
-        kl = (p * (self.logprob - self.base_logprob)).where(p > 0, 0.0).sum(-1)
+        kl = (p * (self.logprob - base)).where(p > 0, 0.0).sum(-1)
         return kl.clamp(min=0.0)
 
     def greedy(self) -> "NextToken":
         """All probability on the likeliest candidate, so that log π is 0 and KL is −log π₀."""
-        place = self.logprob.argmax(-1, keepdim=True)
+        place = self.logits.argmax(-1, keepdim=True)
         return NextToken(
             self.tokens.gather(1, place),
-            torch.zeros_like(place, dtype=self.logprob.dtype),
-            self.base_logprob.gather(1, place),
+            torch.zeros_like(place, dtype=self.logits.dtype),
+            self.base_logits,
             self.beta,
             self.spent,
         )
 
 
-def guided_logprob(
-    base_logprob: Float[Tensor, "rows candidates"],
+def guided_logits(
+    base_logits: Float[Tensor, "rows candidates"],
     q: Float[Tensor, "rows candidates"] | None,
     guidance: Guidance,
     beta: Float[Tensor, "rows"] | None = None,
 ) -> Float[Tensor, "rows candidates"]:
-    """log π over the given candidates: truncation, guidance and temperature in their order.
+    """log π over the given candidates up to a number per row: truncation, guidance and temperature
+    in their order.
 
     `beta` says that of each row; None: the guidance's. At temperature 0 that of temperature 1: its
     mode is what greedy decoding picks.
     """
-    logits = base_logprob
+    logits = base_logits
     if guidance.candidates == "base":
         logits = _truncate(logits, guidance)
     if q is not None and (beta is not None or guidance.beta):
         logits = logits + (guidance.beta if beta is None else beta[:, None]) * q
     if guidance.candidates == "guided":
-        logits = _truncate(logits.log_softmax(-1), guidance)
+        logits = _truncate(logits, guidance)
     if guidance.temperature not in (0.0, 1.0):
         logits = logits / guidance.temperature
-    return logits.log_softmax(-1)
+    return logits
 
 
 def next_token(
@@ -259,11 +276,10 @@ def distribution(
 
     Of a padded vocabulary only the first `known` tokens exist.
     """
-    logits = vocab.logits(hidden, weight if folded is None else folded, softcap)
+    every = vocab.logits(hidden, weight if folded is None else folded, softcap)
     if known is not None:
-        logits[:, known:] = NEG_INF
-    base = logits.log_softmax(-1)
-    tokens, gathered, q, spent = _everything(base), None, None, None
+        every[:, known:] = NEG_INF
+    base, tokens, gathered, q, spent = every, _everything(every), None, None, None
     cut = guidance.top_k if (guidance.top_k or base.size(-1)) < base.size(-1) else None
     # folded logits are guided already
     if cut and (guidance.candidates == "base" or folded is not None):
@@ -275,12 +291,11 @@ def distribution(
         if guidance.kl_budget is not None:
             among = _truncate(base, guidance)
             beta, spent = solve_beta(among, q, guidance.kl_budget, guidance.beta_max)
-    plain = q is None and not guidance.truncates and guidance.temperature in (0.0, 1.0)
-    logprob = base if plain else guided_logprob(base, q, guidance, beta)
-    if cut and cut < logprob.size(-1):  # in the order that folded ones have: a seed's text is one
-        logprob, tokens = logprob.topk(cut, dim=-1)
-        base = base.gather(1, tokens)
-    picked = NextToken(tokens, logprob, base, beta, spent)
+    logits = guided_logits(base, q, guidance, beta)
+    if cut and cut < logits.size(-1):  # in the order that folded ones have: a seed's text is one
+        logits, places = logits.topk(cut, dim=-1)
+        tokens = tokens.gather(1, places)
+    picked = NextToken(tokens, logits, every, beta, spent)
     return picked.greedy() if guidance.temperature == 0 else picked
 
 
@@ -407,26 +422,26 @@ def _everything(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows vocab"
 
 
 def _truncate(
-    logprob: Float[Tensor, "rows candidates"], guidance: Guidance
+    logits: Float[Tensor, "rows candidates"], guidance: Guidance
 ) -> Float[Tensor, "rows candidates"]:
     """−inf outside top_k, top_p and min_p, applied in that order."""
-    if guidance.top_k is not None and guidance.top_k < logprob.size(-1):
-        kept = logprob.topk(guidance.top_k, dim=-1).indices  # k of them, even where some are equal
-        logprob = logprob.masked_fill(_all_but(logprob, kept), NEG_INF)
+    if guidance.top_k is not None and guidance.top_k < logits.size(-1):
+        kept = logits.topk(guidance.top_k, dim=-1).indices  # k of them, even where some are equal
+        logits = logits.masked_fill(_all_but(logits, kept), NEG_INF)
     if guidance.top_p is not None and guidance.top_p < 1:  # 1 would cut what rounding adds up
-        ordered, index = logprob.sort(dim=-1, descending=True)
+        ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p  # the probability ahead of each token; the first always stays
-        cut = torch.zeros_like(logprob, dtype=torch.bool)
+        cut = torch.zeros_like(logits, dtype=torch.bool)
         cut = cut.scatter(-1, index, before >= guidance.top_p)
-        logprob = logprob.masked_fill(cut, NEG_INF)
+        logits = logits.masked_fill(cut, NEG_INF)
     if guidance.min_p is not None:
-        floor = logprob.amax(-1, keepdim=True) + torch.tensor(guidance.min_p).log().to(logprob)
-        logprob = logprob.masked_fill(logprob < floor, NEG_INF)
-    return logprob
+        floor = logits.amax(-1, keepdim=True) + torch.tensor(guidance.min_p).log().to(logits)
+        logits = logits.masked_fill(logits < floor, NEG_INF)
+    return logits
 
 
 def _all_but(
-    logprob: Float[Tensor, "rows candidates"], kept: Int[Tensor, "rows k"]
+    logits: Float[Tensor, "rows candidates"], kept: Int[Tensor, "rows k"]
 ) -> Bool[Tensor, "rows candidates"]:
-    return torch.ones_like(logprob, dtype=torch.bool).scatter(-1, kept, False)
+    return torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)

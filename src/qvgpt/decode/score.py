@@ -119,7 +119,7 @@ def sequence_kl(
             policy = _policy(guide, states, guidance, None if betas is None else betas[at])
             plain = next_token(base, theirs[at.to(theirs.device)], Guidance()).base_logprob
             logprob = plain.to(policy.tokens.device).gather(1, policy.tokens)
-            steps[at] = NextToken(policy.tokens, policy.logprob, logprob).kl().cpu()
+            steps[at] = policy.kl(logprob).cpu()
         each = iter(steps.tolist())
         counts = batch.mask.sum(1).tolist()
         found |= {i: sum(islice(each, n)) for i, n in zip(chosen, counts, strict=True)}
@@ -273,13 +273,10 @@ def _reports(
     alternatives: int,
 ) -> list[TokenReport]:
     """Reports on the given next tokens, which need not be candidates."""
-    model = guide.model
-    action = action.to(model.device)
+    action = action.to(guide.model.device)
     policy = _policy(guide, states, guidance, beta)
     taken = policy.tokens == action[:, None]
-    base = policy.base_logprob
-    if base.size(1) < model.trunk.vocab_size:  # candidates only
-        base = next_token(model, states.of(model.trunk), Guidance()).base_logprob
+    base = policy.base_logits.log_softmax(-1)
     columns = [
         base.gather(1, action[:, None])[:, 0].tolist(),
         policy.logprob.where(taken, NEG_INF).amax(-1).tolist(),

@@ -176,8 +176,8 @@ class GPT(nn.Module):
         slot = visible = None
         if cache is not None:
             assert mask is not None
+            cache.grow(tokens.size(1))
             slot = cache.slots(mask)
-            cache.longest = min(cache.longest + tokens.size(1), cache.capacity)
             visible = cache.visible(slot)
             positions = slot.clamp(max=self.seq_len - 1) if positions is None else positions
         elif mask is not None:

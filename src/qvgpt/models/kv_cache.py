@@ -1,4 +1,4 @@
-"""The KV cache of the GPT: one static buffer a layer."""
+"""The KV cache of the GPT: one buffer a layer."""
 
 from typing import Any
 
@@ -14,17 +14,25 @@ _Layer = tuple[Tensor, Tensor, Tensor]
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, one static buffer a layer.
+    """Keys and values of the tokens read so far, one buffer a layer.
 
     Slot i of a row holds that row's i-th real token: padding, left or right, is never stored,
-    so rows of any length sit in one batch and slot = position. One slot more than `capacity`
-    takes what padding would write. On a CPU they are kept in fp32, whatever the weights are: what
+    so rows of any length sit in one batch and slot = position. The last slot of a buffer takes
+    what padding would write. On a CPU they are kept in fp32, whatever the weights are: what
     one token does with them is faster there, in bf16 up to eight times (benchmarks/decode.py).
+
+    There the buffers also grow by a bucket at a time: a slot or more that nobody looks at, between
+    one row's keys and the next one's, halves the speed they are read at, which is why a buffer has
+    no room to spare. A GPU's are as large as they may ever be, for graphs of steps to lie still.
     """
 
-    def __init__(self, kv: list[Tensor], length: Int[Tensor, "batch"]):
-        self.kv = kv  # per layer [keys and values, batch, heads, capacity+1, head_dim]
+    def __init__(
+        self, kv: list[Tensor], length: Int[Tensor, "batch"], capacity: int | None = None
+    ):
+        self.kv = kv  # per layer [keys and values, batch, heads, room + 1, head_dim]
         self.length = length
+        self.capacity = self.room if capacity is None else capacity
+        """How many tokens a row may hold."""
         self.longest = 0  # an upper bound of `length`, kept on the host to spare a device sync
         self.graphs: dict[int, Any] = {}
         """A step on a GPU (`graph.py`), by how many slots are looked at."""
@@ -39,14 +47,28 @@ class KVCache:
         dtype = like.dtype
         if like.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
-        size = (2, batch, heads, capacity + 1, head_dim)
-        kv = [like.new_zeros(size, dtype=dtype) for _ in range(layers)]
-        return cls(kv, torch.zeros(batch, dtype=torch.long, device=like.device))
+        kv = [like.new_zeros((2, batch, heads, 1, head_dim), dtype=dtype) for _ in range(layers)]
+        cache = cls(kv, torch.zeros(batch, dtype=torch.long, device=like.device), capacity)
+        cache.grow(0)
+        return cache
 
     @property
-    def capacity(self) -> int:
-        """How many tokens a row can hold."""
+    def room(self) -> int:
+        """How many tokens of a row the buffers have slots for."""
         return self.kv[0].size(3) - 1
+
+    def grow(self, tokens: int) -> None:
+        """Every row may become so many tokens longer: there is room for them then."""
+        self.longest = min(self.longest + tokens, self.capacity)
+        more = self._needed - self.room
+        if more > 0:
+            self._of_one = None
+            for layer, buffer in enumerate(self.kv):
+                self.kv[layer] = F.pad(buffer, (0, 0, 0, more))
+
+    @property
+    def _needed(self) -> int:
+        return self.extent if self.length.device.type == "cpu" else self.capacity
 
     @property
     def extent(self) -> int:
@@ -60,7 +82,7 @@ class KVCache:
     def slots(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
         """Where the next tokens go; the last slot for padding."""
         slot = self.length[:, None] + mask.cumsum(1) - 1
-        return slot.where(mask, self.capacity)
+        return slot.where(mask, self.room)
 
     def write(
         self,
@@ -100,7 +122,7 @@ class KVCache:
 
         Where its keys and values go, what is added to its scores (0, or −inf where a slot is not
         to be seen); and a layer's keys [batch · heads, head_dim, slots], values [batch · heads,
-        slots, head_dim], and cells [2 · batch · heads · (capacity + 1), head_dim].
+        slots, head_dim], and cells [2 · batch · heads · (room + 1), head_dim].
         """
         extent, (_, batch, heads, slots, head_dim) = self.extent, self.kv[0].shape
         if self._of_one is None or self._of_one[0] != extent:
@@ -123,8 +145,10 @@ class KVCache:
 
     def select(self, rows: Int[Tensor, "rows"]) -> "KVCache":
         """A copy with the given rows, in the given order; a row may be taken more than once."""
-        cut = min(self.longest, self.capacity)
-        picked = KVCache([_pick(x, rows, cut) for x in self.kv], self.length[rows])
+        cut, room = min(self.longest, self.capacity), self._needed
+        kv = [_pick(x, rows, cut, room) for x in self.kv]
+        length = self.length[rows].clamp(max=room)  # rows that idle may say more than `longest`
+        picked = KVCache(kv, length, self.capacity)
         picked.longest = self.longest
         return picked
 
@@ -141,15 +165,16 @@ class KVCache:
 
     def insert(self, rows: Int[Tensor, "rows"], other: "KVCache") -> None:
         """Overwrite the given rows with those of another cache of no larger capacity."""
+        self.longest = max(self.longest, other.longest)
+        self.grow(0)
         cut = min(other.longest, self.capacity)
         for mine, theirs in zip(self.kv, other.kv, strict=True):
             mine[:, rows, :, :cut] = theirs[:, :, :, :cut]
         self.length[rows] = other.length
-        self.longest = max(self.longest, other.longest)
 
 
-def _pick(buffer: Tensor, rows: Tensor, cut: int) -> Tensor:
-    two, _, *rest = buffer.shape
-    picked = buffer.new_zeros((two, len(rows), *rest))
+def _pick(buffer: Tensor, rows: Tensor, cut: int, room: int) -> Tensor:
+    two, _, heads, _, head_dim = buffer.shape
+    picked = buffer.new_zeros((two, len(rows), heads, room + 1, head_dim))
     picked[:, :, :, :cut] = buffer[:, rows, :, :cut]
     return picked

@@ -61,7 +61,7 @@ class Step:
         """Hidden states after the last norm, like `GPT.hidden`; the cache grows by the tokens."""
         batch, layer_norm, embed = len(tokens), F.layer_norm, self.embed
         slot = cache.length  # of a row that idles too: what it leaves there is written over
-        cache.longest = min(cache.longest + 1, cache.capacity)
+        cache.grow(1)
         cells, seen, layers = cache.for_one(slot)
         at = slot.clamp(max=self.seq_len - 1)
         x = F.embedding(tokens[:, 0], self.tokens) + F.embedding(at, self.positions)
