@@ -184,6 +184,7 @@ def test_short_states_have_hidden_layers_read_short_and_values_not(kind):
 
 def test_nothing_keeps_a_trunk_alive(trunk):
     lay_out(trunk)
+    gc.collect()  # of what other tests left
     before = len(laid_out._known)
     other = copy.deepcopy(trunk)
     lay_out(other)
@@ -192,3 +193,26 @@ def test_nothing_keeps_a_trunk_alive(trunk):
     gc.collect()
     assert gone() is None
     assert len(laid_out._known) == before
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "mlp", "categorical"])
+@torch.no_grad()
+def test_twins_read_the_states_in_one_product_each_for_q_and_baseline(kind, monkeypatch):
+    torch.manual_seed(0)
+    heads = ValueHeads(256, 40, HeadsConfig(kind, rank=128, bins=4, low=0.0, high=1.0)).eval()
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    states = [torch.randn(3, 256), torch.randn(3, 256)]
+    plain = [[head(x) for head in heads.target_q] for x in states]
+    lay_out(heads)
+    used = []
+    product = Blocked.__call__
+    monkeypatch.setattr(
+        Blocked, "__call__", lambda self, *x: used.append(self) or product(self, *x)
+    )
+    for x, expected in zip(states, plain, strict=True):
+        used.clear()
+        with laid_out.laid_out(heads):
+            found = [head(x) for head in heads.target_q]
+        assert len(used) == 2
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 MOST_UNDER_BUDGET = 64
 """The most candidates that β is solved for."""
-_CLOSE = 1e-7  # of the budget: what may be missing
+_CLOSE = 1e-6  # of the budget: what may be missing
 _MOST_STEPS = 200
 
 
@@ -40,7 +40,9 @@ def solve_beta(
         mean = first / z
         return np.maximum(beta * mean - np.log(z), 0.0), np.maximum(second / z - mean * mean, 0.0)
 
-    beta, spent = _root(kl, kl_budget, beta_max, -values.min(-1))
+    mean = (p * values).sum(-1)
+    variance = (p * values * values).sum(-1) - mean * mean
+    beta, spent = _root(kl, kl_budget, beta_max, -values.min(-1), variance)
     return tuple(torch.from_numpy(x).to(base_logprob) for x in (beta, spent))  # type: ignore[return-value]
 
 
@@ -49,28 +51,33 @@ def _root(
     budget: float,
     beta_max: float,
     spread: np.ndarray,
+    variance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where KL reaches the budget, or `beta_max`, and KL there; `spread`: max − min of values."""
-    high = np.full_like(spread, beta_max)
-    spent, _ = kl(high)
-    beta, open_ = high.copy(), spent > budget
+    """Where KL reaches the budget, or `beta_max`, and KL there.
+
+    `spread`: max − min of values; `variance`: theirs at β = 0.
+    """
+    beta, spent = np.zeros_like(spread), np.zeros_like(spread)
+    missing, open_ = np.full_like(spread, np.inf), np.ones_like(spread, dtype=bool)
+    high = np.full_like(spread, np.nextafter(beta_max, np.inf))  # `beta_max` itself may be tried
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # Var ≤ spread² / 4, so KL ≤ (β·spread)² / 8: the root lies above this
-        low = np.where(open_, np.sqrt(8 * budget) / spread, 0.0)
-        guess = np.clip(np.sqrt(2 * budget / kl(np.zeros_like(low))[1]), low, high)
-        missing = np.full_like(spread, np.inf)
+        low = np.minimum(np.sqrt(8 * budget) / spread, beta_max)
+        guess = np.clip(np.sqrt(2 * budget / np.maximum(variance, 0.0)), low, beta_max)
         for _ in range(_MOST_STEPS):
-            if not open_.any():
-                break
             found, variance = kl(guess)
             beta, spent = np.where(open_, guess, beta), np.where(open_, found, spent)
             before, missing = missing, np.abs(found - budget)
-            open_ &= missing > _CLOSE * budget
             below = found <= budget
+            open_ &= (missing > _CLOSE * budget) & ~(below & (guess >= beta_max))
+            if not open_.any():
+                break
             low, high = np.where(below, guess, low), np.where(below, high, guess)
             root = np.sqrt(found)
-            guess = guess - 2 * root * (root - np.sqrt(budget)) / (guess * variance)
+            step = 2 * root * (root - np.sqrt(budget)) / (guess * variance)
+            guess = np.minimum(guess - step, beta_max)
             good = (guess > low) & (guess < high) & (missing <= before / 2)
+            good |= (guess >= beta_max) & (high > beta_max)  # nobody has been there
             guess = np.where(good, guess, np.sqrt(low * high))
             open_ &= high > low * (1 + 1e-12)  # as close as its digits allow
     return beta, spent

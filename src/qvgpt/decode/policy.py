@@ -192,7 +192,7 @@ class NextToken:
     def kl(
         self, base_logprob: Float[Tensor, "rows candidates"] | None = None
     ) -> Float[Tensor, "rows"]:
-        """KL(guided ‖ base) of this step, the base (None: the model's own) over its whole vocabulary.
+        """KL(guided ‖ base) of this step; None: of the model's own base, over its whole vocabulary.
 
         Rounding may put that of equal distributions a little below 0: it is 0 then.
         """

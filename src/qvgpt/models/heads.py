@@ -363,6 +363,15 @@ class ValueHeads(nn.Module):
         return [m for m in found if isinstance(m, nn.Linear)]
 
     @property
+    def side_by_side(self) -> list[list[nn.Linear]]:
+        """Hidden layers of the slow heads that read the same states: for Q, for its baseline."""
+        heads: list[Any] = [*self.target_q]
+        groups = [[h.project for h in heads]] if hasattr(heads[0], "project") else []
+        if self.config.v == "mlp":
+            groups.append([h.baseline.layers[0] for h in heads])
+        return groups
+
+    @property
     def are_fresh(self) -> bool:
         """Whether nothing was learned yet: what begins at 0 is 0 still."""
         heads: list[Any] = [*self.q, *self.target_q]

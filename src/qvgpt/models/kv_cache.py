@@ -26,9 +26,7 @@ class KVCache:
     no room to spare. A GPU's are as large as they may ever be, for graphs of steps to lie still.
     """
 
-    def __init__(
-        self, kv: list[Tensor], length: Int[Tensor, "batch"], capacity: int | None = None
-    ):
+    def __init__(self, kv: list[Tensor], length: Int[Tensor, "batch"], capacity: int | None = None):
         self.kv = kv  # per layer [keys and values, batch, heads, room + 1, head_dim]
         self.length = length
         self.capacity = self.room if capacity is None else capacity

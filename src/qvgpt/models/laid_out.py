@@ -7,7 +7,7 @@
 The second copy costs the memory of the weights, as long as the trunk lives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,11 +29,14 @@ class _LaidOut:
         self.state, self.dtype = _state(module), dtype
         layers = _layers(module)
         short = set(map(id, module.hidden_layers)) if dtype == torch.bfloat16 else set()
-        matrices = {
-            id(layer): Blocked(layer.weight.to(dtype) if id(layer) in short else layer.weight)
-            for layer in layers
-        }
-        self.forwards = [(layer, _forward(matrices[id(layer)], layer.bias)) for layer in layers]
+        there = set(map(id, layers))
+        groups = [g for g in getattr(module, "side_by_side", ()) if {*map(id, g)} <= there]
+        self.together = [(group, _Together(group, short)) for group in groups]
+        joined = {id(layer) for group in groups for layer in group}
+        alone = [layer for layer in layers if id(layer) not in joined]
+        matrices = {id(layer): Blocked(_weight([layer], short)) for layer in alone}
+        self.forwards = [(layer, _forward(matrices[id(layer)], layer.bias)) for layer in alone]
+        self.forwards += [(x, t.of(i)) for group, t in self.together for i, x in enumerate(group)]
         self.step = Step(module, matrices) if _suits(module) else None
         head = getattr(module, "output_weight", None)
         self.head = Blocked(head) if head is not None and Blocked.suits(head) else head
@@ -45,6 +48,34 @@ class _LaidOut:
     def __exit__(self, *error: object) -> None:
         for layer, _ in self.forwards:
             del layer.__dict__["forward"]
+        for _, together in self.together:
+            together.forget()
+
+
+class _Together:
+    """Layers that read the same states, as one product: whoever asks first computes all of it."""
+
+    def __init__(self, layers: Sequence[nn.Linear], short: Collection[int]):
+        matrix = Blocked(_weight(layers, short))
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        self.forward = _forward(matrix, torch.cat(biases) if biases else None)
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.forget()
+
+    def forget(self) -> None:
+        """The states are read, and may change."""
+        self.states: Tensor | None = None
+        self.found: tuple[Tensor, ...] = ()
+
+    def of(self, place: int) -> Callable[[Tensor], Tensor]:
+        """What one of the layers makes of states."""
+        return lambda x: self(x)[place]
+
+    def __call__(self, x: Float[Tensor, "*rows in"]) -> tuple[Tensor, ...]:
+        """What each makes of them."""
+        if self.states is not x:
+            self.states, self.found = x, self.forward(x).split(self.sizes, dim=-1)
+        return self.found
 
 
 _known: WeakKeyDictionary[nn.Module, _LaidOut] = WeakKeyDictionary()
@@ -99,6 +130,13 @@ def _layers(module: Any) -> list[nn.Linear]:
     head = getattr(module, "output_weight", None)
     found = (m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m))
     return [m for m in found if m.weight is not head and Blocked.suits(m.weight)]
+
+
+def _weight(layers: Sequence[nn.Linear], short: Collection[int]) -> Float[Tensor, "out in"]:
+    """Side by side, in bf16 where they are among the `short`."""
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    weight = torch.cat(weights) if weights[1:] else weights[0]
+    return weight.bfloat16() if id(layers[0]) in short else weight
 
 
 def _forward(matrix: Blocked, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
