@@ -188,6 +188,8 @@ def test_path_consistency_by_hand():
     path = (1.35 - 1) ** 2 + (1.5 - 4) ** 2 + (6.6 - 1.5) ** 2
     loss = PathConsistency(eta=0.5, gamma=0.9)(values, TWO_ROWS)
     assert parts(loss) == pytest.approx({"v": path / 3, "pi": path / 3})
+    loss = PathConsistency(eta=0.5, gamma=0.9, whole_path=True)(values, TWO_ROWS)
+    assert parts(loss) == pytest.approx({"path": path / 3})
 
 
 def test_q_sft_by_hand():
@@ -220,6 +222,17 @@ def test_the_current_token_alone_learns_from_a_path():
     assert v.grad[0].tolist() == pytest.approx([2 * -2 / 3, 2 * 2 / 3, 0.0])
     assert logprob.grad[1, 1] == 0
     assert v.grad[1, 1] == 0  # what a cut text bootstraps from
+
+
+def test_all_of_a_path_learns_by_least_squares():
+    logprob = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
+    v = VALUES.v.clone().requires_grad_()
+    values = Values(logprob=logprob, ref_logprob=torch.zeros(2, 2), v=v)
+    PathConsistency(eta=0.5, whole_path=True)(values, TWO_ROWS).total.backward()
+    # residuals as above; the second token is in both
+    assert logprob.grad[0].tolist() == pytest.approx([2 * 0.5 * -2 / 3, 2 * 0.5 * (-2 + 2) / 3])
+    assert v.grad[0].tolist() == pytest.approx([2 * -2 / 3, 2 * 2 / 3, 0.0])
+    assert v.grad[1, 1] == -v.grad[1, 0] != 0  # what a cut text bootstraps from learns as well
 
 
 # two bins, 0 and 1; the first text ends with 1 after 0, the second is cut

@@ -251,6 +251,19 @@ def test_path_consistency_finds_the_soft_optimum(game, lambda_):
     same_policy(model, lambda s, a: math.exp(q[s, a] / 0.5), game)
 
 
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+def test_least_squares_of_whole_paths_find_it_too_but_not_through_chance(lambda_):
+    objective = PathConsistency(eta=0.5, gamma=0.9, lambda_=lambda_, whole_path=True)
+    model = learn(objective, Table(FIXED), FIXED.batch(), steps=1200)
+    q, v = FIXED.solve(soft(0.5), 0.9)
+    same_v(model, v, FIXED)
+    same_policy(model, lambda s, a: math.exp(q[s, a] / 0.5), FIXED)
+    model = learn(objective, Table(RANDOM), RANDOM.batch(), steps=1200)
+    _, v = RANDOM.solve(soft(0.5), 0.9)
+    with pytest.raises(AssertionError):
+        same_v(model, v, RANDOM)
+
+
 @pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
 def test_q_sft_finds_the_optimum_in_the_ratio_of_two_policies(game):
     model = learn(QSFT(gamma=0.9), Table(game, dummy=[0]), game.batch(), steps=1200)

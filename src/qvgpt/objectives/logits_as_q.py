@@ -21,6 +21,7 @@ class PathConsistency:
 
     brackets and G without gradient: the current token alone learns, as in OREO (Wang et al., 2024).
     λ = 1 is OREO's and multi-step consistency, λ = 0 single-step (Guo et al., 2022).
+    With `whole_path` L = (V − G)² alone, and all tokens and values of the path learn from it.
 
     What is learned is the trunk, guided already: plain decoding is its optimum. π_ref is the
     model as it was when training began. Data from anybody will do, and replies drawn by chance too.
@@ -34,6 +35,9 @@ class PathConsistency:
     """1: whole paths. 0: single steps."""
     per_turn_discount: bool = False
     """Apply γ at the ends of turns only."""
+    whole_path: bool = False
+    """Nachum's own: least squares, which many tokens to a path do not make diverge. Where replies
+    are drawn by chance it is wrong: later tokens then learn to make up for luck."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "ref_logprob", "v"})
     weighs: ClassVar[bool] = True
@@ -51,11 +55,13 @@ class PathConsistency:
         assert values.logprob is not None
         assert values.ref_logprob is not None
         assert values.v is not None
-        v, next_v = values.v[:, :-1], values.v[:, 1:].detach()
+        v, next_v = values.v[:, :-1], values.v[:, 1:]
         bonus = self.eta * (values.logprob - values.ref_logprob)
         gamma = discount(batch, self.gamma, self.per_turn_discount)
-        paid = batch.reward - bonus.detach()
-        target = lambda_returns(paid, gamma, next_v, batch.mask, self.lambda_)
+        target = lambda_returns(batch.reward - bonus, gamma, next_v, batch.mask, self.lambda_)
+        if self.whole_path:
+            return weighted_loss(batch.mask, path=(1.0, (v - target).square()))
+        target = target.detach()
         advantage = target + bonus.detach() - v.detach()
         return weighted_loss(
             batch.mask,
