@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qvgpt.decode.next_token import NextToken
 from qvgpt.decode.policy import (
     Guidance,
-    NextToken,
     fold,
     folds,
     guided_logits,

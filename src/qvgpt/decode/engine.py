@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qvgpt.decode.guide import Alternative, Guide
-from qvgpt.decode.policy import Guidance, NextToken
+from qvgpt.decode.next_token import NextToken
+from qvgpt.decode.policy import Guidance
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError

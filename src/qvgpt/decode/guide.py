@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qvgpt.decode.next_token import NextToken
 from qvgpt.decode.policy import (
     NEG_INF,
     V_ALONE,
     Guidance,
-    NextToken,
     distribution,
     fold,
     folds,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qvgpt.decode.engine import TokenReport
 from qvgpt.decode.guide import Guide
-from qvgpt.decode.policy import NEG_INF, Guidance, NextToken, next_token
+from qvgpt.decode.next_token import NextToken
+from qvgpt.decode.policy import NEG_INF, Guidance, next_token
 from qvgpt.decode.reading import Reading, States
 from qvgpt.decode.sources import Contrast, HeadValues, TokenScorer, ValueSource, leaves
 from qvgpt.errors import QvgptError
