@@ -134,9 +134,12 @@ class StateHead(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape bins"]:
         """[.., embed] → [.., bins]."""
-        features = self.layers[:-1](hidden)
+        *layers, last = self.layers  # a slice would make a module each time
+        features = hidden
+        for layer in layers:
+            features = layer(features)
         with exact(hidden):
-            return self.layers[-1](wide(features))
+            return last(wide(features))
 
     def forward(self, hidden: Float[Tensor, "*shape embed"]) -> Float[Tensor, "*shape"]:
         """[.., embed] → [..]: the number, or the mean of its distribution."""
@@ -265,13 +268,12 @@ def _dots(
     if tokens.numel() >= len(weight):  # fewer rows in all than would be gathered
         return (features @ weight.T).gather(1, tokens)
     size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
-    found, learns = [], torch.is_grad_enabled()
-    for f, t in zip(features.split(size), tokens.split(size), strict=True):
-        # of rows that differ, products and sums take a third of the time of a batched product
-        taken = pick(weight, t)
-        taken = taken * f[:, None] if learns else taken.mul_(f[:, None])
-        found.append(taken.sum(-1))
-    return torch.cat(found)
+    if len(tokens) > size:
+        parts = zip(features.split(size), tokens.split(size), strict=True)
+        return torch.cat([_dots(f, weight, t) for f, t in parts])
+    # of rows that differ, products and sums take a third of the time of a batched product
+    taken, each = pick(weight, tokens), features[:, None]
+    return (taken * each if torch.is_grad_enabled() else taken.mul_(each)).sum(-1)
 
 
 class ReturnHead(_OverVocab):
