@@ -109,6 +109,25 @@ def test_selected_and_inserted_cache_rows_are_the_same_text(pair):
     torch.testing.assert_close(inserted, expected, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_cache_on_a_cpu_grows_by_buckets_and_has_no_slot_to_spare(pair):
+    ours, _ = pair
+    tokens = torch.randint(0, 50, (2, 60))
+    whole = ours.hidden(tokens)
+    cache = ours.new_cache(2, 60)
+    assert (cache.capacity, cache.room) == (64, 0)
+    for start, end, room in ((0, 20, 32), (20, 31, 32), (31, 32, 32), (32, 33, 64), (33, 60, 64)):
+        found = ours.hidden(tokens[:, start:end], cache=cache)
+        torch.testing.assert_close(found, whole[:, start:end], atol=1e-4, rtol=1e-4)
+        assert cache.room == cache.extent == room
+    cache.longest = 10  # both rows idle: where they said they are is beyond what is kept
+    picked = cache.select(torch.tensor([1]))
+    assert (picked.capacity, picked.room, picked.length.tolist()) == (64, 32, [32])
+    small = ours.new_cache(2, 60)
+    small.insert(torch.tensor([1]), picked)
+    assert (small.room, small.length.tolist()) == (32, [0, 32])
+
+
 def test_bad_directories_are_named(tmp_path):
     with pytest.raises(QvgptError, match=r"config\.json: no such file"):
         GPT.load(tmp_path)
