@@ -279,7 +279,7 @@ def test_p24_small_steps_and_fractions_are_not_rounded_away():
 OTHERWISE = {
     "on": "all", "min_return": 0.5, "top_share": 0.5, "temperature": 0.3, "max_weight": 0.9,
     "gamma": 0.5, "lambda_": 0.4, "per_turn_discount": True, "expectile": 0.9, "cql_weight": 0.7,
-    "eta": 0.5, "level": "turn", "bootstrap": "turn",
+    "eta": 0.5, "level": "turn", "bootstrap": "turn", "whole_path": True,
 }  # fmt: skip
 
 
