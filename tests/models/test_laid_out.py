@@ -7,17 +7,19 @@ import weakref
 import pytest
 import torch
 
-from qvgpt.models import laid_out
+from qvgpt.models import laid_out, native
 from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.laid_out import head_of, lay_out
+from qvgpt.models.native import NativeStep
 
 pytestmark = pytest.mark.skipif(
     not Blocked.suits(torch.zeros(256, 256)), reason="no oneDNN in this build of torch"
 )
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Of products of 256 numbers of order 1, whose sums are of order 16."""
+COMPILED = native.of(torch.float32) is not None
 
 
 @pytest.fixture
@@ -114,11 +116,16 @@ def tokens_and_mask():
     return prompts, seen, torch.tensor([[5], [6], [7]]), torch.tensor([[True], [False], [True]])
 
 
+@pytest.mark.parametrize("how", ["one call", "six calls a layer", "by torch"])
 @pytest.mark.parametrize("embed", [32, 256])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @torch.no_grad()
-def test_a_step_is_what_the_gpt_computes(embed, dtype):
+def test_a_step_is_what_the_gpt_computes(embed, dtype, how, monkeypatch):
+    """32 is too small for vectors: torch alone does it, however it is asked for."""
     torch.manual_seed(1)
+    monkeypatch.setattr(NativeStep, "few", lambda self, rows: how == "one call")
+    if how == "by torch":
+        monkeypatch.setattr(native, "of", lambda dtype: None)
     gpt = GPT(vocab_size=200, embed_dim=embed, num_heads=4, num_layers=3, seq_len=48).to(dtype)
     for p in gpt.eval().parameters():
         p.normal_(std=0.2)  # biases and norms too
@@ -127,7 +134,9 @@ def test_a_step_is_what_the_gpt_computes(embed, dtype):
     for cache in (plain, ours):
         gpt.hidden(prompts, seen, cache=cache)
     lay_out(gpt)
-    assert laid_out.step_of(gpt) is not None
+    step = laid_out.step_of(gpt)
+    assert step is not None
+    assert (step.compiled is not None) == (embed == 256 and how != "by torch" and COMPILED)
     bound = 2e-5 if dtype == torch.float32 else 0.15
     for _ in range(30):  # over the border of a bucket
         exact = gpt.hidden(tokens, real, cache=plain)

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qvgpt.models import native
+from qvgpt.models.native import Native
+
 _LEAST = {torch.bfloat16: 2**13, torch.float32: 2**15}  # elements; below, a call costs more
 _LARGE = 2**20  # elements of fp32 from which a single row gains too
 
@@ -22,7 +25,10 @@ class Blocked:
     def __init__(self, weight: Float[Tensor, "out in"]):
         self.weight = weight.detach()
         self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-        self._few = weight.dtype == torch.float32 and weight.numel() < _LARGE
+        self._native = native.of(weight.dtype) if Native.fits(self.weight) else None
+        short = weight.dtype == torch.bfloat16
+        self._few = weight.size(1) * (1 if short else 2)  # elements of states
+        self._least = 0 if short or weight.numel() >= _LARGE else 4 * weight.size(1)
 
     @staticmethod
     def suits(weight: Tensor) -> bool:
@@ -39,7 +45,11 @@ class Blocked:
         onto: Float[Tensor, "*rows out"] | None = None,
     ) -> Float[Tensor, "*rows out"]:
         """The product, in the dtype of both: through a GELU (tanh), or added `onto` something."""
-        if x.dtype != self.weight.dtype or (self._few and x.numel() < 4 * x.size(-1)):
+        if x.dtype != self.weight.dtype:
+            return affine(x, self.weight, bias, gelu, onto)
+        if self._native is not None and x.numel() <= self._few:
+            return self._native.linear(x, self.weight, bias, gelu, onto)
+        if x.numel() < self._least:
             return affine(x, self.weight, bias, gelu, onto)
         if onto is not None:
             return _op.binary(x, onto, self.laid_out, bias, "add")

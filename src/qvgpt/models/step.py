@@ -1,12 +1,15 @@
 """One new token a row through the GPT on a CPU, in as few calls as can be.
 
 A step of a small model is mostly the cost of calling: modules, views, casts, one operator after
-the other. Here it is eleven operators a layer: bias, GELU and residual belong to the products, keys
-and values of a token are stored at once. What it computes is `GPT.hidden`.
+the other. With few rows it is one call of what was compiled (`native.py`), with more six a layer,
+since oneDNN multiplies many rows faster; where nothing could be compiled it is eleven operators of
+torch: bias, GELU and residual belong to the products, keys and values of a token are stored at
+once. What it computes is `GPT.hidden`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,9 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from qvgpt.models import native
 from qvgpt.models.blocked import Blocked, affine
 from qvgpt.models.gpt import GPT, Attention, Block
 from qvgpt.models.kv_cache import KVCache
+from qvgpt.models.native import NativeStep
 
 _KNOWN = (GPT, Attention, Block, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
 
@@ -30,12 +35,23 @@ class Step:
         self.tokens = gpt.token_embedding.weight.detach()
         self.positions = gpt.position_embedding.weight.detach()
         self.norm = _norm(gpt.norm)
-        self.blocks = []
+        self.blocks, weights = [], []
         for block in gpt.blocks:
             assert isinstance(block, Block)
             layers = (block.attention.qkv, block.attention.out, block.up, block.down)
             products = (_product(layer, matrices.get(id(layer))) for layer in layers)
-            self.blocks.append((_norm(block.norm_1), _norm(block.norm_2), *products))
+            norms = _norm(block.norm_1), _norm(block.norm_2)
+            self.blocks.append((*norms, *products))
+            weights.append([w for norm in norms for w in norm[:2]])
+            weights[-1] += [w.detach() for x in layers for w in (x.weight, x.bias)]
+        every = [self.tokens, self.positions, *self.norm[:2], *chain.from_iterable(weights)]
+        compiled = native.of(self.tokens.dtype)
+        fits = NativeStep.suits(gpt.embed_dim, gpt.embed_dim // gpt.num_heads, every)
+        self.compiled = compiled if fits else None
+        self.whole: NativeStep | None = None
+        if self.compiled is not None:
+            embedded = self.tokens, self.positions
+            self.whole = NativeStep(self.compiled, *embedded, self.norm, weights, gpt.num_heads)
 
     @staticmethod
     def suits(gpt: GPT) -> bool:
@@ -59,30 +75,44 @@ class Step:
         cache: KVCache,
     ) -> Float[Tensor, "batch 1 embed"]:
         """Hidden states after the last norm, like `GPT.hidden`; the cache grows by the tokens."""
-        batch, layer_norm, embed = len(tokens), F.layer_norm, self.embed
-        slot = cache.length  # of a row that idles too: what it leaves there is written over
         cache.grow(1)
-        cells, seen, layers = cache.for_one(slot)
+        if self.whole is not None and self.whole.few(len(tokens)):
+            found = self.whole(tokens, cache)
+        else:
+            found = self._by_products(tokens, cache)
+        cache.length = cache.length + (1 if mask is None else mask[:, 0])
+        return found[:, None]
+
+    def _by_products(
+        self, tokens: Int[Tensor, "batch 1"], cache: KVCache
+    ) -> Float[Tensor, "batch embed"]:
+        layer_norm, embed = F.layer_norm, self.embed
+        slot = cache.length  # of a row that idles too: what it leaves there is written over
         at = slot.clamp(max=self.seq_len - 1)
         x = F.embedding(tokens[:, 0], self.tokens) + F.embedding(at, self.positions)
-        short = x.dtype != seen.dtype
-        heads, head_dim = cache.kv[0].size(2), cache.kv[0].size(4)
-        scale = head_dim**-0.5
-        for (norm_1, norm_2, qkv, out, up, down), (keys, values, written) in zip(
-            self.blocks, layers, strict=True
-        ):
-            found = qkv(layer_norm(x, embed, *norm_1))
-            if short:
-                found = found.to(seen.dtype)
-            found = found.view(batch, 3, heads, head_dim)
-            written.index_copy_(0, cells, found[:, 1:].reshape(-1, head_dim))
-            query = found[:, 0].reshape(-1, 1, head_dim)
-            probability = torch.baddbmm(seen, query, keys, alpha=scale).softmax(-1)
-            attended = torch.bmm(probability, values).view(batch, -1)
-            x = out(attended.to(x.dtype) if short else attended, onto=x)
+        attend = self._attention(cache, x.dtype)
+        for layer, (norm_1, norm_2, qkv, out, up, down) in enumerate(self.blocks):
+            x = out(attend(qkv(layer_norm(x, embed, *norm_1)), layer), onto=x)
             x = down(up(layer_norm(x, embed, *norm_2), gelu=True), onto=x)
-        cache.length = cache.length + (1 if mask is None else mask[:, 0])
-        return layer_norm(x, embed, *self.norm)[:, None]
+        return layer_norm(x, embed, *self.norm)
+
+    def _attention(self, cache: KVCache, dtype: torch.dtype) -> Callable[[Tensor, int], Tensor]:
+        """(queries, keys and values of the new tokens, layer) → what is found; they are stored."""
+        if (compiled := self.compiled) is not None:
+            return lambda qkv, layer: compiled.attend(qkv, cache.kv[layer], cache.length)
+        cells, seen, layers = cache.for_one(cache.length)
+        _, batch, heads, _, head_dim = cache.kv[0].shape
+        scale = head_dim**-0.5
+
+        def attend(qkv: Tensor, layer: int) -> Tensor:
+            keys, values, written = layers[layer]
+            qkv = qkv.to(seen.dtype).view(batch, 3, heads, head_dim)
+            written.index_copy_(0, cells, qkv[:, 1:].reshape(-1, head_dim))
+            query = qkv[:, 0].reshape(-1, 1, head_dim)
+            probability = torch.baddbmm(seen, query, keys, alpha=scale).softmax(-1)
+            return torch.bmm(probability, values).view(batch, -1).to(dtype)
+
+        return attend
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

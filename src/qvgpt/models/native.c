@@ -1,0 +1,381 @@
+/* What decoding on a CPU does with one new token a row of a text (native.py says when).
+ *
+ * Compiled twice: a W is a float, or with BFLOAT16 the bits of a bfloat16. Sums are of floats. All
+ * matrices are [out, in] as torch stores them, whose rows are read one after the other: with few
+ * rows of states a step is the reading of weights, and memory is fastest in order. A team of
+ * threads divides what is to be written and meets after each stage; it stays together for a step.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define PAIR (2 * LANES) /* numbers of a row at a time: `in` is a multiple */
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+static inline Lanes load(const float *from) {
+    Lanes x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store(float *to, Lanes x) { memcpy(to, &x, sizeof x); }
+
+static inline Lanes all(float x) { return x - (Lanes){0}; }
+
+#ifdef BFLOAT16
+typedef uint16_t W;
+
+static inline float widened(W w) {
+    uint32_t bits = (uint32_t)w << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline W rounded(float x) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN */
+    return (W)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* 32 weights: those of even places and those of odd ones, which takes no shuffling. */
+static inline void weights(Lanes to[2], const W *from) {
+    Bits bits;
+    memcpy(&bits, from, sizeof bits);
+    to[0] = (Lanes)(bits << 16);
+    to[1] = (Lanes)(bits & 0xffff0000u);
+}
+
+/* States in the order of `weights`. */
+static inline void ordered(float *to, const float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i += PAIR)
+        for (int k = 0; k < LANES; k++) {
+            to[i + k] = x[i + 2 * k];
+            to[i + LANES + k] = x[i + 2 * k + 1];
+        }
+}
+#else
+typedef float W;
+
+static inline float widened(W w) { return w; }
+
+static inline W rounded(float x) { return x; }
+
+static inline void weights(Lanes to[2], const W *from) {
+    to[0] = load(from);
+    to[1] = load(from + LANES);
+}
+
+static inline void ordered(float *to, const float *x, int64_t count) {
+    memcpy(to, x, count * sizeof *to);
+}
+#endif
+
+static inline float sum(Lanes x) {
+    float half[LANES / 2], quarter[LANES / 4];
+    for (int i = 0; i < LANES / 2; i++) half[i] = x[i] + x[i + LANES / 2];
+    for (int i = 0; i < LANES / 4; i++) quarter[i] = half[i] + half[i + LANES / 4];
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+/* 2^n of the nearest n to x / ln 2, times a polynomial of what is left (Cephes' expf). */
+static inline Lanes exponential(Lanes x) {
+    const Lanes low = all(-87.3f), high = all(88.0f);
+    Ints below = x < low, above = x > high;
+    x = (Lanes)((below & (Ints)low) | (above & (Ints)high) | (~(below | above) & (Ints)x));
+    Lanes n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23, which rounds */
+    n -= 12582912.0f;
+    Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Lanes p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (Lanes)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+/* GELU by tanh: x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))). */
+static void gelus(float *x, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Lanes v = load(x + i);
+        store(x + i, v / (1.0f + exponential(-1.5957691216f * (v + 0.044715f * v * v * v))));
+    }
+    for (; i < count; i++) x[i] /= 1 + expf(-1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+}
+
+static void layer_norm(float *to, const float *x, const W *weight, const W *bias, int64_t count,
+                       float eps) {
+    Lanes total = {0};
+    for (int64_t i = 0; i < count; i += LANES) total += load(x + i);
+    float mean = sum(total) / count;
+    total = all(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        Lanes d = load(x + i) - mean;
+        total += d * d;
+    }
+    float scale = 1 / sqrtf(sum(total) / count + eps);
+    for (int64_t i = 0; i < count; i++)
+        to[i] = (x[i] - mean) * scale * widened(weight[i]) + widened(bias[i]);
+}
+
+/* ---- products ---- */
+
+/* A row of weights times one row of states, by four sums, which hide how long an addition takes. */
+static void dots_1(float *to, const float *x, const W *w, int64_t in) {
+    Lanes a = {0}, b = {0}, c = {0}, d = {0}, v[2];
+    int64_t i = 0;
+    for (; i + 2 * PAIR <= in; i += 2 * PAIR) {
+        weights(v, w + i);
+        a += v[0] * load(x + i);
+        b += v[1] * load(x + i + LANES);
+        weights(v, w + i + PAIR);
+        c += v[0] * load(x + i + PAIR);
+        d += v[1] * load(x + i + PAIR + LANES);
+    }
+    for (; i < in; i += PAIR) {
+        weights(v, w + i);
+        a += v[0] * load(x + i);
+        b += v[1] * load(x + i + LANES);
+    }
+    *to = sum((a + b) + (c + d));
+}
+
+/* The same of four rows (sums named one by one: an array of them would lie in memory). */
+static void dots_4(float *to, const float *x, const W *w, int64_t in, int64_t stride) {
+    const float *y = x + in, *z = y + in, *u = z + in;
+    Lanes a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0}, v[2];
+    for (int64_t i = 0; i < in; i += PAIR) {
+        weights(v, w + i);
+        a += v[0] * load(x + i);
+        b += v[1] * load(x + i + LANES);
+        c += v[0] * load(y + i);
+        d += v[1] * load(y + i + LANES);
+        e += v[0] * load(z + i);
+        f += v[1] * load(z + i + LANES);
+        g += v[0] * load(u + i);
+        h += v[1] * load(u + i + LANES);
+    }
+    to[0] = sum(a + b);
+    to[stride] = sum(c + d);
+    to[2 * stride] = sum(e + f);
+    to[3 * stride] = sum(g + h);
+}
+
+static void dots_2(float *to, const float *x, const W *w, int64_t in, int64_t stride) {
+    const float *y = x + in;
+    Lanes a = {0}, b = {0}, c = {0}, d = {0}, v[2];
+    for (int64_t i = 0; i < in; i += PAIR) {
+        weights(v, w + i);
+        a += v[0] * load(x + i);
+        b += v[1] * load(x + i + LANES);
+        c += v[0] * load(y + i);
+        d += v[1] * load(y + i + LANES);
+    }
+    to[0] = sum(a + b);
+    to[stride] = sum(c + d);
+}
+
+/* to[rows, out] = x[rows, in] weight^T (+ bias), of the outputs [from, until); x is ordered. */
+static void product(float *to, const float *x, const W *weight, const W *bias, int64_t in,
+                    int64_t out, int64_t rows, int64_t from, int64_t until) {
+    for (int64_t o = from; o < until; o++) {
+        const W *w = weight + o * in;
+        float *y = to + o;
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) dots_4(y + r * out, x + r * in, w, in, out);
+        for (; r + 2 <= rows; r += 2) dots_2(y + r * out, x + r * in, w, in, out);
+        if (r < rows) dots_1(y + r * out, x + r * in, w, in);
+        if (bias)
+            for (r = 0; r < rows; r++) y[r * out] += widened(bias[o]);
+    }
+}
+
+/* A thread's part of `count` things, in whole units. */
+typedef struct {
+    int64_t from, until;
+} Part;
+
+static inline Part part(int64_t count, int64_t unit, int64_t me, int64_t threads) {
+    int64_t units = (count + unit - 1) / unit;
+    int64_t from = units * me / threads * unit, until = units * (me + 1) / threads * unit;
+    return (Part){from, until < count ? until : count};
+}
+
+/* ---- attention ---- */
+
+/* to = softmax(query . keys / sqrt(dim)) values, over the first `seen` of them. */
+static void look(float *to, const float *query, const float *keys, const float *values,
+                 float *scores, int64_t seen, int64_t dim) {
+    float scale = 1 / sqrtf(dim), most = -INFINITY, total = 0;
+    for (int64_t s = 0; s < seen; s++) {
+        Lanes dot = {0};
+        for (int64_t i = 0; i < dim; i += LANES) dot += load(query + i) * load(keys + s * dim + i);
+        scores[s] = sum(dot) * scale;
+        most = scores[s] > most ? scores[s] : most;
+    }
+    for (int64_t s = seen; s % LANES; s++) scores[s] = most;
+    for (int64_t s = 0; s < seen; s += LANES)
+        store(scores + s, exponential(load(scores + s) - most));
+    for (int64_t s = 0; s < seen; s++) total += scores[s];
+    for (int64_t i = 0; i < dim; i += LANES) {
+        Lanes found = {0};
+        for (int64_t s = 0; s < seen; s++) found += scores[s] * load(values + s * dim + i);
+        store(to + i, found / total);
+    }
+}
+
+/* A layer's cache, [2, rows, heads, slots, dim]: keys, then values. */
+typedef struct {
+    float *kv;
+    int64_t rows, heads, slots, dim;
+} Cache;
+
+/* One head of one text: its new key and value are stored where the text ends, then it looks. A row
+ * that idles may claim to be longer than there is room for; what it leaves in the last slot nobody
+ * sees. */
+static void attend_head(float *to, const float *query, const float *key, const float *value,
+                        Cache cache, int64_t place, int64_t length, float *scores) {
+    int64_t size = cache.slots * cache.dim, slot = length < cache.slots ? length : cache.slots - 1;
+    float *keys = cache.kv + place * size, *values = keys + cache.rows * cache.heads * size;
+    memcpy(keys + slot * cache.dim, key, cache.dim * sizeof *keys);
+    memcpy(values + slot * cache.dim, value, cache.dim * sizeof *values);
+    look(to, query, keys, values, scores, slot + 1, cache.dim);
+}
+
+/* ---- what native.py calls; `work` is floats for a thread to write in, as many as it says ---- */
+
+static inline void widen(float *to, const W *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = widened(from[i]);
+}
+
+/* found[rows, heads * dim] of qkv[rows, 3, heads, dim]. work: threads * (4 dim + slots + LANES). */
+void attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t rows, int64_t heads,
+            int64_t slots, int64_t dim, int64_t num_threads, float *work) {
+    Cache cache = {kv, rows, heads, slots, dim};
+#pragma omp parallel num_threads(num_threads)
+    {
+        int64_t me = omp_get_thread_num();
+        Part mine = part(rows * heads, 1, me, omp_get_num_threads());
+        float *three = work + me * (4 * dim + slots + LANES), *to = three + 3 * dim;
+        for (int64_t place = mine.from; place < mine.until; place++) {
+            const W *from = qkv + (place / heads * 3 * heads + place % heads) * dim;
+            for (int k = 0; k < 3; k++) widen(three + k * dim, from + k * heads * dim, dim);
+            attend_head(to, three, three + dim, three + 2 * dim, cache, place,
+                        lengths[place / heads], to + dim);
+            for (int64_t i = 0; i < dim; i++) found[place * dim + i] = rounded(to[i]);
+        }
+    }
+}
+
+/* found[rows, out] = x[rows, in] weight^T + bias: then through a GELU, or added to `onto`; neither
+ * bias nor onto need be there. work: rows * (out + 2 in). */
+void linear(W *found, const W *x, const W *weight, const W *bias, const W *onto, int64_t through,
+            int64_t in, int64_t out, int64_t rows, int64_t num_threads, float *work) {
+    float *to = work, *states = to + rows * out, *widened_x = states + rows * in;
+    widen(widened_x, x, rows * in);
+    ordered(states, widened_x, rows * in);
+#pragma omp parallel num_threads(num_threads)
+    {
+        Part mine = part(out, LANES, omp_get_thread_num(), omp_get_num_threads());
+        product(to, states, weight, bias, in, out, rows, mine.from, mine.until);
+        for (int64_t r = 0; r < rows; r++) {
+            float *y = to + r * out;
+            if (through) gelus(y + mine.from, mine.until - mine.from);
+            for (int64_t o = mine.from; o < mine.until; o++)
+                found[r * out + o] = rounded(onto ? y[o] + widened(onto[r * out + o]) : y[o]);
+        }
+    }
+}
+
+typedef struct {
+    const W *norm_1, *norm_1_bias, *norm_2, *norm_2_bias;
+    const W *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;
+    float *kv;
+} Layer;
+
+typedef struct {
+    int64_t layers, vocab, seq_len, embed, hidden, heads;
+    float eps;
+    const W *tokens, *positions, *norm, *norm_bias;
+} Model;
+
+/* found[rows, embed]: the hidden states of tokens[rows], GPT.hidden; the number of tokens that are
+ * none, if there are any nothing is done. work: rows * (5 embed + hidden) + threads * (rows *
+ * max(embed, hidden) + embed + slots + LANES). */
+int64_t step(W *found, const Model *model, const Layer *layers, const int64_t *tokens,
+          const int64_t *lengths, int64_t rows, int64_t slots, int64_t num_threads, float *work) {
+    int64_t E = model->embed, H = model->hidden, heads = model->heads, dim = E / heads;
+    int64_t wide = H > E ? H : E, unknown = 0;
+    for (int64_t r = 0; r < rows; r++) unknown += tokens[r] < 0 || tokens[r] >= model->vocab;
+    if (unknown) return unknown;
+    float *x = work, *qkv = x + rows * E, *attended = qkv + rows * 3 * E;
+    float *hidden = attended + rows * E, *own = hidden + rows * H;
+#pragma omp parallel num_threads(num_threads)
+    {
+        int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+        float *states = own + me * (rows * wide + E + slots + LANES);
+        float *normed = states + rows * wide, *scores = normed + E;
+        Part texts = part(rows, 1, me, threads), places = part(rows * heads, 1, me, threads);
+        Part of_qkv = part(3 * E, LANES, me, threads), of_embed = part(E, LANES, me, threads);
+        Part of_hidden = part(H, LANES, me, threads);
+        for (int64_t r = texts.from; r < texts.until; r++) {
+            int64_t at = lengths[r] < model->seq_len ? lengths[r] : model->seq_len - 1;
+            const W *token = model->tokens + tokens[r] * E, *position = model->positions + at * E;
+            for (int64_t i = 0; i < E; i++) x[r * E + i] = widened(token[i]) + widened(position[i]);
+        }
+#pragma omp barrier
+        for (int64_t l = 0; l < model->layers; l++) {
+            const Layer *layer = layers + l;
+            Cache cache = {layer->kv, rows, heads, slots, dim};
+            for (int64_t r = 0; r < rows; r++) { /* every thread all of it: sooner than a barrier */
+                layer_norm(normed, x + r * E, layer->norm_1, layer->norm_1_bias, E, model->eps);
+                ordered(states + r * E, normed, E);
+            }
+            product(qkv, states, layer->qkv, layer->qkv_bias, E, 3 * E, rows, of_qkv.from,
+                    of_qkv.until);
+#pragma omp barrier
+            for (int64_t place = places.from; place < places.until; place++) {
+                int64_t row = place / heads;
+                const float *q = qkv + (row * 3 * heads + place % heads) * dim;
+                attend_head(attended + place * dim, q, q + E, q + 2 * E, cache, place, lengths[row],
+                            scores);
+            }
+#pragma omp barrier
+            ordered(states, attended, rows * E);
+            product(qkv, states, layer->out, layer->out_bias, E, E, rows, of_embed.from,
+                    of_embed.until);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t o = of_embed.from; o < of_embed.until; o++)
+                    x[r * E + o] += qkv[r * E + o];
+#pragma omp barrier
+            for (int64_t r = 0; r < rows; r++) {
+                layer_norm(normed, x + r * E, layer->norm_2, layer->norm_2_bias, E, model->eps);
+                ordered(states + r * E, normed, E);
+            }
+            product(hidden, states, layer->up, layer->up_bias, E, H, rows, of_hidden.from,
+                    of_hidden.until);
+            for (int64_t r = 0; r < rows; r++)
+                gelus(hidden + r * H + of_hidden.from, of_hidden.until - of_hidden.from);
+#pragma omp barrier
+            ordered(states, hidden, rows * H);
+            product(qkv, states, layer->down, layer->down_bias, H, E, rows, of_embed.from,
+                    of_embed.until);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t o = of_embed.from; o < of_embed.until; o++)
+                    x[r * E + o] += qkv[r * E + o];
+#pragma omp barrier
+        }
+        for (int64_t r = texts.from; r < texts.until; r++) {
+            layer_norm(normed, x + r * E, model->norm, model->norm_bias, E, model->eps);
+            for (int64_t i = 0; i < E; i++) found[r * E + i] = rounded(normed[i]);
+        }
+    }
+    return 0;
+}

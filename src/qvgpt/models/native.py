@@ -1,0 +1,219 @@
+"""`native.c`, compiled on the machine that decodes: a GPT's step in one call, products of few rows.
+
+    native.of(torch.bfloat16)                  # None: no C compiler, or it could not
+
+It is compiled once for a machine (half a second), by `cc` or what the variable QVGPT_CC names (set
+it to nothing to do without), into the user's cache directory. All it does torch does too, slower
+where few rows leave little to do: a layer of a step is eleven calls of operators, each of which
+gathers its threads anew.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qvgpt.models.kv_cache import KVCache
+
+logger = logging.getLogger("qvgpt.native")
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
+_LANES, _PAIR = 16, 32
+_SUFFIX = {torch.float32: "", torch.bfloat16: "BFLOAT16"}
+_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in (
+            "norm_1", "norm_1_bias", "norm_2", "norm_2_bias", "qkv", "qkv_bias", "out", "out_bias",
+            "up", "up_bias", "down", "down_bias", "kv",
+        )
+    )  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, _COUNT) for name in ("layers", "vocab", "seq_len", "embed", "hidden", "heads")),
+        ("eps", ctypes.c_float),
+        *((name, _POINTER) for name in ("tokens", "positions", "norm", "norm_bias")),
+    )
+
+
+class Native:
+    """What was compiled for weights of one dtype."""
+
+    def __init__(self, library: Path, dtype: torch.dtype):
+        self.dtype, self._library = dtype, ctypes.CDLL(str(library))
+        for name, pointers, counts in (("linear", 5, 5), ("attend", 4, 5), ("step", 5, 3)):
+            function = getattr(self._library, name)
+            function.argtypes = [_POINTER] * pointers + [_COUNT] * counts + [_POINTER]
+            function.restype = _COUNT if name == "step" else None
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether a matrix lies as it is read: rows one after the other, each of whole vectors."""
+        return weight.is_contiguous() and weight.size(1) % _PAIR == 0
+
+    def linear(
+        self,
+        x: Float[Tensor, "*rows in"],
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, "out"] | None,
+        gelu: bool = False,
+        onto: Float[Tensor, "*rows out"] | None = None,
+    ) -> Float[Tensor, "*rows out"]:
+        """x Wᵀ + b through a GELU (tanh), or added `onto` something; for few rows."""
+        (out, width), threads = weight.shape, torch.get_num_threads()
+        x = x.contiguous()
+        onto = None if onto is None else onto.contiguous()
+        rows = x.numel() // width
+        found = x.new_empty((*x.shape[:-1], out))
+        work = torch.empty(rows * (out + 2 * width))
+        self._library.linear(
+            found.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(bias), _address(onto),
+            gelu, width, out, rows, threads, work.data_ptr(),
+        )  # fmt: skip
+        return found
+
+    def attend(
+        self,
+        qkv: Float[Tensor, "batch three_embed"],
+        kv: Float[Tensor, "2 batch heads slots head_dim"],
+        length: Int[Tensor, "batch"],
+    ) -> Float[Tensor, "batch embed"]:
+        """Stores each row's new key and value at its `length`; what its query finds up to there."""
+        _, batch, heads, slots, head_dim = kv.shape
+        threads = torch.get_num_threads()
+        found = qkv.new_empty(batch, heads * head_dim)
+        work = torch.empty(threads * (4 * head_dim + slots + _LANES))
+        self._library.attend(
+            found.data_ptr(), qkv.data_ptr(), kv.data_ptr(), length.data_ptr(),
+            batch, heads, slots, head_dim, threads, work.data_ptr(),
+        )  # fmt: skip
+        return found
+
+
+class NativeStep:
+    """`GPT.hidden` of one new token a row, all of it in one call."""
+
+    def __init__(
+        self,
+        native: Native,
+        tokens: Float[Tensor, "vocab embed"],
+        positions: Float[Tensor, "seq_len embed"],
+        norm: tuple[Tensor, Tensor, float],
+        layers: Sequence[Sequence[Tensor]],
+        heads: int,
+    ):
+        """`layers`: the twelve weights of each, in the order of `_Layer`."""
+        self.native, self._kept = native, (tokens, positions, norm, layers)
+        self.embed, self.hidden = tokens.size(1), layers[0][8].size(0)
+        self.vocab = tokens.size(0)
+        of_model = (tokens, positions, *norm[:2])
+        self._model = _Model(
+            len(layers), self.vocab, positions.size(0), self.embed, self.hidden, heads, norm[2],
+            *(t.data_ptr() for t in of_model),
+        )  # fmt: skip
+        self._layers = (_Layer * len(layers))(*(tuple(map(Tensor.data_ptr, x)) for x in layers))
+
+    @staticmethod
+    def suits(embed: int, head_dim: int, weights: Sequence[Tensor]) -> bool:
+        """Whether the sizes are of whole vectors, and all of it lies in order."""
+        sizes = embed % _PAIR == 0 and head_dim % _LANES == 0
+        return sizes and all(w.is_contiguous() and w.size(-1) % _PAIR == 0 for w in weights)
+
+    def few(self, rows: int) -> bool:
+        """Whether there are so few rows that reading the weights is what takes the time."""
+        return rows == 1 or rows * self.embed <= 2048  # beyond, oneDNN multiplies faster
+
+    def __call__(self, tokens: Int[Tensor, "batch 1"], cache: KVCache) -> Float[Tensor, "batch e"]:
+        """Hidden states after the last norm; keys and values are stored, the lengths are not."""
+        batch, slots, threads = len(tokens), cache.kv[0].size(3), torch.get_num_threads()
+        tokens, length = tokens.contiguous(), cache.length.contiguous()
+        for layer, kv in zip(self._layers, cache.kv, strict=True):
+            layer.kv = kv.data_ptr()
+        found = torch.empty(batch, self.embed, dtype=self.native.dtype)
+        wide = max(self.embed, self.hidden)
+        own = batch * wide + self.embed + slots + _LANES
+        work = torch.empty(batch * (5 * self.embed + self.hidden) + threads * own)
+        unknown = self.native._library.step(
+            found.data_ptr(), ctypes.addressof(self._model), ctypes.addressof(self._layers),
+            tokens.data_ptr(), length.data_ptr(), batch, slots, threads, work.data_ptr(),
+        )  # fmt: skip
+        if unknown:
+            raise IndexError(f"tokens beyond the vocabulary of {self.vocab}: {tokens.tolist()}")
+        return found
+
+
+@cache
+def of(dtype: torch.dtype) -> Native | None:
+    """What is there for weights of a dtype; the first call on a machine compiles it."""
+    compiler = shutil.which(os.environ.get("QVGPT_CC", "cc"))
+    if dtype not in _SUFFIX or compiler is None:
+        return None
+    try:
+        return Native(_compiled(compiler, _SUFFIX[dtype]), dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning("native.c was not compiled, so torch decodes alone: %s", said)
+        return None
+
+
+def _compiled(compiler: str, name: str) -> Path:
+    """The library of a dtype, from the user's cache directory if it was compiled before."""
+    openmp = _openmp()
+    command = [compiler, *_FLAGS, *([f"-D{name}"] if name else ())]
+    said = [_SOURCE.read_text(), *command, str(openmp), _processor()]
+    digest = hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvgpt"
+    library = base / f"native-{digest}.so"
+    if library.exists():
+        return library
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base) as directory:
+        made, part = Path(directory) / "native.o", Path(directory) / library.name
+        with_openmp = [str(openmp)] if openmp else ["-fopenmp"]
+        for line in (
+            [*command, "-c", str(_SOURCE), "-o", str(made)],
+            [compiler, "-shared", str(made), *with_openmp, "-lm", "-o", str(part)],
+        ):
+            subprocess.run(line, check=True, capture_output=True, text=True, timeout=120)
+        part.replace(library)  # whole or not at all, whoever else compiles it meanwhile
+    return library
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that torch runs on: two of them would be two teams on the same cores."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        for line in maps.read_text().splitlines():
+            path = Path(line.split(maxsplit=5)[-1])
+            if path.name.startswith(("libgomp", "libiomp5", "libomp")):
+                return path
+    return None
+
+
+def _processor() -> str:
+    """What tells processors apart: a home directory may be that of several machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    known = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "\n".join([platform.machine(), *sorted(set(known or lines[:1]))])
+
+
+def _address(tensor: Any) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
