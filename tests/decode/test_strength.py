@@ -13,6 +13,7 @@ from qvgpt.decode.policy import Guidance, folds, guided_logits, next_token
 from qvgpt.decode.score import score, sequence_kl
 from qvgpt.decode.sources import TokenScorer
 from qvgpt.errors import QvgptError
+from qvgpt.models import native
 from qvgpt.trajectory import Trajectory
 
 PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2]]
@@ -27,6 +28,16 @@ def kl_of(beta, base, q):
     return float((p * (p / base[kept]).log())[p > 0].sum())
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def by(request, monkeypatch):
+    """Both ways of solving for β."""
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "of", lambda dtype: None)
+    elif native.of(torch.float32) is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("budget", [1e-3, 0.05, 0.7])
 def test_a_budget_is_spent_to_the_last_digits(budget):
     torch.manual_seed(0)
@@ -43,6 +54,7 @@ def test_a_budget_is_spent_to_the_last_digits(budget):
     assert (spent[capped < beta] < budget).all()
 
 
+@pytest.mark.usefixtures("by")
 def test_where_values_tell_nothing_or_all_the_budget_is_not_reached():
     base = torch.tensor([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]]).log()
     equal, _ = solve_beta(base, torch.ones(2, 3), 0.1, 50.0)
@@ -50,6 +62,8 @@ def test_where_values_tell_nothing_or_all_the_budget_is_not_reached():
     # all on the best token costs −log 0.7 = 0.357
     beta, spent = solve_beta(base[:1], torch.tensor([[1.0, 0.0, 0.0]]), 0.5, 1000.0)
     assert (float(beta), float(spent)) == (1000.0, pytest.approx(0.3567, abs=1e-4))
+    lost = torch.tensor([[1.0, float("nan"), 0.0]])
+    assert solve_beta(base[:1], lost, 0.1, 50.0)[1].isnan().all()
 
 
 @torch.no_grad()

@@ -92,6 +92,19 @@ def test_attention_stores_and_sees_what_is_there_and_nothing_else(dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize(("rows", "picks", "width"), [(1, 50, 32), (7, 3, 160)])
+def test_rows_of_tokens_are_gathered(rows, picks, width):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, width), torch.randn(90, width)
+    tokens = torch.randint(0, 90, (picks, rows)).T  # laid out otherwise than they are read
+    exact = torch.einsum("rf,rcf->rc", x.double(), weight.double()[tokens])
+    gathered = compiled(torch.float32).gathered
+    assert of_order(gathered(x, weight, tokens), exact) < BOUNDS[torch.float32]
+    with pytest.raises(IndexError, match="beyond the vocabulary of 90"):
+        gathered(x, weight, tokens + 90)
+
+
+@needs_compiler
 def test_what_is_no_number_is_seen():
     """Large scores do not overflow; NaN and infinity are not softened to numbers."""
     kv, lengths = torch.zeros(2, 1, 1, 3, 16), torch.tensor([1])

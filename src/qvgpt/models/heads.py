@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from qvgpt.categorical import Support, read_distribution
 from qvgpt.errors import QvgptError
+from qvgpt.models import native
 from qvgpt.models.vocab import best, chunk_rows, gather_dot, pick, taken_and_logsumexp, wide
 
 _TAKEN = 2**21  # elements of weights that are gathered at a time: they stay in the cores' cache
@@ -267,6 +268,9 @@ def _dots(
     """features[i] · weight[tokens[i, j]], in parts whose rows of `weight` fit a core's cache."""
     if tokens.numel() >= len(weight):  # fewer rows in all than would be gathered
         return (features @ weight.T).gather(1, tokens)
+    compiled = native.of(torch.float32) if native.reads(features, weight) else None
+    if compiled is not None and native.Native.fits(weight):
+        return compiled.gathered(features, weight, tokens)
     size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
     if len(tokens) > size:
         parts = zip(features.split(size), tokens.split(size), strict=True)

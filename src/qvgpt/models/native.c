@@ -294,6 +294,85 @@ void linear(W *found, const W *x, const W *weight, const W *bias, const W *onto,
     }
 }
 
+#ifndef BFLOAT16
+/* found[rows, picks] = x[row] . weight[tokens[row, pick]]: no row of weights is copied. The number
+ * of tokens that are none; if there are any nothing is done. */
+int64_t gathered(float *found, const float *x, const float *weight, const int64_t *tokens,
+                 int64_t vocab, int64_t in, int64_t rows, int64_t picks, int64_t num_threads,
+                 float *work) {
+    int64_t unknown = 0;
+    (void)work;
+    for (int64_t i = 0; i < rows * picks; i++) unknown += tokens[i] < 0 || tokens[i] >= vocab;
+    if (unknown) return unknown;
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t i = 0; i < rows * picks; i++)
+        dots_1(found + i, x + i / picks * in, weight + tokens[i] * in, in);
+    return 0;
+}
+
+/* KL(pi_b || pi_0) and the variance of values under pi_b, for pi_b ~ p exp(b v) and v <= 0. */
+static double divergence(double b, const double *p, const double *v, int64_t count,
+                         double *variance) {
+    double z = 0, first = 0, second = 0;
+    for (int64_t i = 0; i < count; i++) {
+        double weight = p[i] * exp(b * v[i]);
+        z += weight;
+        first += weight * v[i];
+        second += weight * v[i] * v[i];
+    }
+    double mean = first / z, kl = b * mean - log(z), var = second / z - mean * mean;
+    *variance = var < 0 ? 0 : var;
+    return kl < 0 ? 0 : kl;
+}
+
+/* budget.py's solve_beta, a row after the other. work: threads * 4 candidates floats. */
+void spend(float *beta, float *spent, const float *logprob, const float *q, const double *said,
+           int64_t rows, int64_t count, int64_t steps, int64_t num_threads, float *work) {
+    double budget = said[0], beta_max = said[1], close = said[2];
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t row = 0; row < rows; row++) {
+        double *p = (double *)work + omp_get_thread_num() * 2 * count, *v = p + count;
+        const float *l = logprob + row * count, *values = q + row * count;
+        double most = -INFINITY, top = -INFINITY, total = 0, mean = 0, second = 0, least = 0;
+        for (int64_t i = 0; i < count; i++) most = l[i] > most ? l[i] : most;
+        for (int64_t i = 0; i < count; i++) total += p[i] = exp(l[i] - most);
+        for (int64_t i = 0; i < count; i++) {
+            p[i] /= total;
+            if (p[i] > 0 && !(values[i] <= top)) top = values[i];
+        }
+        for (int64_t i = 0; i < count; i++) {
+            v[i] = p[i] > 0 ? values[i] - top : 0;
+            least = v[i] < least ? v[i] : least;
+            mean += p[i] * v[i];
+            second += p[i] * v[i] * v[i];
+        }
+        double variance = second - mean * mean, missing = INFINITY, found = 0;
+        double low = sqrt(8 * budget) / -least, high = nextafter(beta_max, INFINITY);
+        low = low < beta_max ? low : beta_max;
+        double guess = sqrt(2 * budget / (variance > 0 ? variance : 0));
+        guess = guess < low ? low : guess > beta_max ? beta_max : guess;
+        for (int64_t step = 0; step < steps; step++) {
+            found = divergence(guess, p, v, count, &variance);
+            double before = missing;
+            missing = fabs(found - budget);
+            int below = found <= budget;
+            if (!(missing > close * budget) || (below && guess >= beta_max)) break;
+            if (below) low = guess;
+            else high = guess;
+            if (!(high > low * (1 + 1e-12))) break; /* as close as its digits allow */
+            double root = sqrt(found), next;
+            next = guess - 2 * root * (root - sqrt(budget)) / (guess * variance);
+            next = next < beta_max ? next : beta_max;
+            int good = next > low && next < high && missing <= before / 2;
+            good |= next >= beta_max && high > beta_max; /* nobody has been there */
+            guess = good ? next : sqrt(low * high);
+        }
+        beta[row] = guess;
+        spent[row] = found;
+    }
+}
+#endif
+
 typedef struct {
     const W *norm_1, *norm_1_bias, *norm_2, *norm_2_bias;
     const W *qkv, *qkv_bias, *out, *out_bias, *up, *up_bias, *down, *down_bias;

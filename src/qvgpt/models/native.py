@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvgpt.models.kv_cache import KVCache
 
@@ -33,6 +33,15 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _LANES, _PAIR = 16, 32
 _SUFFIX = {torch.float32: "", torch.bfloat16: "BFLOAT16"}
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[int, int, Any]] = {
+    "linear": (5, 5, None),
+    "attend": (4, 5, None),
+    "step": (5, 3, _COUNT),
+    "gathered": (4, 5, _COUNT),
+    "spend": (5, 4, None),
+}
+"""How many pointers and how many counts they take, and what comes back; then all take `work`."""
+_OF_FLOATS = {"gathered", "spend"}
 
 
 class _Layer(ctypes.Structure):
@@ -58,10 +67,11 @@ class Native:
 
     def __init__(self, library: Path, dtype: torch.dtype):
         self.dtype, self._library = dtype, ctypes.CDLL(str(library))
-        for name, pointers, counts in (("linear", 5, 5), ("attend", 4, 5), ("step", 5, 3)):
-            function = getattr(self._library, name)
-            function.argtypes = [_POINTER] * pointers + [_COUNT] * counts + [_POINTER]
-            function.restype = _COUNT if name == "step" else None
+        for name, (pointers, counts, result) in _FUNCTIONS.items():
+            if dtype == torch.float32 or name not in _OF_FLOATS:
+                function = getattr(self._library, name)
+                function.argtypes = [_POINTER] * pointers + [_COUNT] * counts + [_POINTER]
+                function.restype = result
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -105,6 +115,43 @@ class Native:
             batch, heads, slots, head_dim, threads, work.data_ptr(),
         )  # fmt: skip
         return found
+
+    def gathered(
+        self,
+        features: Float[Tensor, "rows features"],
+        weight: Float[Tensor, "vocab features"],
+        tokens: Int[Tensor, "rows candidates"],
+    ) -> Float[Tensor, "rows candidates"]:
+        """features[i] · weight[tokens[i, j]], in fp32."""
+        features, tokens = features.contiguous(), tokens.contiguous()
+        found, (vocab, width) = torch.empty(tokens.shape), weight.shape
+        unknown = self._library.gathered(
+            found.data_ptr(), features.data_ptr(), weight.data_ptr(), tokens.data_ptr(),
+            vocab, width, *tokens.shape, torch.get_num_threads(), None,
+        )  # fmt: skip
+        _refuse(unknown, tokens, vocab)
+        return found
+
+    def spend(
+        self,
+        base_logprob: Float[Tensor, "rows candidates"],
+        q: Float[Tensor, "rows candidates"],
+        budget: float,
+        beta_max: float,
+        close: float,
+        most_steps: int,
+    ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+        """β that spends a budget of KL, and what it spends: `decode.budget.solve_beta`."""
+        base_logprob, q = base_logprob.contiguous(), q.contiguous()
+        (rows, candidates), threads = q.shape, torch.get_num_threads()
+        beta, spent = torch.empty(2, rows)
+        said = torch.tensor([budget, beta_max, close], dtype=torch.float64)
+        work = torch.empty(threads * 2 * candidates, dtype=torch.float64)
+        self._library.spend(
+            beta.data_ptr(), spent.data_ptr(), base_logprob.data_ptr(), q.data_ptr(),
+            said.data_ptr(), rows, candidates, most_steps, threads, work.data_ptr(),
+        )  # fmt: skip
+        return beta, spent
 
 
 class NativeStep:
@@ -154,8 +201,7 @@ class NativeStep:
             found.data_ptr(), ctypes.addressof(self._model), ctypes.addressof(self._layers),
             tokens.data_ptr(), length.data_ptr(), batch, slots, threads, work.data_ptr(),
         )  # fmt: skip
-        if unknown:
-            raise IndexError(f"tokens beyond the vocabulary of {self.vocab}: {tokens.tolist()}")
+        _refuse(unknown, tokens, self.vocab)
         return found
 
 
@@ -171,6 +217,15 @@ def of(dtype: torch.dtype) -> Native | None:
         said = getattr(error, "stderr", None) or error
         logger.warning("native.c was not compiled, so torch decodes alone: %s", said)
         return None
+
+
+def reads(*tensors: Tensor) -> bool:
+    """Whether they are fp32 on a CPU and no gradient is asked of them."""
+    no_gradient = not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return no_gradient and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
+        for t in tensors
+    )
 
 
 def _compiled(compiler: str, name: str) -> Path:
@@ -213,6 +268,11 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     known = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
     return "\n".join([platform.machine(), *sorted(set(known or lines[:1]))])
+
+
+def _refuse(unknown: int, tokens: Tensor, vocab: int) -> None:
+    if unknown:
+        raise IndexError(f"tokens beyond the vocabulary of {vocab}: {tokens.tolist()}")
 
 
 def _address(tensor: Any) -> int | None:
