@@ -6,8 +6,11 @@ targets. To decode: `run()` writes a batch of texts and returns the seconds afte
 """
 
 import copy
+import json
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,11 @@ import torch.nn.functional as F
 from measure import synchronize
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.export.llama_cpp import write_model
+from qvgpt.models.gpt import GPT
+from qvgpt.models.value_model import ValueModel
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -210,6 +218,31 @@ def hugging_face_generate(
             stopping_criteria=[clock],
         )
         return stamps[-1] - stamps[0]
+
+    return run
+
+
+def llama_cpp_writes(
+    program: str, shape: dict[str, int], model: Path, batch: int, prompt: int, new: int
+) -> Callable[[], float]:
+    """llama.cpp's own measure of its decoding, `llama-batched-bench`, of such a GPT-2 in bf16.
+
+    It says the seconds of the steps after the prompt, in which no token is chosen.
+    """
+    directory = model.parent / "gpt2"
+    ValueModel(GPT(**shape), None, Tokenizer.train("abc", "char")).save(directory)
+    write_model(directory, model, "bfloat16")
+    threads = str(torch.get_num_threads())
+    context = batch * (prompt + new)
+    command = [program, "-m", str(model), "-t", threads, "-tb", threads, "-c", str(context)]
+    command += ["-npp", str(prompt), "-ntg", str(new), "-npl", str(batch)]
+
+    def run() -> float:
+        done = subprocess.run(
+            [*command, "--output-format", "jsonl"], capture_output=True, text=True, check=True
+        )
+        lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
+        return json.loads(lines[-1])["t_tg"]
 
     return run
 

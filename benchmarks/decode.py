@@ -2,14 +2,16 @@
 
     python benchmarks/decode.py            writes decode.json beside itself; half an hour
                                            (on a CUDA GPU decode_gpu.json)
+    python benchmarks/decode.py --llama-cpp PROGRAM     its llama-batched-bench is a peer, at M
     python benchmarks/decode.py --quick    seconds, tiny shapes, nothing written
 
 Random weights, prompts of 16 random tokens, bf16 unless a name says fp32; sampled from the whole
 vocabulary. A time is that of the steps after the first one, which reads the prompts. New tokens a
 row: 128 at batch 1, 64 at 16, 32 at 64 (`new_tokens`). Candidates take turns within a block, a
 ratio is the median over blocks, its interval a bootstrap. Peers: transformers' `generate` with its
-dynamic cache, unguided; and a loop of trlX's shape (baselines.py). Each group is a process of its
-own, with the malloc settings that docs/scaling.md advises. Close everything else first.
+dynamic cache, unguided; a loop of trlX's shape; llama.cpp, unguided and without choosing tokens
+(baselines.py). Each group is a process of its own, with the malloc settings that docs/scaling.md
+advises. Close everything else first.
 """
 
 import argparse
@@ -19,10 +21,11 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from baselines import hugging_face_generate, trlx_generate
+from baselines import hugging_face_generate, llama_cpp_writes, trlx_generate
 from measure import device, in_process, interleaved, ratio, synchronize
 
 from qvgpt.decode.engine import Engine, Request
@@ -62,26 +65,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny, nothing written")
     parser.add_argument("--blocks", type=int, default=20, help="of ours; of peers half as many")
+    parser.add_argument("--llama-cpp", metavar="PROGRAM", help="its llama-batched-bench, a peer")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         print(json.dumps(WORKERS[options.worker.pop("do")](**options.worker)))
         return
     shapes = ("tiny", "tiny") if options.quick else ("S", "M")
-    results = measure_all(shapes, 2 if options.quick else options.blocks)
+    blocks = 2 if options.quick else options.blocks
+    results = measure_all(shapes, blocks, options.llama_cpp)
     print(json.dumps(results, indent=1))
     if not options.quick:
         name = "decode.json" if device().type == "cpu" else "decode_gpu.json"
         (HERE / name).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
+def measure_all(
+    shapes: tuple[str, str], blocks: int, llama_cpp: str | None = None
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     speed: dict[str, dict[int, dict[str, float]]] = {}
 
     def times(size: str, shape: str, batch: int, names: list[str], n: int) -> dict[str, Any]:
-        seconds = in_process(__file__, do="time", shape=shape, batch=batch, names=names, blocks=n)
+        job = {"shape": shape, "batch": batch, "names": names, "blocks": n}
+        seconds = in_process(__file__, do="time", **job, llama_cpp=llama_cpp)
         for name, taken in seconds.items():
             rate = batch * NEW_TOKENS[batch] / sorted(taken)[len(taken) // 2]
             speed.setdefault(size, {}).setdefault(batch, {})[name] = rate
@@ -94,7 +102,10 @@ def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
     for size, shape in zip("SM", shapes, strict=True):
         for batch in NEW_TOKENS:
             peers = ["guided", "hf", "trlx"] + ["guided_fp32", "hf_fp32"] * (size == "S")
+            peers += ["llama_cpp"] * (size == "M" and llama_cpp is not None)
             taken = times(size, shape, batch, peers, max(2, blocks // 2))
+            if "llama_cpp" in taken:
+                keep(f"vs_llama_cpp_M_b{batch}", taken["llama_cpp"], taken["guided"])
             keep(f"vs_hf_{size}_b{batch}", taken["hf"], taken["guided"])
             keep(f"vs_trlx_shape_{size}_b{batch}", taken["trlx"], taken["guided"])
             if size == "S":
@@ -138,9 +149,18 @@ def measure_all(shapes: tuple[str, str], blocks: int) -> dict[str, Any]:
     }
 
 
-def time_engines(shape: str, batch: int, names: list[str], blocks: int) -> dict[str, list[float]]:
-    runs = {name: make(name, SHAPES[shape], batch) for name in names}
-    return interleaved(runs, blocks, warmup=1, own_clock=True)
+def time_engines(
+    shape: str, batch: int, names: list[str], blocks: int, llama_cpp: str | None = None
+) -> dict[str, list[float]]:
+    with TemporaryDirectory() as directory:
+        runs = {name: make(name, SHAPES[shape], batch) for name in names if name != "llama_cpp"}
+        if "llama_cpp" in names:
+            assert llama_cpp is not None
+            model = Path(directory) / "model.gguf"
+            runs["llama_cpp"] = llama_cpp_writes(
+                llama_cpp, SHAPES[shape], model, batch, PROMPT, NEW_TOKENS[batch]
+            )
+        return interleaved(runs, blocks, warmup=1, own_clock=True)
 
 
 def make(name: str, shape: dict[str, int], batch: int) -> Callable[[], float]:
