@@ -6,7 +6,7 @@ targets. To decode: `run()` writes a batch of texts and returns the seconds afte
 """
 
 import copy
-import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -238,11 +238,13 @@ def llama_cpp_writes(
     command += ["-npp", str(prompt), "-ntg", str(new), "-npl", str(batch)]
 
     def run() -> float:
-        done = subprocess.run(
-            [*command, "--output-format", "jsonl"], capture_output=True, text=True, check=True
-        )
-        lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
-        return json.loads(lines[-1])["t_tg"]
+        for _ in range(3):  # it has been seen to end well and say nothing
+            done = subprocess.run(
+                [*command, "--output-format", "jsonl"], capture_output=True, text=True, check=True
+            )
+            if found := re.search(r'"t_tg": ([\d.]+)', done.stdout):
+                return float(found[1])
+        raise RuntimeError(f"{program} said no t_tg: {done.stdout!r} {done.stderr[-500:]!r}")
 
     return run
 

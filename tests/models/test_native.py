@@ -169,6 +169,17 @@ def test_it_is_done_without_where_nothing_compiles(compiler, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.so"))
 
 
+@needs_compiler
+def test_other_numbers_than_it_reads_are_refused():
+    linear = compiled(torch.float32).linear
+    x, weight = torch.randn(1, 32), torch.randn(4, 32)
+    for wrong in (weight.bfloat16(), torch.randn(32, 4).T, weight.to("meta")):
+        with pytest.raises(TypeError, match="in order on a CPU"):
+            linear(x, wrong, None)
+    with pytest.raises(TypeError):
+        linear(x, weight, torch.randn(4).double())
+
+
 def test_a_matrix_must_lie_as_it_is_read():
     assert Native.fits(torch.zeros(3, 64))
     assert not Native.fits(torch.zeros(3, 40))

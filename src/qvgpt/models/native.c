@@ -256,7 +256,7 @@ static inline void widen(float *to, const W *from, int64_t count) {
 }
 
 /* found[rows, heads * dim] of qkv[rows, 3, heads, dim]. work: threads * (4 dim + slots + LANES). */
-void attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t rows, int64_t heads,
+int64_t attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t rows, int64_t heads,
             int64_t slots, int64_t dim, int64_t num_threads, float *work) {
     Cache cache = {kv, rows, heads, slots, dim};
 #pragma omp parallel num_threads(num_threads)
@@ -272,11 +272,12 @@ void attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t r
             for (int64_t i = 0; i < dim; i++) found[place * dim + i] = rounded(to[i]);
         }
     }
+    return 0;
 }
 
 /* found[rows, out] = x[rows, in] weight^T + bias: then through a GELU, or added to `onto`; neither
  * bias nor onto need be there. work: rows * (out + 2 in). */
-void linear(W *found, const W *x, const W *weight, const W *bias, const W *onto, int64_t through,
+int64_t linear(W *found, const W *x, const W *weight, const W *bias, const W *onto, int64_t through,
             int64_t in, int64_t out, int64_t rows, int64_t num_threads, float *work) {
     float *to = work, *states = to + rows * out, *widened_x = states + rows * in;
     widen(widened_x, x, rows * in);
@@ -292,6 +293,7 @@ void linear(W *found, const W *x, const W *weight, const W *bias, const W *onto,
                 found[r * out + o] = rounded(onto ? y[o] + widened(onto[r * out + o]) : y[o]);
         }
     }
+    return 0;
 }
 
 #ifndef BFLOAT16
@@ -326,7 +328,7 @@ static double divergence(double b, const double *p, const double *v, int64_t cou
 }
 
 /* budget.py's solve_beta, a row after the other. work: threads * 4 candidates floats. */
-void spend(float *beta, float *spent, const float *logprob, const float *q, const double *said,
+int64_t spend(float *beta, float *spent, const float *logprob, const float *q, const double *said,
            int64_t rows, int64_t count, int64_t steps, int64_t num_threads, float *work) {
     double budget = said[0], beta_max = said[1], close = said[2];
 #pragma omp parallel for num_threads(num_threads)
@@ -370,6 +372,7 @@ void spend(float *beta, float *spent, const float *logprob, const float *q, cons
         beta[row] = guess;
         spent[row] = found;
     }
+    return 0;
 }
 #endif
 

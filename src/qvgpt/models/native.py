@@ -33,14 +33,16 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _LANES, _PAIR = 16, 32
 _SUFFIX = {torch.float32: "", torch.bfloat16: "BFLOAT16"}
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_FUNCTIONS: dict[str, tuple[int, int, Any]] = {
-    "linear": (5, 5, None),
-    "attend": (4, 5, None),
-    "step": (5, 3, _COUNT),
-    "gathered": (4, 5, _COUNT),
-    "spend": (5, 4, None),
+_TAKES = {
+    "linear": "WWWWWnnnnnf",
+    "attend": "WWflnnnnnf",
+    "step": "Wppllnnnf",
+    "gathered": "ffflnnnnnf",
+    "spend": "ffffdnnnnf",
 }
-"""How many pointers and how many counts they take, and what comes back; then all take `work`."""
+"""Of each function: W numbers of its weights' dtype, f floats, l int64, d doubles; n a count, p the
+address of a structure."""
+_NUMBERS = {"f": torch.float32, "l": torch.int64, "d": torch.float64}
 _OF_FLOATS = {"gathered", "spend"}
 
 
@@ -66,12 +68,22 @@ class Native:
     """What was compiled for weights of one dtype."""
 
     def __init__(self, library: Path, dtype: torch.dtype):
-        self.dtype, self._library = dtype, ctypes.CDLL(str(library))
-        for name, (pointers, counts, result) in _FUNCTIONS.items():
+        self.dtype, found = dtype, ctypes.CDLL(str(library))
+        self._numbers = {**_NUMBERS, "W": dtype}
+        self._functions: dict[str, Any] = {}
+        for name, takes in _TAKES.items():
             if dtype == torch.float32 or name not in _OF_FLOATS:
-                function = getattr(self._library, name)
-                function.argtypes = [_POINTER] * pointers + [_COUNT] * counts + [_POINTER]
-                function.restype = result
+                function = self._functions[name] = getattr(found, name)
+                function.argtypes = [_COUNT if kind == "n" else _POINTER for kind in takes]
+                function.restype = _COUNT
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """What a function returns, of tensors and numbers as it takes them."""
+        given = (
+            argument if kind in "np" else _address(argument, self._numbers[kind])
+            for kind, argument in zip(_TAKES[name], arguments, strict=True)
+        )
+        return self._functions[name](*given)
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -92,11 +104,8 @@ class Native:
         onto = None if onto is None else onto.contiguous()
         rows = x.numel() // width
         found = x.new_empty((*x.shape[:-1], out))
-        work = torch.empty(rows * (out + 2 * width))
-        self._library.linear(
-            found.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(bias), _address(onto),
-            gelu, width, out, rows, threads, work.data_ptr(),
-        )  # fmt: skip
+        work = _floats(rows * (out + 2 * width))
+        self.call("linear", found, x, weight, bias, onto, gelu, width, out, rows, threads, work)
         return found
 
     def attend(
@@ -109,11 +118,8 @@ class Native:
         _, batch, heads, slots, head_dim = kv.shape
         threads = torch.get_num_threads()
         found = qkv.new_empty(batch, heads * head_dim)
-        work = torch.empty(threads * (4 * head_dim + slots + _LANES))
-        self._library.attend(
-            found.data_ptr(), qkv.data_ptr(), kv.data_ptr(), length.data_ptr(),
-            batch, heads, slots, head_dim, threads, work.data_ptr(),
-        )  # fmt: skip
+        work = _floats(threads * (4 * head_dim + slots + _LANES))
+        self.call("attend", found, qkv, kv, length, batch, heads, slots, head_dim, threads, work)
         return found
 
     def gathered(
@@ -124,11 +130,11 @@ class Native:
     ) -> Float[Tensor, "rows candidates"]:
         """features[i] · weight[tokens[i, j]], in fp32."""
         features, tokens = features.contiguous(), tokens.contiguous()
-        found, (vocab, width) = torch.empty(tokens.shape), weight.shape
-        unknown = self._library.gathered(
-            found.data_ptr(), features.data_ptr(), weight.data_ptr(), tokens.data_ptr(),
-            vocab, width, *tokens.shape, torch.get_num_threads(), None,
-        )  # fmt: skip
+        found, (vocab, width) = _floats(*tokens.shape), weight.shape
+        threads = torch.get_num_threads()
+        unknown = self.call(
+            "gathered", found, features, weight, tokens, vocab, width, *tokens.shape, threads, None
+        )
         _refuse(unknown, tokens, vocab)
         return found
 
@@ -144,13 +150,12 @@ class Native:
         """β that spends a budget of KL, and what it spends: `decode.budget.solve_beta`."""
         base_logprob, q = base_logprob.contiguous(), q.contiguous()
         (rows, candidates), threads = q.shape, torch.get_num_threads()
-        beta, spent = torch.empty(2, rows)
+        beta, spent = _floats(2, rows)
         said = torch.tensor([budget, beta_max, close], dtype=torch.float64)
-        work = torch.empty(threads * 2 * candidates, dtype=torch.float64)
-        self._library.spend(
-            beta.data_ptr(), spent.data_ptr(), base_logprob.data_ptr(), q.data_ptr(),
-            said.data_ptr(), rows, candidates, most_steps, threads, work.data_ptr(),
-        )  # fmt: skip
+        work = _floats(threads * 4 * candidates)
+        self.call(
+            "spend", beta, spent, base_logprob, q, said, rows, candidates, most_steps, threads, work
+        )
         return beta, spent
 
 
@@ -173,9 +178,10 @@ class NativeStep:
         of_model = (tokens, positions, *norm[:2])
         self._model = _Model(
             len(layers), self.vocab, positions.size(0), self.embed, self.hidden, heads, norm[2],
-            *(t.data_ptr() for t in of_model),
+            *(_address(t, native.dtype) for t in of_model),
         )  # fmt: skip
-        self._layers = (_Layer * len(layers))(*(tuple(map(Tensor.data_ptr, x)) for x in layers))
+        addresses = (tuple(_address(t, native.dtype) for t in layer) for layer in layers)
+        self._layers = (_Layer * len(layers))(*addresses)
 
     @staticmethod
     def suits(embed: int, head_dim: int, weights: Sequence[Tensor]) -> bool:
@@ -192,15 +198,15 @@ class NativeStep:
         batch, slots, threads = len(tokens), cache.kv[0].size(3), torch.get_num_threads()
         tokens, length = tokens.contiguous(), cache.length.contiguous()
         for layer, kv in zip(self._layers, cache.kv, strict=True):
-            layer.kv = kv.data_ptr()
+            layer.kv = _address(kv, torch.float32)
         found = torch.empty(batch, self.embed, dtype=self.native.dtype)
         wide = max(self.embed, self.hidden)
         own = batch * wide + self.embed + slots + _LANES
-        work = torch.empty(batch * (5 * self.embed + self.hidden) + threads * own)
-        unknown = self.native._library.step(
-            found.data_ptr(), ctypes.addressof(self._model), ctypes.addressof(self._layers),
-            tokens.data_ptr(), length.data_ptr(), batch, slots, threads, work.data_ptr(),
-        )  # fmt: skip
+        work = _floats(batch * (5 * self.embed + self.hidden) + threads * own)
+        model, layers = ctypes.addressof(self._model), ctypes.addressof(self._layers)
+        unknown = self.native.call(
+            "step", found, model, layers, tokens, length, batch, slots, threads, work
+        )
         _refuse(unknown, tokens, self.vocab)
         return found
 
@@ -270,10 +276,20 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted(set(known or lines[:1]))])
 
 
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _refuse(unknown: int, tokens: Tensor, vocab: int) -> None:
     if unknown:
         raise IndexError(f"tokens beyond the vocabulary of {vocab}: {tokens.tolist()}")
 
 
-def _address(tensor: Any) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Where it begins: C reads one number after the other and believes what they are said to be."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        said = f"{tensor.dtype}, strides {tensor.stride()}, on {tensor.device}"
+        raise TypeError(f"native.c reads {dtype} in order on a CPU, not {said}")
+    return tensor.data_ptr()
