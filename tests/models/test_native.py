@@ -100,6 +100,9 @@ def test_rows_of_tokens_are_gathered(rows, picks, width):
     exact = torch.einsum("rf,rcf->rc", x.double(), weight.double()[tokens])
     gathered = compiled(torch.float32).gathered
     assert of_order(gathered(x, weight, tokens), exact) < BOUNDS[torch.float32]
+    mean, plus = torch.randn(width), torch.randn(rows)
+    exact += (plus.double() - x.double() @ mean.double())[:, None]
+    assert of_order(gathered(x, weight, tokens, mean, plus), exact) < BOUNDS[torch.float32]
     with pytest.raises(IndexError, match="beyond the vocabulary of 90"):
         gathered(x, weight, tokens + 90)
 

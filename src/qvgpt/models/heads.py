@@ -26,6 +26,7 @@ bin, f(s, z) = P_z·h, for weights of their own for every token and bin would be
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models import native
 from qvgpt.models.vocab import best, chunk_rows, gather_dot, pick, taken_and_logsumexp, wide
 
+_NO_CHANGE = nullcontext()
 _TAKEN = 2**21  # elements of weights that are gathered at a time: they stay in the cores' cache
 
 
@@ -113,9 +115,10 @@ class HeadsConfig:
         return replace(self, low=low - margin, high=high + margin)
 
 
-def exact(hidden: Tensor) -> torch.autocast:
+def exact(hidden: Tensor) -> AbstractContextManager[Any]:
     """A region without autocast: hidden layers may be short of digits, values are not."""
-    return torch.autocast(hidden.device.type, enabled=False)
+    where = hidden.device.type
+    return torch.autocast(where, enabled=False) if torch.is_autocast_enabled(where) else _NO_CHANGE
 
 
 class StateHead(nn.Module):
@@ -225,8 +228,7 @@ class QHead(_OverVocab):
     ) -> Float[Tensor, "rows candidates"]:
         """Q of several candidate tokens per row."""
         f = self.features(hidden)
-        constant = self.baseline(hidden) - f @ self.mean_weight()
-        return _dots(f, self.weight, tokens) + constant[:, None]
+        return _dots(f, self.weight, tokens, self.mean_weight(), self.baseline(hidden))
 
     def relative(
         self, hidden: Float[Tensor, "rows embed"], tokens: Int[Tensor, "rows candidates"]
@@ -264,17 +266,28 @@ def _dots(
     features: Float[Tensor, "rows features"],
     weight: Float[Tensor, "vocab features"],
     tokens: Int[Tensor, "rows candidates"],
+    mean: Float[Tensor, "features"] | None = None,
+    plus: Float[Tensor, "rows"] | None = None,
+) -> Float[Tensor, "rows candidates"]:
+    """features[i] · (weight[tokens[i, j]] − mean) + plus[i], of the last two both or neither."""
+    few = tokens.numel() < len(weight)  # else fewer rows in all than would be gathered
+    compiled = native.of(torch.float32) if few and native.reads(features, weight) else None
+    if compiled is not None and native.Native.fits(weight):
+        return compiled.gathered(features, weight, tokens, mean, plus)
+    found = _gathered(features, weight, tokens) if few else (features @ weight.T).gather(1, tokens)
+    return found if mean is None or plus is None else found + (plus - features @ mean)[:, None]
+
+
+def _gathered(
+    features: Float[Tensor, "rows features"],
+    weight: Float[Tensor, "vocab features"],
+    tokens: Int[Tensor, "rows candidates"],
 ) -> Float[Tensor, "rows candidates"]:
     """features[i] · weight[tokens[i, j]], in parts whose rows of `weight` fit a core's cache."""
-    if tokens.numel() >= len(weight):  # fewer rows in all than would be gathered
-        return (features @ weight.T).gather(1, tokens)
-    compiled = native.of(torch.float32) if native.reads(features, weight) else None
-    if compiled is not None and native.Native.fits(weight):
-        return compiled.gathered(features, weight, tokens)
     size = max(1, _TAKEN // (tokens.size(1) * weight.size(1)))
     if len(tokens) > size:
         parts = zip(features.split(size), tokens.split(size), strict=True)
-        return torch.cat([_dots(f, weight, t) for f, t in parts])
+        return torch.cat([_gathered(f, weight, t) for f, t in parts])
     # of rows that differ, products and sums take a third of the time of a batched product
     taken, each = pick(weight, tokens), features[:, None]
     return (taken * each if torch.is_grad_enabled() else taken.mul_(each)).sum(-1)
@@ -306,7 +319,7 @@ class ReturnHead(_OverVocab):
     ) -> Float[Tensor, "rows candidates bins"]:
         """Of several tokens a row."""
         taken = pick(self.weight, tokens) - self.mean_weight()
-        change = torch.einsum("rbf,rcf->rcb", self.features(hidden), taken)
+        change = taken @ self.features(hidden).transpose(1, 2)
         return self.baseline.logits(hidden)[:, None] + change
 
     def of(

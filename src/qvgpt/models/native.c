@@ -297,18 +297,25 @@ int64_t linear(W *found, const W *x, const W *weight, const W *bias, const W *on
 }
 
 #ifndef BFLOAT16
-/* found[rows, picks] = x[row] . weight[tokens[row, pick]]: no row of weights is copied. The number
- * of tokens that are none; if there are any nothing is done. */
+/* found[rows, picks] = x[row] . (weight[tokens[row, pick]] - mean) + plus[row], of mean and plus what
+ * is there: no row of weights is copied. The number of tokens that are none; if there are any nothing
+ * is done. work: rows. */
 int64_t gathered(float *found, const float *x, const float *weight, const int64_t *tokens,
-                 int64_t vocab, int64_t in, int64_t rows, int64_t picks, int64_t num_threads,
-                 float *work) {
+                 const float *mean, const float *plus, int64_t vocab, int64_t in, int64_t rows,
+                 int64_t picks, int64_t num_threads, float *work) {
     int64_t unknown = 0;
-    (void)work;
     for (int64_t i = 0; i < rows * picks; i++) unknown += tokens[i] < 0 || tokens[i] >= vocab;
     if (unknown) return unknown;
+    for (int64_t r = 0; r < rows; r++) {
+        work[r] = 0;
+        if (mean) dots_1(work + r, x + r * in, mean, in);
+        work[r] = (plus ? plus[r] : 0) - work[r];
+    }
 #pragma omp parallel for num_threads(num_threads)
-    for (int64_t i = 0; i < rows * picks; i++)
+    for (int64_t i = 0; i < rows * picks; i++) {
         dots_1(found + i, x + i / picks * in, weight + tokens[i] * in, in);
+        found[i] += work[i / picks];
+    }
     return 0;
 }
 

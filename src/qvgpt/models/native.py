@@ -37,7 +37,7 @@ _TAKES = {
     "linear": "WWWWWnnnnnf",
     "attend": "WWflnnnnnf",
     "step": "Wppllnnnf",
-    "gathered": "ffflnnnnnf",
+    "gathered": "ffflffnnnnnf",
     "spend": "ffffdnnnnf",
 }
 """Of each function: W numbers of its weights' dtype, f floats, l int64, d doubles; n a count, p the
@@ -127,14 +127,18 @@ class Native:
         features: Float[Tensor, "rows features"],
         weight: Float[Tensor, "vocab features"],
         tokens: Int[Tensor, "rows candidates"],
+        mean: Float[Tensor, "features"] | None = None,
+        plus: Float[Tensor, "rows"] | None = None,
     ) -> Float[Tensor, "rows candidates"]:
-        """features[i] · weight[tokens[i, j]], in fp32."""
+        """features[i] · (weight[tokens[i, j]] − mean) + plus[i], of both what there is; in fp32."""
         features, tokens = features.contiguous(), tokens.contiguous()
+        plus = None if plus is None else plus.contiguous()
         found, (vocab, width) = _floats(*tokens.shape), weight.shape
-        threads = torch.get_num_threads()
+        rows, picks = tokens.shape
         unknown = self.call(
-            "gathered", found, features, weight, tokens, vocab, width, *tokens.shape, threads, None
-        )
+            "gathered", found, features, weight, tokens, mean, plus,
+            vocab, width, rows, picks, torch.get_num_threads(), _floats(rows),
+        )  # fmt: skip
         _refuse(unknown, tokens, vocab)
         return found
 
