@@ -271,7 +271,8 @@ def _dots(
 ) -> Float[Tensor, "rows candidates"]:
     """features[i] · (weight[tokens[i, j]] − mean) + plus[i], of the last two both or neither."""
     few = tokens.numel() < len(weight)  # else fewer rows in all than would be gathered
-    compiled = native.of(torch.float32) if few and native.reads(features, weight) else None
+    given = [t for t in (features, weight, mean, plus) if t is not None]
+    compiled = native.of(torch.float32) if few and native.reads(*given) else None
     if compiled is not None and native.Native.fits(weight):
         return compiled.gathered(features, weight, tokens, mean, plus)
     found = _gathered(features, weight, tokens) if few else (features @ weight.T).gather(1, tokens)

@@ -256,8 +256,8 @@ static inline void widen(float *to, const W *from, int64_t count) {
 }
 
 /* found[rows, heads * dim] of qkv[rows, 3, heads, dim]. work: threads * (4 dim + slots + LANES). */
-int64_t attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t rows, int64_t heads,
-            int64_t slots, int64_t dim, int64_t num_threads, float *work) {
+int64_t attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_t rows,
+               int64_t heads, int64_t slots, int64_t dim, int64_t num_threads, float *work) {
     Cache cache = {kv, rows, heads, slots, dim};
 #pragma omp parallel num_threads(num_threads)
     {
@@ -278,7 +278,7 @@ int64_t attend(W *found, const W *qkv, float *kv, const int64_t *lengths, int64_
 /* found[rows, out] = x[rows, in] weight^T + bias: then through a GELU, or added to `onto`; neither
  * bias nor onto need be there. work: rows * (out + 2 in). */
 int64_t linear(W *found, const W *x, const W *weight, const W *bias, const W *onto, int64_t through,
-            int64_t in, int64_t out, int64_t rows, int64_t num_threads, float *work) {
+               int64_t in, int64_t out, int64_t rows, int64_t num_threads, float *work) {
     float *to = work, *states = to + rows * out, *widened_x = states + rows * in;
     widen(widened_x, x, rows * in);
     ordered(states, widened_x, rows * in);
@@ -336,7 +336,7 @@ static double divergence(double b, const double *p, const double *v, int64_t cou
 
 /* budget.py's solve_beta, a row after the other. work: threads * 4 candidates floats. */
 int64_t spend(float *beta, float *spent, const float *logprob, const float *q, const double *said,
-           int64_t rows, int64_t count, int64_t steps, int64_t num_threads, float *work) {
+              int64_t rows, int64_t count, int64_t steps, int64_t num_threads, float *work) {
     double budget = said[0], beta_max = said[1], close = said[2];
 #pragma omp parallel for num_threads(num_threads)
     for (int64_t row = 0; row < rows; row++) {
@@ -399,7 +399,7 @@ typedef struct {
  * none, if there are any nothing is done. work: rows * (5 embed + hidden) + threads * (rows *
  * max(embed, hidden) + embed + slots + LANES). */
 int64_t step(W *found, const Model *model, const Layer *layers, const int64_t *tokens,
-          const int64_t *lengths, int64_t rows, int64_t slots, int64_t num_threads, float *work) {
+             const int64_t *lengths, int64_t rows, int64_t slots, int64_t num_threads, float *work) {
     int64_t E = model->embed, H = model->hidden, heads = model->heads, dim = E / heads;
     int64_t wide = H > E ? H : E, unknown = 0;
     for (int64_t r = 0; r < rows; r++) unknown += tokens[r] < 0 || tokens[r] >= model->vocab;
