@@ -12,7 +12,6 @@ from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import HeadsConfig, ValueHeads
 from qvgpt.models.laid_out import head_of, lay_out
-from qvgpt.models.native import NativeStep
 
 pytestmark = pytest.mark.skipif(
     not Blocked.suits(torch.zeros(256, 256)), reason="no oneDNN in this build of torch"
@@ -123,7 +122,7 @@ def tokens_and_mask():
 def test_a_step_is_what_the_gpt_computes(embed, dtype, how, monkeypatch):
     """32 is too small for vectors: torch alone does it, however it is asked for."""
     torch.manual_seed(1)
-    monkeypatch.setattr(NativeStep, "few", lambda self, rows: how == "one call")
+    monkeypatch.setattr(native, "few", lambda rows, embed: how == "one call")
     if how == "by torch":
         monkeypatch.setattr(native, "of", lambda dtype: None)
     gpt = GPT(vocab_size=200, embed_dim=embed, num_heads=4, num_layers=3, seq_len=48).to(dtype)

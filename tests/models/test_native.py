@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qvgpt.decode.next_token import _place
+from qvgpt.decode.policy import slow_q
 from qvgpt.models import laid_out, native
 from qvgpt.models.gpt import GPT
-from qvgpt.models.laid_out import lay_out
+from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.laid_out import lay_out, values_of
 from qvgpt.models.native import Native
 
 needs_compiler = pytest.mark.skipif(native.of(torch.float32) is None, reason="no C compiler")
@@ -105,6 +108,97 @@ def test_rows_of_tokens_are_gathered(rows, picks, width):
     assert of_order(gathered(x, weight, tokens, mean, plus), exact) < BOUNDS[torch.float32]
     with pytest.raises(IndexError, match="beyond the vocabulary of 90"):
         gathered(x, weight, tokens + 90)
+
+
+HEADS = [
+    HeadsConfig("linear", v="linear"), HeadsConfig("low_rank", 32, v="linear"),
+    HeadsConfig("bilinear", num_q=3), HeadsConfig("mlp", num_q=1), HeadsConfig("mlp"),
+    HeadsConfig("categorical", 16, bins=21, low=-1.0, high=2.0, v="linear"),
+    HeadsConfig("categorical", 16, num_q=1, bins=2),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("config", HEADS, ids=lambda c: f"{c.kind}_{c.num_q}_{c.v}")
+@torch.no_grad()
+def test_value_heads_in_one_call_say_what_they_do(config, dtype, rows):
+    torch.manual_seed(0)
+    heads = ValueHeads(96, 300, config)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for layer in heads.hidden_layers:  # so that shortening them changes nothing
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.to(dtype))
+    hidden, tokens = torch.randn(rows, 96).to(dtype), torch.randint(0, 300, (rows, 50))
+    exact = {how: slow_q(heads, hidden, tokens, how) for how in ("mean", "min")}
+    lay_out(heads, dtype)
+    step = values_of(heads)
+    assert step is not None
+    for how, q in exact.items():
+        assert of_order(step(hidden, tokens, how == "min", False), q) < 1e-5, how
+    if config.support is None:
+        found, q = step(hidden, tokens, False, True), exact["mean"]
+        assert of_order(found - found[:, :1] + 1, q - q[:, :1] + 1) < 1e-5
+    many = torch.randn(100, 96).to(dtype)
+    assert step(many, torch.zeros(100, 1, dtype=torch.int64), False, False) is None
+    with pytest.raises(IndexError, match="beyond the vocabulary of 300"):
+        step(hidden, tokens + 300, False, False)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_value_heads_that_go_on_learning_are_laid_out_anew():
+    """What is kept of the weights, their mean say, is not that of yesterday."""
+    heads = ValueHeads(96, 300, HeadsConfig("linear", v="linear"))
+    hidden, tokens = torch.randn(1, 96), torch.arange(300)[None]
+    for _ in range(2):
+        for parameter in heads.target_q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        lay_out(heads, torch.float32)
+        found = values_of(heads)(hidden, tokens, False, False)
+        assert of_order(found, slow_q(heads, hidden, tokens, "mean")) < 1e-5
+
+
+@needs_compiler
+@torch.no_grad()
+def test_twins_of_which_one_is_no_number_are_none():
+    heads = ValueHeads(96, 30, HeadsConfig("mlp"))
+    lay_out(heads, torch.float32)
+    for twin in heads.target_q:
+        twin.weight[3] = float("nan")
+        lay_out(heads, torch.float32)
+        found = values_of(heads)(torch.randn(1, 96), torch.tensor([[3, 4]]), True, False)
+        assert found.isnan().tolist() == [[True, True]]  # of token 4 by the mean of all rows
+        twin.weight.zero_()
+
+
+@needs_compiler
+@pytest.mark.parametrize("candidates", [1, 50, 255, 256, 1000, 5000])
+def test_a_token_is_where_the_sum_passes_the_level(candidates):
+    torch.manual_seed(candidates)
+    logits = 3 * torch.randn(40, candidates)
+    logits[::2, 1::3] = -torch.inf
+    level = torch.rand(40, 1, dtype=torch.float64)
+    level[:4] = torch.tensor([0.0, 0.0, 1 - 2**-53, 1 - 2**-53])[:, None]
+    if candidates > 1:
+        logits[[0, 3], 0], logits[[1, 2], -1] = -torch.inf, -torch.inf
+    place = compiled(torch.float32).sample(logits, level)
+    p = logits.double().softmax(-1)
+    until, own = p.cumsum(-1).gather(1, place), p.gather(1, place)
+    assert (own > 0).all()
+    assert (until >= level - 1e-6).all()
+    assert (until - own <= level + 1e-6).all()
+    assert torch.equal(place, _place(logits.softmax(-1), level))  # as torch does it, beyond 1e-6
+
+
+@needs_compiler
+def test_logits_that_are_no_numbers_end_somewhere():
+    """As they do without C: the first place, which exists."""
+    level = torch.full((1, 1), 0.5, dtype=torch.float64)
+    for bad in (float("nan"), -torch.inf):
+        assert compiled(torch.float32).sample(torch.full((1, 600), bad), level).item() == 0
 
 
 @needs_compiler

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qvgpt.models import native
+
 _BLOCK = 256  # tokens whose probabilities are added up first
 
 
@@ -41,7 +43,11 @@ class NextToken:
     ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"]]:
         """One token per row from one number in [0, 1) per row; also its place among candidates."""
         level = uniform.double()[:, None]
-        place = _place(self.logits.softmax(-1), level)
+        compiled = native.of(torch.float32) if native.reads(self.logits) else None
+        if compiled is not None:
+            place = compiled.sample(self.logits, level)
+        else:
+            place = _place(self.logits.softmax(-1), level)
         return self.tokens.gather(1, place)[:, 0], place[:, 0]
 
     def kl(
@@ -85,7 +91,8 @@ def _place(p: Float[Tensor, "rows n"], level: Float[Tensor, "rows 1"]) -> Int[Te
     at = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
     inside = p.gather(1, at.clamp(max=n - 1)).double().masked_fill_(at >= n, 0.0).cumsum(-1)
     before = blocks.gather(1, block) - inside[:, -1:]
-    return block * _BLOCK + _first_above(inside, level - before)
+    left = (level - before).clamp(min=0.0)  # rounded: below 0 a first place of no weight is found
+    return block * _BLOCK + _first_above(inside, left)
 
 
 def _first_above(

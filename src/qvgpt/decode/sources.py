@@ -31,7 +31,7 @@ from qvgpt.decode.reading import States
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.heads import ValueHeads
-from qvgpt.models.laid_out import head_of, laid_out
+from qvgpt.models.laid_out import head_of, laid_out, values_of
 from qvgpt.models.value_model import ValueModel
 
 MOST_CANDIDATES = 256
@@ -94,9 +94,13 @@ class HeadValues:
         self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance
     ) -> Float[Tensor, "rows candidates"]:
         """Q by `Guidance.twins` and `Guidance.functional`."""
-        hidden, heads = states.of(self.model.trunk), self.model.heads
+        hidden, heads = states.of(self.model.trunk), heads_of(self.model)
         if tokens is not None:
             tokens = tokens.to(hidden.device)
+            if guidance.functional == "mean":
+                found = self._at_once(hidden, tokens, guidance, False)
+                if found is not None:
+                    return found
         with laid_out(heads):
             return slow_q(heads, hidden, tokens, guidance.twins, guidance)
 
@@ -108,11 +112,22 @@ class HeadValues:
         joined = guidance.twins == "mean" or heads.config.num_q == 1
         if not joined or heads.config.support is not None or guidance.functional != "mean":
             return self(states, tokens, guidance)
-        hidden = states.of(self.model.trunk).float()
+        hidden = states.of(self.model.trunk)
+        tokens = tokens.to(hidden.device)
+        if (at_once := self._at_once(hidden, tokens, guidance, True)) is not None:
+            return at_once
         slow: list[Any] = [*heads.target_q]
         with laid_out(heads):
-            found = [head.relative(hidden, tokens.to(hidden.device)) for head in slow]
+            found = [head.relative(hidden.float(), tokens) for head in slow]
         return torch.stack(found).mean(0) / heads.reward_scale
+
+    def _at_once(
+        self, hidden: Tensor, tokens: Tensor, guidance: Guidance, relative: bool
+    ) -> Tensor | None:
+        heads = heads_of(self.model)
+        step = values_of(heads)
+        found = step and step(hidden, tokens, guidance.twins == "min", relative)
+        return None if found is None else found / heads.reward_scale
 
     def state_value(self, states: States) -> Float[Tensor, "rows"] | None:
         """V(s)."""

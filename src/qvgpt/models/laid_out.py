@@ -7,7 +7,7 @@
 The second copy costs the memory of the weights, as long as the trunk lives.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from qvgpt.models import graph
+from qvgpt.models import graph, native
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.gpt import GPT
-from qvgpt.models.step import Step
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.step import HeadsStep, Step
 
 
 class _LaidOut:
@@ -38,6 +39,12 @@ class _LaidOut:
         self.forwards = [(layer, _forward(matrices[id(layer)], layer.bias)) for layer in alone]
         self.forwards += [(x, t.of(i)) for group, t in self.together for i, x in enumerate(group)]
         self.step = Step(module, matrices) if _suits(module) else None
+        compiled = native.of(dtype or torch.float32)
+        self.values: HeadsStep | None = None
+        if isinstance(module, ValueHeads) and compiled is not None and HeadsStep.suits(module):
+            stored = {key: matrix.weight for key, matrix in matrices.items()}
+            stored |= {id(x): w for group, t in self.together for x, w in t.weights(group)}
+            self.values = HeadsStep(module, compiled, stored)
         head = getattr(module, "output_weight", None)
         self.head = Blocked(head) if head is not None and Blocked.suits(head) else head
 
@@ -56,11 +63,15 @@ class _Together:
     """Layers that read the same states, as one product: whoever asks first computes all of it."""
 
     def __init__(self, layers: Sequence[nn.Linear], short: Collection[int]):
-        matrix = Blocked(_weight(layers, short))
+        self.matrix = matrix = Blocked(_weight(layers, short))
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.forward = _forward(matrix, torch.cat(biases) if biases else None)
         self.sizes = [len(layer.weight) for layer in layers]
         self.forget()
+
+    def weights(self, layers: Sequence[nn.Linear]) -> Iterable[tuple[nn.Linear, Tensor]]:
+        """Each layer's own part of the matrix."""
+        return zip(layers, self.matrix.weight.split(self.sizes), strict=True)
 
     def forget(self) -> None:
         """The states are read, and may change."""
@@ -101,6 +112,11 @@ def head_of(trunk: Any) -> Tensor | Blocked:
 def step_of(trunk: Any) -> Step | None:
     """The step that `lay_out` made; None where the trunk is no GPT that it suits."""
     return _known[trunk].step if trunk in _known else None
+
+
+def values_of(heads: Any) -> HeadsStep | None:
+    """What `lay_out` made of value heads; None where they are not as it knows them."""
+    return _known[heads].values if heads in _known else None
 
 
 def read(
@@ -160,4 +176,6 @@ def _state(module: Any) -> list[Any]:
     ]
     if _suits(module):  # all else it reads where it lies
         found.append([p.data_ptr() for p in module.parameters()])
+    if isinstance(module, ValueHeads) and HeadsStep.suits(module):  # it keeps a mean of rows
+        found += [(p.data_ptr(), p._version) for p in module.target_q.parameters()]
     return found

@@ -147,7 +147,21 @@ static void dots_1(float *to, const float *x, const W *w, int64_t in) {
     *to = sum((a + b) + (c + d));
 }
 
-/* The same of four rows (sums named one by one: an array of them would lie in memory). */
+/* Of floats, whatever a W is; `count` is a multiple of LANES. */
+static inline float dot(const float *x, const float *y, int64_t count) {
+    Lanes a = {0}, b = {0}, c = {0}, d = {0};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        a += load(x + i) * load(y + i);
+        b += load(x + i + LANES) * load(y + i + LANES);
+        c += load(x + i + 2 * LANES) * load(y + i + 2 * LANES);
+        d += load(x + i + 3 * LANES) * load(y + i + 3 * LANES);
+    }
+    for (; i < count; i += LANES) a += load(x + i) * load(y + i);
+    return sum((a + b) + (c + d));
+}
+
+/* `dots_1` of four rows (sums named one by one: an array of them would lie in memory). */
 static void dots_4(float *to, const float *x, const W *w, int64_t in, int64_t stride) {
     const float *y = x + in, *z = y + in, *u = z + in;
     Lanes a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0}, v[2];
@@ -251,6 +265,13 @@ static void attend_head(float *to, const float *query, const float *key, const f
 
 /* ---- what native.py calls; `work` is floats for a thread to write in, as many as it says ---- */
 
+/* How many tokens are none. */
+static int64_t unknown(const int64_t *tokens, int64_t count, int64_t vocab) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) found += tokens[i] < 0 || tokens[i] >= vocab;
+    return found;
+}
+
 static inline void widen(float *to, const W *from, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = widened(from[i]);
 }
@@ -303,18 +324,79 @@ int64_t linear(W *found, const W *x, const W *weight, const W *bias, const W *on
 int64_t gathered(float *found, const float *x, const float *weight, const int64_t *tokens,
                  const float *mean, const float *plus, int64_t vocab, int64_t in, int64_t rows,
                  int64_t picks, int64_t num_threads, float *work) {
-    int64_t unknown = 0;
-    for (int64_t i = 0; i < rows * picks; i++) unknown += tokens[i] < 0 || tokens[i] >= vocab;
-    if (unknown) return unknown;
+    int64_t missing = unknown(tokens, rows * picks, vocab);
+    if (missing) return missing;
     for (int64_t r = 0; r < rows; r++) {
-        work[r] = 0;
-        if (mean) dots_1(work + r, x + r * in, mean, in);
-        work[r] = (plus ? plus[r] : 0) - work[r];
+        work[r] = plus ? plus[r] : 0;
+        if (mean) work[r] -= dot(x + r * in, mean, in);
     }
 #pragma omp parallel for num_threads(num_threads)
-    for (int64_t i = 0; i < rows * picks; i++) {
-        dots_1(found + i, x + i / picks * in, weight + tokens[i] * in, in);
-        found[i] += work[i / picks];
+    for (int64_t i = 0; i < rows * picks; i++)
+        found[i] = dot(x + i / picks * in, weight + tokens[i] * in, in) + work[i / picks];
+    return 0;
+}
+
+/* to = exp(logits - most), exactly 0 where a logit is -inf; their sum. */
+static double weigh(float *to, const float *logits, int64_t count, float most) {
+    double total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Lanes x = load(logits + i);
+        store(to + i, (Lanes)((x > all(-INFINITY)) & (Ints)exponential(x - most)));
+    }
+    for (; i < count; i++) to[i] = logits[i] > -INFINITY ? expf(logits[i] - most) : 0;
+    for (i = 0; i < count; i++) total += to[i];
+    return total;
+}
+
+static float greatest(const float *x, int64_t count) {
+    Lanes top = all(-INFINITY);
+    float most = -INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Lanes v = load(x + i);
+        Ints more = v > top;
+        top = (Lanes)((more & (Ints)v) | (~more & (Ints)top));
+    }
+    for (int k = 0; k < LANES; k++) most = top[k] > most ? top[k] : most;
+    for (; i < count; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* place[rows]: where the sum of exp(logits), from the left, first exceeds `level` (in [0, 1)) of the
+ * whole. Rounding may leave none above: then it is the last that adds something. work: rows * 2 *
+ * (count / BLOCK + 1). */
+#define BLOCK 256
+int64_t sample(int64_t *place, const float *logits, const double *level, int64_t rows,
+               int64_t count, int64_t num_threads, float *work) {
+    int64_t blocks = count / BLOCK + 1;
+#pragma omp parallel for num_threads(num_threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = logits + row * count;
+        double *sums = (double *)work + row * blocks, total = 0, before = 0;
+        float p[BLOCK], most = greatest(x, count);
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t left = count - b * BLOCK;
+            total += sums[b] = weigh(p, x + b * BLOCK, left < BLOCK ? left : BLOCK, most);
+        }
+        double wanted = level[row] * total;
+        int64_t block = 0, last = 0;
+        for (; block < blocks && !(before + sums[block] > wanted); block++) {
+            before += sums[block];
+            if (sums[block] > 0) last = block;
+        }
+        if (block == blocks) {
+            block = last;
+            wanted = INFINITY;
+        }
+        int64_t first = block * BLOCK, left = count - first, i = 0;
+        left = left < BLOCK ? left : BLOCK;
+        weigh(p, x + first, left, most);
+        for (last = 0; i < left && !(before + p[i] > wanted); i++) {
+            before += p[i];
+            if (p[i] > 0) last = i;
+        }
+        place[row] = first + (i < left ? i : last);
     }
     return 0;
 }
@@ -401,9 +483,8 @@ typedef struct {
 int64_t step(W *found, const Model *model, const Layer *layers, const int64_t *tokens,
              const int64_t *lengths, int64_t rows, int64_t slots, int64_t num_threads, float *work) {
     int64_t E = model->embed, H = model->hidden, heads = model->heads, dim = E / heads;
-    int64_t wide = H > E ? H : E, unknown = 0;
-    for (int64_t r = 0; r < rows; r++) unknown += tokens[r] < 0 || tokens[r] >= model->vocab;
-    if (unknown) return unknown;
+    int64_t wide = H > E ? H : E, missing = unknown(tokens, rows, model->vocab);
+    if (missing) return missing;
     float *x = work, *qkv = x + rows * E, *attended = qkv + rows * 3 * E;
     float *hidden = attended + rows * E, *own = hidden + rows * H;
 #pragma omp parallel num_threads(num_threads)
@@ -464,6 +545,97 @@ int64_t step(W *found, const Model *model, const Layer *layers, const int64_t *t
         for (int64_t r = texts.from; r < texts.until; r++) {
             layer_norm(normed, x + r * E, model->norm, model->norm_bias, E, model->eps);
             for (int64_t i = 0; i < E; i++) found[r * E + i] = rounded(normed[i]);
+        }
+    }
+    return 0;
+}
+
+/* ---- value heads (heads.py) ---- */
+
+typedef struct {
+    const W *project, *project_bias, *base, *base_bias; /* hidden layers; NULL: the state itself */
+    const float *last, *last_bias, *weight, *mean; /* of the baseline; rows of tokens, their mean */
+} Head;
+
+typedef struct {
+    int64_t heads, vocab, embed, width, bins, base_width, relu;
+    const float *centres; /* of bins; of one bin a number is its own mean */
+} Values;
+
+/* The mean of a distribution with these logits, which are spoilt; `count` is padded to LANES. */
+static float expected(float *logits, const float *centres, int64_t count) {
+    float most = -INFINITY, total = 0, found = 0;
+    for (int64_t z = 0; z < count; z++) most = logits[z] > most ? logits[z] : most;
+    for (int64_t z = count; z % LANES; z++) logits[z] = most;
+    for (int64_t z = 0; z < count; z += LANES) store(logits + z, exponential(load(logits + z) - most));
+    for (int64_t z = 0; z < count; z++) {
+        total += logits[z];
+        found += logits[z] * centres[z];
+    }
+    return found / total;
+}
+
+/* found[rows, picks]: Q(s, a) of tokens[rows, picks] by the mean of all heads or (`least`) the least;
+ * `relative`: up to a number a row, of single bins alone. The number of tokens that are none; if
+ * there are any nothing is done. work: rows * embed + heads * rows * (width + base_width + bins) +
+ * threads * (bins + LANES). */
+int64_t values(float *found, const Values *of, const Head *heads, const float *hidden,
+               const int64_t *tokens, int64_t least, int64_t relative, int64_t rows, int64_t picks,
+               int64_t num_threads, float *work) {
+    int64_t E = of->embed, bins = of->bins, width = of->width, rank = width / bins;
+    int64_t base_width = of->base_width, count = of->heads;
+    int64_t missing = unknown(tokens, rows * picks, of->vocab);
+    if (missing) return missing;
+    float *states = work, *features = states + rows * E, *bases = features + count * rows * width;
+    float *offsets = bases + count * rows * base_width, *own = offsets + count * rows * bins;
+    ordered(states, hidden, rows * E);
+#pragma omp parallel num_threads(num_threads)
+    {
+        int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+        Part wide = part(width, LANES, me, threads), of_base = part(base_width, LANES, me, threads);
+        Part numbers = part(count * rows * bins, 1, me, threads);
+        Part pairs = part(rows * picks, 1, me, threads);
+        float *logits = own + me * (bins + LANES);
+        for (int64_t h = 0; h < count; h++) {
+            const Head *head = heads + h;
+            float *f = features + h * rows * width, *b = bases + h * rows * base_width;
+            if (head->project)
+                product(f, states, head->project, head->project_bias, E, width, rows, wide.from,
+                        wide.until);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = r * width + wide.from; i < r * width + wide.until; i++) {
+                    f[i] = head->project ? f[i] : hidden[i];
+                    f[i] = of->relu && f[i] < 0 ? 0 : f[i];
+                }
+            if (relative) continue;
+            if (head->base)
+                product(b, states, head->base, head->base_bias, E, base_width, rows, of_base.from,
+                        of_base.until);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = r * base_width + of_base.from; i < r * base_width + of_base.until; i++)
+                    b[i] = !head->base ? hidden[i] : b[i] < 0 ? 0 : b[i];
+        }
+#pragma omp barrier
+        for (int64_t i = numbers.from; i < numbers.until; i++) {
+            const Head *head = heads + i / (rows * bins);
+            int64_t z = i % bins;
+            offsets[i] = 0;
+            if (relative) continue;
+            offsets[i] = dot(head->last + z * base_width, bases + i / bins * base_width, base_width);
+            offsets[i] += head->last_bias[z] - dot(head->mean, features + i * rank, rank);
+        }
+#pragma omp barrier
+        for (int64_t i = pairs.from; i < pairs.until; i++) {
+            float joined = least ? INFINITY : 0;
+            for (int64_t h = 0; h < count; h++) {
+                int64_t at = (h * rows + i / picks) * bins;
+                for (int64_t z = 0; z < bins; z++)
+                    logits[z] = offsets[at + z] + dot(features + (at + z) * rank,
+                                                      heads[h].weight + tokens[i] * rank, rank);
+                float q = bins > 1 ? expected(logits, of->centres, bins) : *logits;
+                joined = !least ? joined + q / count : q < joined || q != q ? q : joined;
+            }
+            found[i] = joined;
         }
     }
     return 0;

@@ -1,4 +1,4 @@
-"""`native.c`, compiled on the machine that decodes: a GPT's step in one call, products of few rows.
+"""`native.c`, compiled on the machine that decodes: a step of a GPT or of its heads in one call.
 
     native.of(torch.bfloat16)                  # None: no C compiler, or it could not
 
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from qvgpt.models.kv_cache import KVCache
 logger = logging.getLogger("qvgpt.native")
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
-_LANES, _PAIR = 16, 32
+_LANES, _PAIR, _BLOCK = 16, 32, 256
 _SUFFIX = {torch.float32: "", torch.bfloat16: "BFLOAT16"}
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _TAKES = {
@@ -39,11 +40,13 @@ _TAKES = {
     "step": "Wppllnnnf",
     "gathered": "ffflffnnnnnf",
     "spend": "ffffdnnnnf",
+    "sample": "lfdnnnf",
+    "values": "fppflnnnnnf",
 }
 """Of each function: W numbers of its weights' dtype, f floats, l int64, d doubles; n a count, p the
 address of a structure."""
 _NUMBERS = {"f": torch.float32, "l": torch.int64, "d": torch.float64}
-_OF_FLOATS = {"gathered", "spend"}
+_OF_FLOATS = {"gathered", "spend", "sample"}
 
 
 class _Layer(ctypes.Structure):
@@ -61,6 +64,25 @@ class _Model(ctypes.Structure):
         *((name, _COUNT) for name in ("layers", "vocab", "seq_len", "embed", "hidden", "heads")),
         ("eps", ctypes.c_float),
         *((name, _POINTER) for name in ("tokens", "positions", "norm", "norm_bias")),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in (
+            "project", "project_bias", "base", "base_bias", "last", "last_bias", "weight", "mean",
+        )
+    )  # fmt: skip
+
+
+class _Values(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, _COUNT)
+            for name in ("heads", "vocab", "embed", "width", "bins", "base_width", "relu")
+        ),
+        ("centres", _POINTER),
     )
 
 
@@ -162,6 +184,18 @@ class Native:
         )
         return beta, spent
 
+    def sample(
+        self, logits: Float[Tensor, "rows candidates"], level: Float[Tensor, "rows 1"]
+    ) -> Int[Tensor, "rows 1"]:
+        """Where the sum of exp(logits), from the left, first exceeds `level` of the whole, a number
+        in [0, 1) of fp64."""
+        logits, level = logits.contiguous(), level.contiguous()
+        rows, count = logits.shape
+        found = torch.empty(rows, 1, dtype=torch.int64)
+        work = _floats(rows * 2 * (count // _BLOCK + 1))
+        self.call("sample", found, logits, level, rows, count, torch.get_num_threads(), work)
+        return found
+
 
 class NativeStep:
     """`GPT.hidden` of one new token a row, all of it in one call."""
@@ -193,10 +227,6 @@ class NativeStep:
         sizes = embed % _PAIR == 0 and head_dim % _LANES == 0
         return sizes and all(w.is_contiguous() and w.size(-1) % _PAIR == 0 for w in weights)
 
-    def few(self, rows: int) -> bool:
-        """Whether there are so few rows that reading the weights is what takes the time."""
-        return rows == 1 or rows * self.embed <= 2048  # beyond, oneDNN multiplies faster
-
     def __call__(self, tokens: Int[Tensor, "batch 1"], cache: KVCache) -> Float[Tensor, "batch e"]:
         """Hidden states after the last norm; keys and values are stored, the lengths are not."""
         batch, slots, threads = len(tokens), cache.kv[0].size(3), torch.get_num_threads()
@@ -212,6 +242,74 @@ class NativeStep:
             "step", found, model, layers, tokens, length, batch, slots, threads, work
         )
         _refuse(unknown, tokens, self.vocab)
+        return found
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """What one value head is made of, as `native.c` reads it."""
+
+    project: tuple[Tensor, Tensor | None] | None
+    """Weight and bias of the layer before the tokens' rows; None: those read the state itself."""
+    base: tuple[Tensor, Tensor | None] | None
+    """Of the baseline's hidden layer."""
+    last: Tensor
+    """Of the baseline's last layer; like all that follow, in fp32."""
+    last_bias: Tensor
+    weight: Tensor
+    """Rows of tokens."""
+    mean: Tensor
+    """Their mean."""
+
+    def addresses(self, dtype: torch.dtype) -> list[int | None]:
+        """In the order of `_Head`."""
+        hidden = [*(self.project or (None, None)), *(self.base or (None, None))]
+        rest = [self.last, self.last_bias, self.weight, self.mean]
+        return [_address(t, dtype) for t in hidden] + [_address(t, torch.float32) for t in rest]
+
+
+class NativeValues:
+    """Q of a few tokens a row by several value heads of one form, all of it in one call."""
+
+    def __init__(
+        self, native: Native, heads: Sequence[HeadWeights], embed: int, relu: bool,
+        centres: Float[Tensor, "bins"] | None,
+    ):  # fmt: skip
+        """`relu`: whether features pass through one; `centres`: of a distribution's bins."""
+        self.native, self._kept = native, (heads, centres)
+        first, self.bins = heads[0], 1 if centres is None else len(centres)
+        self.vocab, rank = first.weight.shape
+        self.embed, self.width, self.base_width = embed, rank * self.bins, first.last.size(1)
+        self._values = _Values(
+            len(heads), self.vocab, embed, self.width, self.bins, self.base_width, relu,
+            _address(centres, torch.float32),
+        )  # fmt: skip
+        addresses = (head.addresses(native.dtype) for head in heads)
+        self._heads = (_Head * len(heads))(*(_Head(*each) for each in addresses))
+
+    @staticmethod
+    def suits(embed: int, weights: Sequence[Tensor]) -> bool:
+        """Whether states are of whole vectors, and so is each row of these, in order."""
+        rows = all(w.is_contiguous() and w.size(1) % _LANES == 0 for w in weights)
+        return rows and embed % _PAIR == 0
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        tokens: Int[Tensor, "rows candidates"],
+        least: bool,
+        relative: bool,
+    ) -> Float[Tensor, "rows candidates"]:
+        """The heads' mean, or (`least`) the least; `relative`: up to a number a row."""
+        hidden, tokens = hidden.contiguous(), tokens.contiguous()
+        (rows, picks), threads, bins = tokens.shape, torch.get_num_threads(), self.bins
+        found, count = _floats(rows, picks), len(self._heads)
+        work = count * rows * (self.width + self.base_width + bins) + threads * (bins + _LANES)
+        missing = self.native.call(
+            "values", found, ctypes.addressof(self._values), ctypes.addressof(self._heads), hidden,
+            tokens, least, relative, rows, picks, threads, _floats(rows * self.embed + work),
+        )  # fmt: skip
+        _refuse(missing, tokens, self.vocab)
         return found
 
 
@@ -236,6 +334,11 @@ def reads(*tensors: Tensor) -> bool:
         t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
         for t in tensors
     )
+
+
+def few(rows: int, embed: int) -> bool:
+    """Whether states are so few that reading weights is what takes the time of a step."""
+    return rows == 1 or rows * embed <= 2048  # beyond, oneDNN multiplies faster
 
 
 def _compiled(compiler: str, name: str) -> Path:

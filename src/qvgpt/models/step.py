@@ -1,10 +1,10 @@
-"""One new token a row through the GPT on a CPU, in as few calls as can be.
+"""One new token a row through the GPT and its value heads on a CPU, in as few calls as can be.
 
 A step of a small model is mostly the cost of calling: modules, views, casts, one operator after
 the other. With few rows it is one call of what was compiled (`native.py`), with more six a layer,
 since oneDNN multiplies many rows faster; where nothing could be compiled it is eleven operators of
 torch: bias, GELU and residual belong to the products, keys and values of a token are stored at
-once. What it computes is `GPT.hidden`.
+once. What it computes is `GPT.hidden`, and `of_many` of slow heads.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from qvgpt.models import native
 from qvgpt.models.blocked import Blocked, affine
 from qvgpt.models.gpt import GPT, Attention, Block
+from qvgpt.models.heads import QHead, ReturnHead, StateHead, ValueHeads
 from qvgpt.models.kv_cache import KVCache
-from qvgpt.models.native import NativeStep
+from qvgpt.models.native import HeadWeights, Native, NativeStep, NativeValues
 
 _KNOWN = (GPT, Attention, Block, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
+_OF_HEADS = (QHead, ReturnHead, StateHead, nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleList)
 
 
 class Step:
@@ -57,16 +59,7 @@ class Step:
     def suits(gpt: GPT) -> bool:
         """Whether all of it is as this file knows it: on a CPU, of one dtype, nothing hooked in."""
         dtype = gpt.output_weight.dtype
-        plain = all(
-            type(p) in (Tensor, nn.Parameter) and p.device.type == "cpu" and p.dtype == dtype
-            for p in gpt.parameters()
-        )
-        own = all(
-            type(m) in _KNOWN and not m._forward_hooks and not m._forward_pre_hooks
-            and "forward" not in vars(m)
-            for m in gpt.modules()
-        )  # fmt: skip
-        return plain and own and dtype in (torch.float32, torch.bfloat16)
+        return dtype in (torch.float32, torch.bfloat16) and _plain(gpt, _KNOWN, dtype)
 
     def __call__(
         self,
@@ -76,7 +69,7 @@ class Step:
     ) -> Float[Tensor, "batch 1 embed"]:
         """Hidden states after the last norm, like `GPT.hidden`; the cache grows by the tokens."""
         cache.grow(1)
-        if self.whole is not None and self.whole.few(len(tokens)):
+        if self.whole is not None and native.few(len(tokens), self.whole.embed):
             found = self.whole(tokens, cache)
         else:
             found = self._by_products(tokens, cache)
@@ -113,6 +106,65 @@ class Step:
             return torch.bmm(probability, values).view(batch, -1).to(dtype)
 
         return attend
+
+
+class HeadsStep:
+    """The slow heads' Q of a few candidates a row, where it is one call; it keeps no module."""
+
+    def __init__(self, heads: ValueHeads, compiled: Native, stored: Mapping[int, Tensor]):
+        """`stored`: weights of hidden layers in the dtype of `compiled`, by the `id` of a layer."""
+        dtype = compiled.dtype
+
+        def hidden(layer: Any) -> tuple[Tensor, Tensor | None]:
+            weight = stored.get(id(layer), layer.weight).detach()
+            return weight.to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype)
+
+        def weights(head: Any) -> HeadWeights:
+            *before, last = head.baseline.layers
+            project = hidden(head.project) if hasattr(head, "project") else None
+            base = hidden(before[0]) if before else None
+            rest = last.weight, last.bias, head.weight, head.mean_weight()
+            return HeadWeights(project, base, *rest)
+
+        found, support = [weights(head) for head in heads.target_q], heads.config.support
+        centres = None if support is None else support.centres(found[0].weight)
+        relu = heads.config.kind == "mlp"
+        self.embed = heads.shape[1]
+        self._values = NativeValues(compiled, found, self.embed, relu, centres)
+
+    @staticmethod
+    def suits(heads: ValueHeads) -> bool:
+        """Whether all of it is as this file knows it, and its sizes are of whole vectors."""
+        slow: list[Any] = [*heads.target_q]
+        weights = [w for head in slow for w in (head.weight, head.baseline.layers[-1].weight)]
+        plain = _plain(heads.target_q, _OF_HEADS, torch.float32)
+        return plain and NativeValues.suits(heads.shape[1], weights)
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        tokens: Int[Tensor, "rows candidates"],
+        least: bool,
+        relative: bool,
+    ) -> Float[Tensor, "rows candidates"] | None:
+        """The heads' mean or (`least`) the least, in the units they were learned in; `relative`: up
+        to a number a row. None of so many rows that torch is the faster one."""
+        if not native.few(len(hidden), self.embed):
+            return None
+        return self._values(hidden.float(), tokens, least, relative)
+
+
+def _plain(module: nn.Module, known: tuple[type, ...], dtype: torch.dtype) -> bool:
+    """Whether it is of known modules that nothing is hooked into, on a CPU, of one dtype."""
+    own = all(
+        type(m) in known and not m._forward_hooks and not m._forward_pre_hooks
+        and "forward" not in vars(m)
+        for m in module.modules()
+    )  # fmt: skip
+    return own and all(
+        type(p) in (Tensor, nn.Parameter) and p.device.type == "cpu" and p.dtype == dtype
+        for p in module.parameters()
+    )
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
