@@ -31,7 +31,7 @@ from measure import device, in_process, interleaved, ratio, synchronize
 from qvgpt.decode.engine import Engine, Request
 from qvgpt.decode.policy import Guidance
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 HERE = Path(__file__).parent

@@ -28,7 +28,7 @@ from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives

@@ -44,7 +44,7 @@ from qvgpt.decode.engine import Engine, Request, row_seed
 from qvgpt.decode.policy import recommended
 from qvgpt.export import export_hf
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 HERE = Path(__file__).parent

@@ -25,7 +25,8 @@ from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
 from qvgpt.losses import expectile_loss
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.trajectory import Trajectory

@@ -22,7 +22,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import Request, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 CHATML = (

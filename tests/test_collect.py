@@ -15,7 +15,7 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.envs.rewards import bleu_prefixes, get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import alone_in
 

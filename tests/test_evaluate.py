@@ -22,7 +22,7 @@ from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 

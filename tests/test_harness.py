@@ -14,7 +14,7 @@ from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import NEG_INF, Guidance, next_token
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 ROOT = Path(__file__).parent.parent

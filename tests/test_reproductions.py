@@ -16,7 +16,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 

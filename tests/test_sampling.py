@@ -5,7 +5,7 @@ from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.sampling import engine_policy
 

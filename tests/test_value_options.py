@@ -12,7 +12,7 @@ from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, WeightedSum
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.sampling import load_values
 

@@ -35,7 +35,7 @@ from qvgpt.decode.policy import Guidance
 from qvgpt.fit_options import FitOptions
 from qvgpt.fqe import evaluate_offline
 from qvgpt.loop import fit
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json

@@ -15,7 +15,7 @@ from qvgpt.envs.star_graph import StarEnv, StarGraphs
 from qvgpt.envs.wordle import ADVERSARIAL, ALPHABET, MIXED, Player, Wordle, WordleEnv
 from qvgpt.envs.wordle_search import optimal_return
 from qvgpt.fit_options import FitOptions
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 
 TOP = "top"
 """Stands for the return that the best fifth of the logs reach."""

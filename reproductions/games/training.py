@@ -22,7 +22,7 @@ from qvgpt.loop import fit
 from qvgpt.models.backbone import Backbone, as_module
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json

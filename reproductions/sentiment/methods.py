@@ -15,7 +15,7 @@ from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, ValueSource
 from qvgpt.envs.rewards import get_reward
 from qvgpt.fit_options import FitOptions
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.reward_model import RewardModelConfig, train_reward_model
 from qvgpt.reward_model.scratch import Size

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qvgpt.fit_options import FitOptions
     from qvgpt.loop import fit
     from qvgpt.models.gpt import GPT
-    from qvgpt.models.heads import HeadsConfig
+    from qvgpt.models.heads_config import HeadsConfig
     from qvgpt.models.value_model import ValueModel
     from qvgpt.objectives import (
         AWAC,
@@ -67,7 +67,7 @@ _HOMES = {
     "GPT": "models.gpt",
     "Guidance": "decode.policy",
     "HeadValues": "decode.sources",
-    "HeadsConfig": "models.heads",
+    "HeadsConfig": "models.heads_config",
     "ILQL": "objectives",
     "LM": "objectives",
     "MonteCarlo": "objectives",

@@ -20,7 +20,7 @@ from qvgpt.decode.sources import Contrast, HeadValues, ValueSource, describe, le
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import FQE, Objectives
 from qvgpt.trajectory import Trajectory, collate

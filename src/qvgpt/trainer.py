@@ -22,7 +22,7 @@ from qvgpt.loop import fit
 from qvgpt.model_card import files_of, training_card, write_card
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel, load_trunk
 from qvgpt.objectives import Objectives, parse_objectives

@@ -10,7 +10,7 @@ import torch
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.sources import HeadValues
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 TOKENIZER = Tokenizer.train(["ab"], "char")

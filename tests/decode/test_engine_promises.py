@@ -10,7 +10,7 @@ from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.models.causal_lm import CausalLM
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 
 PROMPTS = [[1, *[5 + (7 * i + k) % 28 for k in range(i % 5)], 2] for i in range(16)]
 GUIDANCES = [

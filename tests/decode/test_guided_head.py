@@ -12,7 +12,8 @@ from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, TokenScorer
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.causal_lm import CausalLM
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 PROMPT = [1, 12, 7, 20, 2]

@@ -18,7 +18,7 @@ from qvgpt.decode.guided_head import load_guided
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 PROMPTS = [

@@ -12,7 +12,7 @@ from qvgpt.decode.sources import Contrast, HeadValues
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.causal_lm import CausalLM
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.trajectory import Trajectory
 
 PROMPTS = [[1, 9, 12, 2], [1], [1, 30, 8, 8, 8, 17, 2], [1, 2]]

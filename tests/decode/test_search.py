@@ -28,7 +28,7 @@ from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, WeightedSum
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.errors import QvgptError
 from qvgpt.models.causal_lm import CausalLM
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.trajectory import Trajectory
 
 MODEL = make_model()

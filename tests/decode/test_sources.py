@@ -23,7 +23,7 @@ from qvgpt.decode.sources import (
 from qvgpt.errors import QvgptError
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2], [1, 12, 13, 2]]

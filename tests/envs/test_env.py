@@ -10,7 +10,7 @@ from qvgpt.envs.env import SingleTurn, Step, encode_observation, rollout
 from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Completion, collate
 

@@ -7,7 +7,7 @@ from tiny_hf import TOKENIZER, make_hf
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 

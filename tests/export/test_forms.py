@@ -11,7 +11,8 @@ from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.export import ExportOptions, export_model
 from qvgpt.export.linear import factors
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 
 TOKENS = torch.randint(5, TOKENIZER.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
 TIED = [True, False]

@@ -15,7 +15,7 @@ from qvgpt.decode.policy import Guidance
 from qvgpt.errors import QvgptError
 from qvgpt.export import ExportOptions, export_model
 from qvgpt.export.gguf_tokenizer import to_bytes
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 
 TOKENS = torch.randint(5, TOKENIZER.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
 WORDS = "the cat sat on the mat, and 12 dogs don't   care\n"

@@ -11,7 +11,7 @@ from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.errors import QvgptError
 from qvgpt.export import export_hf
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 

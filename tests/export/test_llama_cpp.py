@@ -24,7 +24,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.export import ExportOptions, export_model
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.timeout(600)]
 LETTERS = "abc XYZ019 .,!?'\n\té€😀中文ß-"

@@ -15,7 +15,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 

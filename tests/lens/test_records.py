@@ -15,7 +15,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.lens import records as records_module
 from qvgpt.lens.records import read_texts
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 

@@ -21,7 +21,7 @@ from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
 from qvgpt.models.attention import attention
 from qvgpt.models.causal_lm import _ATTENTION, CausalLM
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.trainer import TrainConfig, train

@@ -5,7 +5,7 @@ from qvgpt.decode.engine import Request, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.models import graph
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.kv_cache import KVCache
 from qvgpt.models.laid_out import read
 from qvgpt.models.value_model import ValueModel

@@ -6,7 +6,8 @@ import torch
 from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, StateHead, ValueHeads
+from qvgpt.models.heads import StateHead, ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 
 KINDS = ["linear", "low_rank", "bilinear", "mlp"]

@@ -10,7 +10,8 @@ import torch
 from qvgpt.models import laid_out, native
 from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.laid_out import head_of, lay_out
 
 pytestmark = pytest.mark.skipif(

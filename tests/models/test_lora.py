@@ -19,7 +19,7 @@ from qvgpt.export import export_hf
 from qvgpt.fit_options import FitOptions
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import RunProgress

@@ -11,7 +11,8 @@ from qvgpt.decode.next_token import _place
 from qvgpt.decode.policy import slow_q
 from qvgpt.models import laid_out, native
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, ValueHeads
+from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.laid_out import lay_out, values_of
 from qvgpt.models.native import Native
 

@@ -12,7 +12,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models import vocab
 from qvgpt.models.decision_time import used_states
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import NEEDS, Candidates
 from qvgpt.trajectory import Trajectory, collate

@@ -13,7 +13,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import TokenScorer
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.serve.server import make_server
 from qvgpt.serve.service import Service

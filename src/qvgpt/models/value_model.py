@@ -25,7 +25,8 @@ from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
 from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import HeadsConfig, ValueHeads, exact
+from qvgpt.models.heads import ValueHeads, exact
+from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference, SlowTrunk
 from qvgpt.models.vocab import chunk_rows, entropy, log_prob, logits, lookup_tied, wide
