@@ -87,6 +87,15 @@ def test_help_imports_no_torch():
     assert {"torch", "jsonargparse", "rich", "transformers"}.isdisjoint(loaded.stdout.split())
 
 
+def test_commands_begin_without_what_few_of_them_need():
+    """Seconds of imports: torch's compiler, sharded tensors, transformers."""
+    code = "import sys, qvgpt.rounds, qvgpt.commands, qvgpt.chat; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    slow = {"torch._dynamo", "torch.distributed.tensor", "transformers", "datasets", "pandas"}
+    assert slow.isdisjoint(loaded.stdout.split())
+
+
 def test_public_names():
     import qvgpt
     import qvgpt.evaluate  # a module of the name of a function: the function must win

@@ -26,6 +26,7 @@ from qvgpt.checkpoint import (
 from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
+from qvgpt.models.attention import leave_packed_uncompiled
 from qvgpt.models.disk import writing
 from qvgpt.models.sharded import whole
 from qvgpt.models.value_model import ValueInfo, ValueModel
@@ -77,6 +78,7 @@ class Training:
         if options.slow_trunk:
             model.keep_slow_trunk()
         if options.compiled:
+            leave_packed_uncompiled()
             for block in model.trunk.blocks:
                 block.compile()
         self.accelerator = accelerator(model, objectives)

@@ -8,6 +8,7 @@ Texts that share rows are taken out of them, those of like length together: caus
 each needs no mask, and no product of one text with another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,11 +114,23 @@ def attend_once(
     return torch.bmm(probability, value.flatten(0, 1)).to(query.dtype).view_as(query)
 
 
-@torch.compiler.disable()  # else each batch's groups would be compiled anew
 def packed_attention(
     qkv: Float[Tensor, "rows time 3 heads head_dim"], packed: Packed, dropout: float = 0.0
 ) -> Float[Tensor, "rows time heads head_dim"]:
     """Causal attention within each text of packed rows."""
+    return _within(qkv, packed, dropout)
+
+
+def leave_packed_uncompiled() -> None:
+    """For whoever compiles layers: else each batch's groups would be compiled anew.
+
+    No decorator: that would import torch's compiler, which takes a second, for all who don't.
+    """
+    global _within
+    _within = torch.compiler.disable()(_within_texts)
+
+
+def _within_texts(qkv: Tensor, packed: Packed, dropout: float) -> Tensor:
     cells = _Rearrange.apply(qkv.reshape(-1, qkv.size(-1)), packed.order, packed.place)
     parts = iter(cells.split([n * length for n, length in packed.groups for _ in range(3)]))
     found = []
@@ -125,6 +138,9 @@ def packed_attention(
         query, key, value = (next(parts).view(1, n, length, -1) for _ in range(3))
         found.append(attention(query, key, value, None, dropout).flatten(0, 2))
     return _Rearrange.apply(torch.cat(found), packed.found, None).view_as(qkv[:, :, 0])
+
+
+_within: Callable[[Tensor, Packed, float], Tensor] = _within_texts
 
 
 class _Rearrange(torch.autograd.Function):
