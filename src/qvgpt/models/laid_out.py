@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from qvgpt.models import graph, native
+from qvgpt.models import graph
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import ValueHeads
@@ -39,12 +39,11 @@ class _LaidOut:
         self.forwards = [(layer, _forward(matrices[id(layer)], layer.bias)) for layer in alone]
         self.forwards += [(x, t.of(i)) for group, t in self.together for i, x in enumerate(group)]
         self.step = Step(module, matrices) if _suits(module) else None
-        compiled = native.of(dtype or torch.float32)
         self.values: HeadsStep | None = None
-        if isinstance(module, ValueHeads) and compiled is not None and HeadsStep.suits(module):
+        if isinstance(module, ValueHeads) and HeadsStep.suits(module):
             stored = {key: matrix.weight for key, matrix in matrices.items()}
             stored |= {id(x): w for group, t in self.together for x, w in t.weights(group)}
-            self.values = HeadsStep(module, compiled, stored)
+            self.values = HeadsStep.of(module, dtype or torch.float32, stored)
         head = getattr(module, "output_weight", None)
         self.head = Blocked(head) if head is not None and Blocked.suits(head) else head
 

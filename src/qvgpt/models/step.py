@@ -132,6 +132,14 @@ class HeadsStep:
         self.embed = heads.shape[1]
         self._values = NativeValues(compiled, found, self.embed, relu, centres)
 
+    @classmethod
+    def of(
+        cls, heads: ValueHeads, dtype: torch.dtype, stored: Mapping[int, Tensor]
+    ) -> "HeadsStep | None":
+        """None where nothing could be compiled for hidden layers of this dtype."""
+        compiled = native.of(dtype)
+        return None if compiled is None else cls(heads, compiled, stored)
+
     @staticmethod
     def suits(heads: ValueHeads) -> bool:
         """Whether all of it is as this file knows it, and its sizes are of whole vectors."""
