@@ -417,10 +417,10 @@ static double divergence(double b, const double *p, const double *v, int64_t cou
 }
 
 /* budget.py's solve_beta, a row after the other. work: threads * 4 candidates floats. */
-int64_t spend(float *beta, float *spent, const float *logprob, const float *q, const double *said,
-              int64_t rows, int64_t count, int64_t steps, int64_t num_threads, float *work) {
-    double budget = said[0], beta_max = said[1], close = said[2];
-#pragma omp parallel for num_threads(num_threads)
+int64_t spend(float *beta, float *spent, const float *logprob, const float *q, double budget,
+              double beta_max, double close, int64_t rows, int64_t count, int64_t steps,
+              int64_t num_threads, float *work) {
+#pragma omp parallel for num_threads(num_threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         double *p = (double *)work + omp_get_thread_num() * 2 * count, *v = p + count;
         const float *l = logprob + row * count, *values = q + row * count;

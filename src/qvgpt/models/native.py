@@ -34,17 +34,18 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _LANES, _PAIR, _BLOCK = 16, 32, 256
 _SUFFIX = {torch.float32: "", torch.bfloat16: "BFLOAT16"}
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_PLAIN = {"n": _COUNT, "x": ctypes.c_double}
 _TAKES = {
     "linear": "WWWWWnnnnnf",
     "attend": "WWflnnnnnf",
     "step": "Wppllnnnf",
     "gathered": "ffflffnnnnnf",
-    "spend": "ffffdnnnnf",
+    "spend": "ffffxxxnnnnf",
     "sample": "lfdnnnf",
     "values": "fppflnnnnnf",
 }
-"""Of each function: W numbers of its weights' dtype, f floats, l int64, d doubles; n a count, p the
-address of a structure."""
+"""Of each function: W numbers of its weights' dtype, f floats, l int64, d doubles; n a count, x a
+number, p the address of a structure."""
 _NUMBERS = {"f": torch.float32, "l": torch.int64, "d": torch.float64}
 _OF_FLOATS = {"gathered", "spend", "sample"}
 
@@ -96,13 +97,13 @@ class Native:
         for name, takes in _TAKES.items():
             if dtype == torch.float32 or name not in _OF_FLOATS:
                 function = self._functions[name] = getattr(found, name)
-                function.argtypes = [_COUNT if kind == "n" else _POINTER for kind in takes]
+                function.argtypes = [_PLAIN.get(kind, _POINTER) for kind in takes]
                 function.restype = _COUNT
 
     def call(self, name: str, *arguments: Any) -> int:
         """What a function returns, of tensors and numbers as it takes them."""
         given = (
-            argument if kind in "np" else _address(argument, self._numbers[kind])
+            argument if kind in "nxp" else _address(argument, self._numbers[kind])
             for kind, argument in zip(_TAKES[name], arguments, strict=True)
         )
         return self._functions[name](*given)
@@ -176,12 +177,11 @@ class Native:
         """β that spends a budget of KL, and what it spends: `decode.budget.solve_beta`."""
         base_logprob, q = base_logprob.contiguous(), q.contiguous()
         (rows, candidates), threads = q.shape, torch.get_num_threads()
-        beta, spent = _floats(2, rows)
-        said = torch.tensor([budget, beta_max, close], dtype=torch.float64)
-        work = _floats(threads * 4 * candidates)
+        beta, spent, work = _floats(rows), _floats(rows), _floats(threads * 4 * candidates)
         self.call(
-            "spend", beta, spent, base_logprob, q, said, rows, candidates, most_steps, threads, work
-        )
+            "spend", beta, spent, base_logprob, q, budget, beta_max, close, rows, candidates,
+            most_steps, threads, work,
+        )  # fmt: skip
         return beta, spent
 
     def sample(
