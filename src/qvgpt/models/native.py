@@ -4,8 +4,8 @@
 
 It is compiled once for a machine and dtype (0.7 s), by `cc` or what the variable QVGPT_CC names
 (set it to nothing to do without), into the user's cache directory. All it does torch does too,
-slower where few rows leave little to do: a layer of a step is eleven calls of operators, each of which
-gathers its threads anew.
+slower where few rows leave little to do: a layer of a step is eleven calls of operators, each of
+which gathers its threads anew.
 """
 
 import ctypes
