@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvgpt.models.attention import Packed, _additive, _ShortAttention, attention, packed_attention
+from qvgpt.models.attention import Packed, _additive, _Products, attention, packed_attention
+from qvgpt.models.dropout import Dropout, drawn
 
 
 def inputs(dtype, batch=3, heads=2, time=9, head_dim=4):
@@ -28,7 +29,7 @@ def test_plain_products_are_torchs_attention(kind):
         mask = visible(kind)
         if ours:
             flat = (x.reshape(6, 9, 4) for x in (q, k, v))
-            out = _ShortAttention.apply(*flat, _additive(mask, q)).view_as(q)
+            out = _Products.apply(*flat, _additive(mask, q)).view_as(q)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out.backward(gradient)
@@ -54,9 +55,50 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_torchs_own(monkeypatch):
         assert ours < 1.5 * theirs
 
 
-def test_dropout_drops():
-    (q, k, v), _ = inputs(torch.bfloat16)
-    assert not torch.equal(attention(q, k, v, None, 0.5), attention(q, k, v, None))
+@pytest.mark.parametrize("kind", [None, "packed"])
+def test_dropout_is_that_of_the_probabilities_in_values_and_gradients(kind):
+    results = []
+    for ours in (True, False):
+        (q, k, v), gradient = inputs(torch.float64)
+        mask = visible(kind)
+        torch.manual_seed(1)
+        if ours:
+            out = attention(q, k, v, mask, 0.3)
+        else:
+            added = _additive(mask, q)
+            p = q @ k.transpose(2, 3) / 2 + (added[:, None] if added.dim() == 3 else added)
+            kept, scale = drawn((6, 9, 9), 0.3)
+            out = p.softmax(-1) * kept.view(3, 2, 9, 9) * scale @ v
+        out.backward(gradient)
+        results.append((out, q.grad, k.grad, v.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5])
+def test_so_many_are_dropped_and_the_mean_stays(dtype, rate):
+    torch.manual_seed(0)
+    x = torch.ones(1003, 401, dtype=dtype, requires_grad=True)
+    out = Dropout(rate)(x)
+    dropped = (out == 0).float()
+    error = 4 * (rate * (1 - rate) / x.numel()) ** 0.5
+    assert abs(dropped.mean() - rate) < error
+    for lane in range(4):  # of each number's four
+        assert abs(dropped.flatten()[lane::4].mean() - rate) < 2 * error
+    assert out.max().item() == pytest.approx(
+        1 / (1 - rate), rel=1e-2 if dtype != x.float().dtype else 1e-4
+    )
+    gradient = torch.randn_like(x)
+    out.backward(gradient)
+    torch.testing.assert_close(x.grad, gradient * out)
+
+
+def test_nothing_is_dropped_unless_it_learns_and_all_at_a_rate_of_one():
+    x = torch.randn(50, 7)
+    assert Dropout(0.5).eval()(x) is x
+    assert Dropout(0.0)(x) is x
+    assert not Dropout(1.0)(x).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,8 +1,9 @@
-"""Softmax attention: torch's, and one for short texts that learn on a CPU.
+"""Softmax attention: torch's, and one for what learns on a CPU from short texts or with dropout.
 
 There torch's flash kernel spends most of its time in the backward pass (at 256 tokens three times
-what plain matrix products take; benchmarks/train.py). Where all pairs of tokens fit the cache the
-products win; what is kept is what flash keeps, the probabilities are computed anew.
+what plain matrix products take; benchmarks/train.py), and with dropout it is not to be had. Where
+all pairs of tokens fit the cache the products win; what is kept is what flash keeps, the
+probabilities are computed anew.
 
 Texts that share rows are taken out of them, those of like length together: causal attention over
 each needs no mask, and no product of one text with another.
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qvgpt.models.dropout import drawn
+
 SHORT = 512
-"""Tokens up to which plain products are faster on a CPU."""
+"""Tokens up to which plain products are faster on a CPU (without dropout)."""
 _STEP = 32  # lengths of texts are rounded up to a multiple, in which kernels of a CPU are faster
 
 
@@ -81,20 +84,21 @@ def attention(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads time head_dim"]:
     """softmax(query · keyᵀ / √head_dim) · value over the `visible` keys; None: causal."""
-    if is_short(query, key, dropout):
+    if by_products(query, key, dropout):
         mask = _additive(visible, query)
         flat = (x.reshape(-1, x.size(2), x.size(3)) for x in (query, key, value))
-        return _ShortAttention.apply(*flat, mask).view_as(query)  # type: ignore[union-attr]
+        return _Products.apply(*flat, mask, dropout).view_as(query)  # type: ignore[union-attr]
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, is_causal=visible is None, dropout_p=dropout
     )
 
 
-def is_short(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Whether plain products take less time than torch's kernel; in fp32 they do not."""
-    learns = torch.is_grad_enabled() and query.requires_grad
+def by_products(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Whether plain products take less time than torch's kernel; in fp32 without dropout they do
+    not."""
+    learns = torch.is_grad_enabled() and query.requires_grad and query.device.type == "cpu"
     short = query.dtype == torch.bfloat16 and key.size(2) <= SHORT
-    return learns and short and query.device.type == "cpu" and not dropout
+    return learns and (short or dropout > 0)
 
 
 def attend_once(
@@ -169,26 +173,36 @@ def _additive(visible: Tensor | None, query: Tensor) -> Tensor:
     return mask.masked_fill_(~visible[:, 0], float("-inf"))
 
 
-class _ShortAttention(torch.autograd.Function):
-    """On [batch · heads, time, head_dim]."""
+class _Products(torch.autograd.Function):
+    """On [batch · heads, time, head_dim]; `dropout` is that of the probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        return torch.bmm(_probabilities(query, key, mask), value)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0
+    ) -> Tensor:
+        p, ctx.scale = _probabilities(query, key, mask), 1.0
+        kept = None
+        if dropout:
+            kept, ctx.scale = drawn(p.shape, dropout)
+            p *= kept
+        ctx.save_for_backward(query, key, value, mask, kept)
+        return torch.bmm(p, value).mul_(ctx.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, kept = ctx.saved_tensors
         p = _probabilities(query, key, mask)
-        to_value = torch.bmm(p.transpose(1, 2), gradient)
+        gradient = gradient * ctx.scale
         to_p = torch.bmm(gradient, value.transpose(1, 2))
+        to_p = to_p if kept is None else to_p.mul_(kept)
         to_scores = torch.ops.aten._softmax_backward_data(to_p, p, -1, p.dtype)
         to_scores *= query.size(-1) ** -0.5
+        p = p if kept is None else p.mul_(kept)
+        to_value = torch.bmm(p.transpose(1, 2), gradient)
         to_query = torch.bmm(to_scores, key)
         to_key = torch.bmm(to_scores.transpose(1, 2), query)
-        return to_query, to_key, to_value, None
+        return to_query, to_key, to_value, None, None
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:

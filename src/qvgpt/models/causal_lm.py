@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import Packed, attend_once, attention, is_short, packed_attention
+from qvgpt.models.attention import Packed, attend_once, attention, by_products, packed_attention
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.column_cache import ColumnCache
 from qvgpt.models.disk import add_to_json, one_line, read_config
@@ -341,7 +341,7 @@ def _attention(
     ours = plain and causal
     if packed is not None and not ours:
         raise NotImplementedError
-    if not ours or (packed is None and not is_short(query, key, dropout)):
+    if not ours or (packed is None and not by_products(query, key, dropout)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
@@ -356,7 +356,8 @@ def _attention(
     if attention_mask is not None:  # padding sees itself, so that no softmax is empty
         itself = torch.eye(key.size(2), dtype=torch.bool, device=key.device)
         attention_mask = attention_mask | itself
-    return attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    found = attention(query, key, value, attention_mask, dropout)
+    return found.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION, _attention)

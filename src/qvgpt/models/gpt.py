@@ -21,6 +21,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.models.attention import Packed, attention, packed_attention
 from qvgpt.models.backbone import Backbone, Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
+from qvgpt.models.dropout import Dropout
 from qvgpt.models.kv_cache import KVCache
 
 
@@ -77,7 +78,7 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(embed_dim)
         self.up = nn.Linear(embed_dim, 4 * embed_dim)
         self.down = nn.Linear(4 * embed_dim, embed_dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch time embed"], *where: Any) -> Tensor:
         """One layer; `where` is handed to the attention."""
@@ -119,7 +120,7 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(seq_len, embed_dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, dropout) for _ in range(num_layers)]
         )
