@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import torch
 
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast
@@ -23,6 +26,24 @@ def test_the_engine_as_a_policy_draws_anew_each_turn():
     assert act(prompts[:1]) != first[:1]
     again = engine_policy(model, guidance, max_tokens=9, seed=3)
     assert [again(prompts), again(prompts)] == [first, second]
+
+
+def test_a_policy_that_searches_says_the_best_of_what_is_found():
+    tok = Tokenizer.train("abcdefgh", "char")
+    torch.manual_seed(0)
+    model = ValueModel(GPT(tok.vocab_size, 16, 2, 1, seq_len=32), HeadsConfig("mlp"), tok)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p.add_(torch.randn_like(p))
+    prompts = [tok.encode_prompt("ab"), tok.encode_prompt("c")]
+    search = BeamSearch(3, max_tokens=4, value_weight=2.0)
+    said = engine_policy(model, search=search)(prompts)
+    found = search(model, prompts)
+    assert [(c.tokens, c.terminated) for c in said] == [
+        (h.tokens, h.terminated) for h in found.best
+    ]
+    plain = replace(search, value_weight=0.0)
+    assert said != engine_policy(model, search=plain)(prompts)  # values choose
 
 
 def test_a_policy_is_guided_by_other_values():

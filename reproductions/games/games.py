@@ -40,6 +40,8 @@ class Method:
     """It goes on with BC's trunk, and learns all of it further."""
     on: str | None = None
     """The method on whose frozen trunk it learns; None: as the game has it."""
+    searches: bool = False
+    """Of the ways that the game's beam search ends with, the one of the highest Q is gone."""
 
     @property
     def has_q(self) -> bool:
@@ -68,6 +70,7 @@ METHODS = {
     "CQL": Method("DoubleQ"),
     "soft_Q": Method("PathConsistency", goes_on=True),
     "ILQL_joint": Method("ILQL", joint=True),
+    "MonteCarlo_search": Method("MonteCarlo", joint=True, shares="MonteCarlo", searches=True),
 }
 ABLATION = {
     f"{method}_{kind}": Method(method, heads=heads)
@@ -164,6 +167,20 @@ class Setting:
     heads: Literal["linear", "low_rank", "mlp"] = "mlp"
     evaluations: int = 1000
     """Episodes that judge a policy."""
+    beams: int = 5
+    """Of a method that searches."""
+    methods: tuple[str, ...] | None = None
+    """The rows of the table, in its order; None: all of them but those that search."""
+
+    @property
+    def rows(self) -> list[str]:
+        """The methods of the game's table."""
+        if self.methods is not None:
+            return list(self.methods)
+        # where nothing is frozen, ILQL is joint anyway
+        return [
+            m for m in METHODS if not METHODS[m].searches and (self.heads_fit or m != "ILQL_joint")
+        ]
 
     @property
     def further_fit(self) -> FitOptions:
@@ -236,6 +253,15 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             num_layers=3,
         ),
     }
+    for name, degree, steps in (("star_graph_2_5", 2, 2000), ("star_graph_5_5", 5, 2000)):
+        long = StarGraphs(degree=degree, length=5, num_labels=26)
+        games[name] = replace(
+            games["star_graph"],
+            task=lambda seed, episodes, long=long: star_graph(seed, episodes, long),
+            fit=replace(games["star_graph"].fit, max_steps=steps),
+            beams=degree,
+            methods=("MonteCarlo", "MonteCarlo_search"),
+        )
     for name, full in (("maze_full", True), ("maze_partial", False)):
         games[name] = Setting(
             lambda seed, episodes, full=full: maze(seed, episodes, full, max_moves=30),
@@ -267,10 +293,13 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
 def quick_settings() -> dict[str, Setting]:
     """The same games, as small as they can be played."""
     games = settings(Wordle(WORDS))
+    del games["star_graph_5_5"]
     graphs = StarGraphs(degree=2, length=2, num_labels=6)
+    star = {"task": lambda seed, episodes: star_graph(seed, episodes, graphs)}
     small: dict[str, dict[str, Any]] = {
         "random_walk": {"episodes": 400, "evaluations": 100},
-        "star_graph": {"task": lambda seed, episodes: star_graph(seed, episodes, graphs)},
+        "star_graph": star,
+        "star_graph_2_5": star,
     }
     for name, full in (("maze_full", True), ("maze_partial", False)):
         size = {"num_cells": 5, "side": 3, "max_moves": 6}

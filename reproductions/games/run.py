@@ -13,8 +13,10 @@ MonteCarlo learns trunk and values together, from scratch. Where a game says so 
 then and its states are kept, and the other methods learn values on those alone; those named
 `joint` learn all from scratch again, as every method does where a game freezes nothing. (A trunk
 that learned to clone alone will not do: amid a move it need not know what the move is worth.)
-Filtered cloning and soft Q-learning go on with the trunk of BC; what the latter learned, log π/π₀,
-guides BC, so that its tokens are candidates of the logs like those of all others.
+Where a method searches, V chooses among the ways that a beam search ends with: it sees at an arm's
+end what it may not see at its beginning. Filtered cloning and soft Q-learning go on with the trunk
+of BC; what the latter learned, log π/π₀, guides BC, so that its tokens are candidates of the logs
+like those of all others.
 
 Seconds include what a row is built on; of the seeds the median, for by the clock a training that
 was stopped for a while is a long one. What ran on a GPU says so in its cell, and has no part in
@@ -41,6 +43,7 @@ import torch
 from games import ABLATION, METHODS, Setting, quick_settings, settings
 from training import DEVICE, EVERY, drawn, objectives_of, train
 
+from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, PrefixValues
 from qvgpt.envs.games import play, row_return, score
@@ -95,8 +98,7 @@ def table(
     """The figures of every game and method, over all seeds."""
     results = {}
     for name, setting in games.items():
-        # where nothing is frozen, ILQL is joint anyway
-        rows = [m for m in methods if setting.heads_fit or m != "ILQL_joint"]
+        rows = [m for m in setting.rows if m in methods] or list(methods)  # else of the ablation
         cells: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
         for seed in range(seeds):
             for method in rows:
@@ -150,14 +152,22 @@ def cell(
     task = drawn(setting.task, seed, setting.episodes)
     data_mean = fmean(map(row_return, task.rows))
     model, seconds = train(task, setting, method, seed, work / name)
-    writes, values = model, None
-    if EVERY[method].is_policy:
+    writes, values, search = model, None, None
+    if EVERY[method].searches:
+        weight = setting.guidance.beta
+        search = BeamSearch(setting.beams, max_tokens=task.max_tokens, value_weight=weight)
+    elif EVERY[method].is_policy:
         writes, _ = train(task, setting, "BC", seed, work / name)
         values = Contrast(model, writes)
     elif setting.reads == "prefix" and EVERY[method].has_q:
         values = PrefixValues(model)
     policy = engine_policy(
-        writes, guided(setting, method), max_tokens=task.max_tokens, seed=seed, values=values
+        writes,
+        guided(setting, method),
+        max_tokens=task.max_tokens,
+        seed=seed,
+        values=values,
+        search=search,
     )
     outcome = play(
         [task.new() for _ in range(setting.evaluations)],
@@ -189,7 +199,7 @@ def guided(setting: Setting, method: str) -> Guidance:
     how = EVERY[method]
     if how.is_policy:
         return replace(setting.guidance, beta=1.0)
-    if not how.has_q:
+    if how.searches or not how.has_q:
         return replace(setting.guidance, beta=0.0)
     if how.functional == "soft":
         return replace(setting.guidance, beta=1 / setting.eta, functional="soft")
@@ -200,7 +210,9 @@ def described(setting: Setting, method: str) -> dict[str, Any]:
     """What a cell depends on, beside the code: in the form that JSON gives back."""
     said = {**asdict(replace(setting, task=None)), "objectives": objectives_of(setting, method, [])}
     said["guidance"] = asdict(guided(setting, method))
-    del said["task"], said["options"], said["eta"]
+    del said["task"], said["options"], said["eta"], said["methods"]
+    if not EVERY[method].searches:
+        del said["beams"]
     return json.loads(json.dumps(said))
 
 

@@ -13,7 +13,7 @@ from qvgpt.decode.guide import Guide, refuse_other_tokenizer
 from qvgpt.decode.policy import V_ALONE, Guidance
 from qvgpt.decode.rerank import write_best
 from qvgpt.decode.search import Search
-from qvgpt.decode.searches import by_values
+from qvgpt.decode.searches import by_values, write_searched
 from qvgpt.decode.sources import (
     Contrast,
     HeadValues,
@@ -179,10 +179,12 @@ def engine_policy(
     max_batch: int = 256,
     best_of: int = 1,
     values: ValueSource | None = None,
+    search: Search | None = None,
 ) -> Policy:
     """The model as a policy for `rollout`, a turn at a time; no two turns share random numbers.
 
-    With `best_of` each turn is the one of so many candidates whose Q is highest.
+    With `best_of` each turn is the one of so many candidates whose Q is highest, with `search` what
+    that finds, of its own `max_tokens` and `max_batch`.
     """
     turns = count()
 
@@ -191,7 +193,10 @@ def engine_policy(
             Request(prompt, max_tokens, guidance or Guidance(), row_seed(seed, next(turns)))
             for prompt in prompts
         ]
-        written = write_best(model, requests, best_of, max_batch=max_batch, values=values)
+        if search is None:
+            written = write_best(model, requests, best_of, max_batch=max_batch, values=values)
+        else:
+            written = write_searched(search, model, requests, values=values)
         return [Completion(text.tokens, text.terminated) for text in written]
 
     return act

@@ -60,8 +60,15 @@ class Found:
 class Search(Protocol):
     """A way to look for texts; a frozen dataclass whose fields are its options."""
 
-    max_tokens: int
-    max_batch: int
+    @property
+    def max_tokens(self) -> int:
+        """Where a text is cut if no end token came."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """Texts written at the same time, over all prompts."""
+        ...
 
     def __call__(
         self,
