@@ -24,13 +24,12 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from qvgpt.errors import QvgptError
 
@@ -182,32 +181,126 @@ def collate(
     """
     if not trajectories:
         raise QvgptError("an empty batch: there is no trajectory to learn from")
-    texts = [_to_decision_time(t, end_ids) for t in trajectories]
-    tokens, states, actions, rewards, nonterminals, ends, masks = map(
-        list, zip(*texts, strict=True)
-    )
-    length = [len(t) for t in tokens]
-    rows = _pack(length) if packed else [[i] for i in range(len(tokens))]
-    row, offset = torch.zeros(2, len(tokens), dtype=torch.long)
-    for r, inside in enumerate(rows):
-        for before, i in enumerate(inside):
-            row[i], offset[i] = r, sum(length[j] for j in inside[:before])
-    filled = torch.tensor([sum(length[i] for i in inside) for inside in rows])
+    length = torch.tensor([len(t.tokens) for t in trajectories])
+    texts = _Flat.of(trajectories, length)
+    rows = _pack(length.tolist()) if packed else [[i] for i in range(len(length))]
+    row, offset, filled = _places(length, rows)
+    longest = int(filled.max())
+    place = row[texts.text] * longest + offset[texts.text] + texts.position
+    last = torch.tensor([inside[-1] for inside in rows])  # what the padding of `text` belongs to
+
+    def in_rows(content: Tensor, padding: Tensor | int) -> Tensor:
+        found = torch.as_tensor(padding).expand(len(rows), longest).clone()
+        found.view(-1)[place] = content
+        return found
+
+    decisions = _decisions(texts, trajectories, length, end_ids)
+    steps = torch.bincount(decisions.text, minlength=len(length))
+    first = steps.cumsum(0) - steps
+    step = torch.arange(len(decisions.text)) - first[decisions.text]
+    where = (decisions.text, step)
+
+    def in_steps(content: Tensor, more: int = 0) -> Tensor:
+        found = content.new_zeros(len(length), int(steps.max()) + more)
+        found[where] = content
+        return found
+
+    states = in_steps(decisions.position - 1 + offset[decisions.text], more=1)
+    states[torch.arange(len(length)), steps] = offset + length - 1
     return TrajectoryBatch(
-        tokens=_rows(tokens, rows, pad_id),
-        attention_mask=torch.arange(int(filled.max())) < filled[:, None],
-        text=_rows([torch.full((n,), i) for i, n in enumerate(length)], rows, None),
-        positions=_rows([torch.arange(n) for n in length], rows, 0) if packed else None,
+        tokens=in_rows(texts.token, pad_id),
+        attention_mask=torch.arange(longest) < filled[:, None],
+        text=in_rows(texts.text, last[:, None]),
+        positions=in_rows(texts.position, 0) if packed else None,
         row=row,
-        action=pad_sequence(actions, batch_first=True),
-        reward=pad_sequence(rewards, batch_first=True),
-        nonterminal=pad_sequence(nonterminals, batch_first=True),
-        ends_turn=pad_sequence(ends, batch_first=True),
-        mask=pad_sequence(masks, batch_first=True),
-        state_index=pad_sequence(
-            [s + at for s, at in zip(states, offset, strict=True)], batch_first=True
-        ),
+        action=in_steps(decisions.action),
+        reward=in_steps(decisions.reward),
+        nonterminal=in_steps(decisions.nonterminal),
+        ends_turn=in_steps(decisions.ends_turn),
+        mask=in_steps(decisions.mask),
+        state_index=states,
     )
+
+
+class _Flat(NamedTuple):
+    """The tokens of all texts one after another."""
+
+    token: Int[Tensor, "tokens"]
+    is_action: Bool[Tensor, "tokens"]
+    reward: Float[Tensor, "tokens"]
+    text: Int[Tensor, "tokens"]
+    position: Int[Tensor, "tokens"]
+    """Within its text."""
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], length: Tensor) -> "_Flat":
+        token, is_action, reward = (
+            torch.tensor([x for t in trajectories for x in getattr(t, name)], dtype=dtype)
+            for name, dtype in (
+                ("tokens", torch.long),
+                ("is_action", torch.bool),
+                ("reward", torch.float32),
+            )
+        )
+        text = torch.arange(len(length)).repeat_interleave(length)
+        start = length.cumsum(0) - length
+        return cls(token, is_action, reward, text, torch.arange(len(token)) - start[text])
+
+
+class _Decisions(NamedTuple):
+    """All texts' decisions one after another; fields as in `TrajectoryBatch`."""
+
+    text: Int[Tensor, "decisions"]
+    position: Int[Tensor, "decisions"]
+    """Of the action within its text."""
+    action: Int[Tensor, "decisions"]
+    reward: Float[Tensor, "decisions"]
+    nonterminal: Float[Tensor, "decisions"]
+    ends_turn: Bool[Tensor, "decisions"]
+    mask: Bool[Tensor, "decisions"]
+
+
+def _decisions(
+    flat: _Flat,
+    trajectories: Sequence[Trajectory],
+    length: Int[Tensor, "batch"],
+    end_ids: Collection[int],
+) -> _Decisions:
+    """Rewards go to the last decision that is not after them."""
+    at = flat.is_action.nonzero()[:, 0]
+    text, position = flat.text[at], flat.position[at]
+    steps = torch.bincount(text, minlength=len(length))
+    if not steps.all() or not position.all():
+        raise QvgptError("a trajectory needs a token before its first action, and an action")
+    until = steps.cumsum(0)  # decisions up to the end of each text
+    so_far = flat.is_action.cumsum(0)
+    before = so_far == (until - steps)[flat.text]
+    if flat.reward[before].any():
+        raise QvgptError("a reward before the first action belongs to no decision")
+    reward = torch.zeros(len(at)).index_add_(0, so_far[~before] - 1, flat.reward[~before])
+    follows = F.pad(flat.is_action[1:] & (flat.position[1:] > 0), (0, 1))  # an action, in its text
+    ends_turn, mask = ~follows[at], torch.ones(len(at), dtype=torch.bool)
+    terminated = torch.tensor([t.terminated for t in trajectories])
+    final, end = until - 1, length.cumsum(0) - 1  # the last decision, the last token
+    nonterminal = torch.ones(len(at)).index_fill_(0, final[terminated], 0.0)
+    cut = ~terminated & flat.is_action[end]
+    is_whole = torch.isin(flat.token[end[cut]], torch.tensor(list(end_ids), dtype=torch.long))
+    mask[final[cut]], ends_turn[final[cut]] = ~is_whole, is_whole
+    return _Decisions(text, position, flat.token[at], reward, nonterminal, ends_turn, mask)
+
+
+def _places(
+    length: Int[Tensor, "batch"], rows: Sequence[Sequence[int]]
+) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"], Int[Tensor, "rows"]]:
+    """Each text's row and where in it it begins, and how far each row is filled."""
+    texts = torch.tensor([i for inside in rows for i in inside])
+    many = torch.tensor([len(inside) for inside in rows])
+    end = length[texts].cumsum(0)
+    row, offset = torch.empty_like(texts), torch.empty_like(texts)
+    row[texts] = torch.arange(len(rows)).repeat_interleave(many)
+    filled = end[many.cumsum(0) - 1].diff(prepend=end.new_zeros(1))
+    offset[texts] = end - length[texts]
+    return row, offset - (filled.cumsum(0) - filled)[row], filled
 
 
 def nothing_counts(batch: TrajectoryBatch) -> TrajectoryBatch:
@@ -236,38 +329,3 @@ def _first_fit(length: Sequence[int], most: int) -> list[list[int]]:
         rows[fits].append(i)
         room[fits] -= length[i]
     return rows
-
-
-def _rows(texts: Sequence[Tensor], rows: Sequence[Sequence[int]], padding: int | None) -> Tensor:
-    """The texts of each row one after another; None pads with what a row ends in."""
-    joined = [torch.cat([texts[i] for i in inside]) for inside in rows]
-    longest = max(map(len, joined))
-    fill = [x[-1] if padding is None else torch.tensor(padding) for x in joined]
-    return torch.stack(
-        [torch.cat([x, f.expand(longest - len(x))]) for x, f in zip(joined, fill, strict=True)]
-    )
-
-
-def _to_decision_time(t: Trajectory, end_ids: Collection[int]) -> tuple[Tensor, ...]:
-    """Tokens, states, actions, rewards, nonterminal, ends_turn and mask of one episode."""
-    tokens, is_action = torch.tensor(t.tokens), torch.tensor(t.is_action)
-    position = is_action.nonzero().squeeze(-1)
-    if len(position) == 0 or position[0] == 0:
-        raise QvgptError("a trajectory needs a token before its first action, and an action")
-    reward = torch.tensor(t.reward, dtype=torch.float32)
-    if not bool(reward[: int(position[0])].eq(0).all()):
-        raise QvgptError("a reward before the first action belongs to no decision")
-    decision_of_token = is_action.cumsum(0)[int(position[0]) :] - 1
-    credited = torch.zeros(len(position)).index_add_(0, decision_of_token, reward[position[0] :])
-    last = len(tokens) - 1
-    next_is_action = torch.cat([is_action[1:], torch.tensor([False])])[position]
-    ends_turn = ~next_is_action
-    mask = torch.ones(len(position), dtype=torch.bool)
-    nonterminal = torch.ones(len(position))
-    if t.terminated:
-        nonterminal[-1] = 0.0
-    elif bool(is_action[last]):
-        turn_is_whole = int(tokens[last]) in end_ids
-        mask[-1], ends_turn[-1] = not turn_is_whole, turn_is_whole
-    states = torch.cat([position - 1, torch.tensor([last])])
-    return tokens, states, tokens[position], credited, nonterminal, ends_turn, mask
