@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/qvgpt demo
 
 test: setup lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4  # tests use one thread each
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup  # tests use one thread each
 
 setup: $(VENV)/.installed
 
