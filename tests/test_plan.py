@@ -86,7 +86,14 @@ def test_the_predicted_peak_is_that_of_the_training(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"micro_batch_size": 2}, {"packed": True}, {"max_steps": 2}, {"epochs": 0.4}],
+    [
+        {},
+        {"micro_batch_size": 2},
+        {"packed": True},
+        {"share_prompts": True},
+        {"max_steps": 2},
+        {"epochs": 0.4},
+    ],
 )
 def test_the_heaviest_batch_of_all_steps_is_found(change):
     training = Training(model(), texts(), BOTH, replace(OPTIONS, **change))
@@ -106,8 +113,8 @@ def test_the_heaviest_batch_of_all_steps_is_found(change):
 def test_of_very_many_texts_the_longest_are_tried(monkeypatch):
     monkeypatch.setattr(planning, "_TEXTS_SEARCHED", 1)
     training = Training(model(), texts(), BOTH, OPTIONS)
-    lengths = sorted(training.lengths[i] for i in planning._heaviest_step(training).indices)
-    assert lengths == sorted(training.lengths)[-4:]
+    lengths = sorted(training.rows.lengths[i] for i in planning._heaviest_step(training).indices)
+    assert lengths == sorted(training.rows.lengths)[-4:]
 
 
 def test_what_is_certain_is_counted():

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiny_hf import make_hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
-from qvgpt.data.batches import batches
+from qvgpt.data.batches import Rows, batches
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.fit_options import FitOptions, step_seed
 from qvgpt.loop import fit
+from qvgpt.models.causal_lm import CausalLM
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, alone_in, open_run, read_log
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
@@ -115,7 +117,7 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
         ["LM", "ReturnDistribution", "FUDGE"],
     ],
 )
-def test_four_micro_batches_or_packed_rows_are_one_batch(objectives):
+def test_four_micro_batches_or_other_rows_are_one_batch(objectives):
     """In gradients: Adam blows rounding up where one is 0 by construction (the keys' bias)."""
     found = []
 
@@ -127,12 +129,15 @@ def test_four_micro_batches_or_packed_rows_are_one_batch(objectives):
     hook = register_optimizer_step_pre_hook(keep)
     data = [*texts(2), *sorted(texts(), key=length)[:2]]
     assert len({t.total_reward >= 0.1 for t in data}) == 2
-    for size, packed in ((None, False), (1, False), (None, True), (2, True)):
+    ways = [(None, {}), (1, {}), (None, {"packed": True}), (2, {"packed": True})]
+    if not any("all" in str(o) for o in objectives):
+        ways += [(None, {"share_prompts": True}), (2, {"share_prompts": True})]
+    for size, way in ways:
         # texts differ in length, so that a mean of means would be wrong
         options = replace(FIT, max_steps=1, batch_size=4, micro_batch_size=size, clip=1e9)
         categorical = HeadsConfig("categorical", rank=3, bins=2)
         m = model(heads=categorical if "FUDGE" in objectives else HeadsConfig())
-        run(m, objectives, replace(options, packed=packed), data)
+        run(m, objectives, replace(options, **way), data)
     hook.remove()
     assert found[0].abs().max() > 0.01
     for other in found[1:]:
@@ -383,6 +388,15 @@ def test_the_best_is_kept_without_a_tokenizer_too(tmp_path):
     assert (tmp_path / "value_heads.safetensors").exists()
 
 
+def test_shared_prompts_are_refused_where_they_are_learned_or_cannot_be_shared():
+    shared = replace(FIT, share_prompts=True)
+    with pytest.raises(QvgptError, match=r"fit.share_prompts: LM with `on: all` learns a prompt"):
+        run(model(), [{"LM": {"on": "all"}}, "MonteCarlo"], options=shared)
+    windows = ValueModel(CausalLM(make_hf("mistral")), HeadsConfig(), TOKENIZER)
+    with pytest.raises(QvgptError, match=r"fit.share_prompts: Mistral.* leave it off"):
+        run(windows, ["LM", "MonteCarlo"], options=shared)
+
+
 def test_no_heads():
     with pytest.raises(QvgptError, match="no value heads"):
         run(model(heads=False))
@@ -395,6 +409,7 @@ def test_no_heads():
         ({"epochs": 0.0}, "fit.epochs: must be more than 0"),
         ({"tau": 2.0}, "fit.tau: must be at most 1"),
         ({"patience": 2}, "fit.patience: needs fit.keep_best"),
+        ({"packed": True, "share_prompts": True}, "two ways to fill a row"),
     ],
 )
 def test_options_are_refused_by_name(bad, message):
@@ -413,6 +428,23 @@ def test_batches_hold_everything_once_and_like_lengths_together():
     assert sorted(i for batch in loose for i in batch) == list(range(500))
     spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in loose]
     assert sum(spread) / len(spread) > 20
+
+
+def test_texts_of_a_prompt_come_together():
+    lengths = [1 + i % 9 for i in range(200)]
+    data = [
+        Trajectory([i % 50] + [7] * n, [False] + [True] * n, [0.0] * (n + 1), True)
+        for i, n in enumerate(lengths)
+    ]  # four texts of each prompt
+    rows = Rows(data, shared=True)
+    assert rows.prompts == [[i, i + 50, i + 100, i + 150] for i in range(50)]
+    found = rows.batches(8, seed=3, epoch=1)
+    assert sorted(i for batch in found for i in batch) == list(range(200))
+    assert all(len(batch) == 8 and len({i % 50 for i in batch}) == 2 for batch in found)
+    assert found != rows.batches(8, seed=3, epoch=2)
+    for batch in found:
+        tokens = collate([data[i] for i in batch], shared=True).tokens
+        assert rows.padded_tokens(batch) == tokens.numel()
 
 
 @pytest.fixture

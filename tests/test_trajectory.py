@@ -167,6 +167,29 @@ def test_packed_texts_share_rows():
         assert torch.equal(getattr(batch, name), getattr(plain, name))
 
 
+def test_texts_of_one_prompt_share_a_row_that_holds_it_once():
+    texts = [
+        Trajectory([1, 2, 10, 11], actions(0, 0, 1, 1), [0.0, 0.0, 1.0, 2.0], True),
+        Trajectory([3, 12], actions(0, 1), [0.0, 3.0], True),
+        Trajectory([1, 2, 13, 4, 14], actions(0, 0, 1, 0, 1), [0.0] * 4 + [5.0], False),
+        Trajectory([1, 2, 3, 15], actions(0, 0, 0, 1), [0.0] * 3 + [6.0], True),  # a longer prompt
+    ]
+    batch, plain = collate(texts, shared=True), collate(texts)
+    assert batch.tokens.tolist() == [
+        [1, 2, 10, 11, 13, 4, 14],
+        [3, 12, 0, 0, 0, 0, 0],
+        [1, 2, 3, 15, 0, 0, 0],
+    ]
+    assert batch.positions is not None
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert batch.row.tolist() == [0, 1, 0, 2]
+    assert batch.text[0].tolist() == [0, 0, 0, 0, 2, 2, 2]
+    assert batch.attention_mask.sum(1).tolist() == [7, 2, 4]
+    assert batch.state_index.tolist() == [[1, 2, 3], [0, 1, 0], [1, 5, 6], [2, 3, 0]]
+    for name in ("action", "reward", "nonterminal", "ends_turn", "mask"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+
+
 def test_packed_rows_are_nearly_full_and_hold_every_text_once():
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 5, 32):

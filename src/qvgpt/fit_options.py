@@ -24,6 +24,9 @@ class FitOptions:
     packed: bool = False
     """Put several texts into a row, none seeing another, and shuffle without regard to length.
     Off: a text a row, batches of similar lengths."""
+    share_prompts: bool = False
+    """Put a prompt's texts into one row that holds it once: for several texts of each prompt. A
+    batch then holds all texts of a few prompts."""
     lr: float = 1e-3
     """Peak learning rate of the trunk."""
     value_lr: float | None = None
@@ -79,6 +82,8 @@ class FitOptions:
         for name in ("warmup", "tau", "dropout"):
             if (getattr(self, name) or 0) > 1:
                 raise QvgptError(f"fit.{name}: must be at most 1, not {getattr(self, name)}")
+        if self.packed and self.share_prompts:
+            raise QvgptError("fit: packed and share_prompts are two ways to fill a row: choose one")
         if self.patience and not self.keep_best:
             raise QvgptError("fit.patience: needs fit.keep_best, to know what is better")
 

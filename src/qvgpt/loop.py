@@ -23,7 +23,7 @@ from qvgpt.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from qvgpt.data.batches import batches
+from qvgpt.data.batches import Rows
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
 from qvgpt.models.attention import leave_packed_uncompiled
@@ -60,7 +60,7 @@ class Training:
         output: Path | None = None,
     ):
         self.data, self.objectives, self.options = data, objectives, options
-        self.lengths = [len(t.tokens) for t in data]
+        self.rows = Rows(data, options.packed, options.share_prompts)
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
         total = math.ceil(options.epochs * self.steps_per_epoch)
         self.total_steps = min(total, options.max_steps or total)
@@ -158,16 +158,15 @@ class Training:
 
     def collate(self, texts: Sequence[Trajectory]) -> TrajectoryBatch:
         """A batch as the options want it."""
-        return collate(texts, self.pad_id, self.end_ids, self.options.packed)
+        options = self.options
+        return collate(texts, self.pad_id, self.end_ids, options.packed, options.share_prompts)
 
     def optimizer_steps(self) -> Iterator[list[TrajectoryBatch]]:
         """The micro-batches of each step still to come."""
         options = self.options
         while self.state.step < self.total_steps:
             epoch, position = divmod(self.state.step, self.steps_per_epoch)
-            order = batches(
-                self.lengths, options.batch_size, options.seed, epoch, not options.packed
-            )
+            order = self.rows.batches(options.batch_size, options.seed, epoch)
             for indices in order[position:]:
                 yield self.my_batches(self.data, indices, options.micro_batch_size)
                 if self.state.step >= self.total_steps:
@@ -192,6 +191,8 @@ class Training:
         processes, mine = self.accelerator.num_processes, self.accelerator.process_index
         most = math.ceil(len(indices) / processes)
         share, size = indices[mine::processes], size or most
+        if self.options.share_prompts:  # of one prompt together
+            share = indices[mine * most : (mine + 1) * most]
         return [share[start : start + size] for start in range(0, most, size)]
 
     def measure(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvgpt.data.batches import batches
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
@@ -117,14 +116,14 @@ class _Step:
 
 def _heaviest_step(training: Training) -> _Step:
     """Of all steps to come: batches are a pure function of seed and epoch."""
-    options, lengths = training.options, training.lengths
+    options, rows = training.options, training.rows
 
     def weight(indices: Sequence[int]) -> tuple[int, int]:
-        return _padded_tokens([lengths[i] for i in indices], options.packed), len(indices)
+        return rows.padded_tokens(indices), len(indices)
 
     heaviest, most, total, steps, epoch = [], (0, 0), 0, 0, 0
-    while steps < training.total_steps and epoch * len(lengths) < _TEXTS_SEARCHED:
-        found = batches(lengths, options.batch_size, options.seed, epoch, not options.packed)
+    while steps < training.total_steps and epoch * len(rows.lengths) < _TEXTS_SEARCHED:
+        found = rows.batches(options.batch_size, options.seed, epoch)
         for indices in found[: training.total_steps - steps]:
             parts = training.my_parts(indices, options.micro_batch_size)
             total += sum(weight(part)[0] for part in parts)
@@ -134,15 +133,9 @@ def _heaviest_step(training: Training) -> _Step:
             steps += 1
         epoch += 1
     if steps < training.total_steps:
-        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        longest = sorted(range(len(rows.lengths)), key=lambda i: -rows.lengths[i])
         heaviest = longest[: options.batch_size]
     return _Step(heaviest, total / steps)
-
-
-def _padded_tokens(lengths: Sequence[int], packed: bool) -> int:
-    longest = max(lengths, default=0)
-    rows = -(-sum(lengths) // max(longest, 1)) if packed else len(lengths)
-    return longest * rows
 
 
 def _padded(batch: TrajectoryBatch) -> int:
@@ -158,7 +151,7 @@ def _try_one_text(training: Training, indices: Sequence[int]) -> tuple[int, floa
     The first of two steps loads what is loaded on first use, and makes the optimizer's state.
     """
     device = training.accelerator.device
-    longest_first = sorted(indices, key=lambda i: -training.lengths[i])
+    longest_first = sorted(indices, key=lambda i: -training.rows.lengths[i])
     of_one = (training.collate([training.data[i]]) for i in longest_first)
     text = next((b for b in of_one if bool(b.mask.any())), training.collate([training.data[0]]))
     training.learn([text])

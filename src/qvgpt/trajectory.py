@@ -56,19 +56,27 @@ class Trajectory:
         return float(sum(self.reward))
 
 
+def by_prompt(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """The indices of each prompt's texts, prompts in the order of their first one."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, t in enumerate(trajectories):
+        found.setdefault(t.prompt, []).append(i)
+    return list(found.values())
+
+
 def centred(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Texts whose return is counted from the mean of all texts of the same prompt.
 
     What makes a whole prompt easy or hard is then no longer to be learned, only which of its texts
     are better. The mean is taken off the reward of the last token.
     """
-    groups: dict[tuple[int, ...], list[float]] = {}
-    for t in trajectories:
-        groups.setdefault(t.prompt, []).append(t.total_reward)
-    means = {prompt: sum(found) / len(found) for prompt, found in groups.items()}
-    return [
-        replace(t, reward=[*t.reward[:-1], t.reward[-1] - means[t.prompt]]) for t in trajectories
-    ]
+    found = list(trajectories)
+    for several in by_prompt(trajectories):
+        mean = sum(trajectories[i].total_reward for i in several) / len(several)
+        for i in several:
+            *before, last = trajectories[i].reward
+            found[i] = replace(trajectories[i], reward=[*before, last - mean])
+    return found
 
 
 def scaled(trajectories: Sequence[Trajectory], factor: float) -> list[Trajectory]:
@@ -116,13 +124,14 @@ def returns_to_go(t: Trajectory, gamma: float = 1.0, per_turn: bool = False) -> 
 class TrajectoryBatch:
     """Episodes side by side: tokens in token time, all else in decision time.
 
-    A row of tokens holds one text and padding, or, packed, several texts one after another.
+    A row of tokens holds one text and padding, or, packed, several texts one after another; or,
+    `shared`, a prompt once and after it what follows it in each of its texts.
     """
 
     tokens: Int[Tensor, "rows time"]
     attention_mask: Bool[Tensor, "rows time"]
     text: Int[Tensor, "rows time"]  # which text a token belongs to; padding: the one before it
-    positions: Int[Tensor, "rows time"] | None  # within its text; None: one text a row
+    positions: Int[Tensor, "rows time"] | None  # within its text; None: one whole text a row
     row: Int[Tensor, "batch"]  # where each text lies
     action: Int[Tensor, "batch steps"]
     reward: Float[Tensor, "batch steps"]
@@ -171,9 +180,12 @@ def collate(
     pad_id: int = 0,
     end_ids: Collection[int] = (),
     packed: bool = False,
+    shared: bool = False,
 ) -> TrajectoryBatch:
     """Make a batch of a list of episodes, a row each, or `packed` into as few rows as will do.
 
+    `shared`: texts of one prompt share a row that holds it once. Of the tokens of prompts only the
+    first text's are there then (`predicted` knows no others), decisions are what they were.
     `end_ids` are the tokens that end a turn: they tell a text cut after a whole turn from one
     cut in the middle of it. Packed rows may be up to twice as long as the longest text. Raises
     `QvgptError` for a text without an action, one whose first token is an action, or a reward
@@ -183,15 +195,23 @@ def collate(
         raise QvgptError("an empty batch: there is no trajectory to learn from")
     length = torch.tensor([len(t.tokens) for t in trajectories])
     texts = _Flat.of(trajectories, length)
-    rows = _pack(length.tolist()) if packed else [[i] for i in range(len(length))]
-    row, offset, filled = _places(length, rows)
+    spared = torch.zeros_like(length)  # tokens that an earlier text of the row has
+    if shared:
+        rows = by_prompt(trajectories)
+        for several in rows:
+            spared[several[1:]] = len(trajectories[several[0]].prompt)
+    else:
+        rows = _pack(length.tolist()) if packed else [[i] for i in range(len(length))]
+    row, offset, filled = _places(length - spared, rows)
+    offset -= spared  # of each text's first token, were all of it there
     longest = int(filled.max())
-    place = row[texts.text] * longest + offset[texts.text] + texts.position
+    own = texts.position >= spared[texts.text]
+    place = (row[texts.text] * longest + offset[texts.text] + texts.position)[own]
     last = torch.tensor([inside[-1] for inside in rows])  # what the padding of `text` belongs to
 
     def in_rows(content: Tensor, padding: Tensor | int) -> Tensor:
         found = torch.as_tensor(padding).expand(len(rows), longest).clone()
-        found.view(-1)[place] = content
+        found.view(-1)[place] = content[own]
         return found
 
     decisions = _decisions(texts, trajectories, length, end_ids)
@@ -205,13 +225,15 @@ def collate(
         found[where] = content
         return found
 
-    states = in_steps(decisions.position - 1 + offset[decisions.text], more=1)
+    state = decisions.position - 1
+    state += offset[decisions.text].where(state >= spared[decisions.text], 0)  # else the prompt's
+    states = in_steps(state, more=1)
     states[torch.arange(len(length)), steps] = offset + length - 1
     return TrajectoryBatch(
         tokens=in_rows(texts.token, pad_id),
         attention_mask=torch.arange(longest) < filled[:, None],
         text=in_rows(texts.text, last[:, None]),
-        positions=in_rows(texts.position, 0) if packed else None,
+        positions=in_rows(texts.position, 0) if packed or shared else None,
         row=row,
         action=in_steps(decisions.action),
         reward=in_steps(decisions.reward),

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvgpt.models.attention import Packed, _additive, _Products, attention, packed_attention
+from qvgpt.models.attention import (
+    Packed,
+    _additive,
+    _Products,
+    attention,
+    packed_attention,
+    seen_in_rows,
+)
 from qvgpt.models.dropout import Dropout, drawn
 
 
@@ -99,6 +106,19 @@ def test_nothing_is_dropped_unless_it_learns_and_all_at_a_rate_of_one():
     assert Dropout(0.5).eval()(x) is x
     assert Dropout(0.0)(x) is x
     assert not Dropout(1.0)(x).any()
+
+
+def test_what_a_token_sees_where_texts_share_prompts():
+    """Of two prompts: ab, then c | de; f, then g; and padding, each token a text by itself."""
+    positions = torch.tensor([[0, 1, 2, 2, 3, 0, 1, 0, 0]])
+    seen = ["a", "ab", "abc", "abd", "abde", "f", "fg", ".", ","]
+    found = seen_in_rows(positions)
+    assert found is not None
+    for row, expected in zip(found[0, 0].tolist(), seen, strict=True):
+        assert "".join(x for x, sees in zip("abcdefg.,", row, strict=True) if sees) == expected
+    assert seen_in_rows(torch.tensor([[0, 1, 2, 0, 1, 0, 0]])) is None
+    longer = torch.tensor([[0, 1, 2, 3, 2, 3, 2]])  # the first text's own tokens are no prompt
+    assert seen_in_rows(longer)[0, 0, 4].tolist() == [True, True, False, False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

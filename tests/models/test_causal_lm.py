@@ -99,6 +99,24 @@ def test_packed_texts_do_not_see_each_other(family):
         torch.testing.assert_close(states, trunk.hidden(tokens[None])[0], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_texts_share_a_prompt_where_a_model_can_be_told(family):
+    trunk = CausalLM(make_hf(family))
+    assert trunk.shares_prompts == (family in PACKING)
+    if not trunk.shares_prompts:
+        return
+    prompt, *texts = (torch.randint(4, 30, (n,)) for n in (5, 4, 1, 7))
+    alone = torch.arange(3)
+    row = torch.cat([prompt, *texts, alone])[None]
+    after = [5 + torch.arange(len(text)) for text in texts]
+    positions = torch.cat([torch.arange(5), *after, alone])[None]
+    found = trunk.hidden(row, positions=positions)[0].split([5, 4, 1, 7, 3])
+    for tokens, states in zip(texts, found[1:4], strict=True):
+        expected = trunk.hidden(torch.cat([prompt, tokens])[None])[0, 5:]
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[4], trunk.hidden(alone[None])[0], atol=1e-5, rtol=0)
+
+
 def test_packed_texts_learn_taken_apart_as_by_a_mask(family, monkeypatch):
     monkeypatch.setattr("qvgpt.models.causal_lm._APART", 0)
     trunk = CausalLM(make_hf(family)).train()

@@ -154,6 +154,25 @@ def test_packed_texts_have_the_values_they_have_alone():
     torch.testing.assert_close(*seen)
 
 
+@torch.no_grad()
+def test_texts_that_share_a_prompt_have_the_values_they_have_alone():
+    model = make("low_rank")
+    texts = [
+        Trajectory(
+            [1, 2 + n % 2, 9, *range(5, 5 + n), 3],
+            [False] * 3 + [True] * (n + 1),
+            [0.0] * (n + 4),
+            True,
+        )
+        for n in (3, 9, 1, 4, 2, 6)
+    ]
+    shared, alone = collate(texts, shared=True), collate(texts)
+    assert shared.tokens.shape == (2, 19)
+    found, expected = vars(model(shared)), vars(model(alone))
+    for name in PLAIN - {"token_logprob"}:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
 def test_gradients_reach_what_learns_and_nothing_else():
     model = make().train()
     values = model(BATCH)

@@ -68,6 +68,26 @@ class Packed:
         return cls(groups, order, place, _there_and_back(*cells[1])[1])
 
 
+def seen_in_rows(positions: Int[Tensor, "rows time"]) -> Bool[Tensor, "rows 1 time time"] | None:
+    """What each token of a row sees where texts share a prompt; None: no row's texts do.
+
+    A text that begins at position p > 0 goes on after the first p tokens of the last one that
+    began at 0.
+    """
+    begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+    begins[:, 0] = True
+    if not (begins & (positions > 0)).any():
+        return None
+    time = torch.arange(positions.size(1), device=positions.device)
+    part = time.where(begins, 0).cummax(1).values  # where the part of a token begins
+    whole = time.where(begins & (positions == 0), 0).cummax(1).values  # and the one before at 0
+    start = positions.gather(1, part)
+    of_prompt = (whole[:, :, None] == whole[:, None, :]) & (part == whole)[:, None, :]
+    of_prompt &= positions[:, None, :] < start[:, :, None]
+    same_part = part[:, :, None] == part[:, None, :]
+    return (same_part | of_prompt).tril()[:, None]
+
+
 def _there_and_back(order: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
     """All groups' cells, and where among them each one stands."""
     there, counts = (torch.cat([x.flatten() for x in found]) for found in (order, real))

@@ -58,7 +58,8 @@ class Backbone(Protocol):
 
         `mask` is False on padding, left or right (None: no padding, or right padding whose output
         nobody reads). `positions` count the real tokens unless given; given without a mask, each
-        that is not one more than the one before it begins another text, which sees only itself.
+        that is not one more than the one before it begins another text, which sees only itself,
+        and one that begins at p > 0 the first p tokens of the last that began at 0.
         With a `cache` the tokens continue what it holds, and it grows by the real ones.
         """
         ...

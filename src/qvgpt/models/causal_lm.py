@@ -8,7 +8,9 @@ when a model is wrapped.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import Packed, attend_once, attention, by_products, packed_attention
+from qvgpt.models.attention import (
+    Packed,
+    attend_once,
+    attention,
+    by_products,
+    packed_attention,
+    seen_in_rows,
+)
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.column_cache import ColumnCache
 from qvgpt.models.disk import add_to_json, one_line, read_config
@@ -95,6 +104,11 @@ class CausalLM(nn.Module):
         With a `cache` that holds something, several new tokens a row must all be real.
         """
         if cache is None and mask is None:
+            visible = None if positions is None else seen_in_rows(positions)
+            if visible is not None:  # only where `shares_prompts`
+                return self._base(
+                    tokens, attention_mask=visible, position_ids=positions, use_cache=False
+                )
             ours = self.model.config._attn_implementation == _ATTENTION and self.packs
             here = tokens.device.type == "cpu" and tokens.size(1) > _APART
             if ours and here and positions is not None:
@@ -289,25 +303,50 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _can_pack(self) -> bool:
         """Tried on two texts in a row: not every architecture hands its attention what it needs."""
-        config, weight = self.model.config.get_text_config(), self.output_weight
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        windows = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
         ours = self.model.config._attn_implementation == _ATTENTION
-        if not ours or windows or weight.device.type != "cpu":
+        if not ours or self._has_windows or self.output_weight.device.type != "cpu":
             return False
-        training = self.model.training
-        self.model.eval()
         tokens = torch.tensor([[1, 2, 3, 4, 2]]) % self.vocab_size
         positions = torch.tensor([[0, 1, 0, 1, 2]])
-        with_mask = self.hidden(tokens, positions=positions).float()
+        return self._are_alike(
+            lambda: self.hidden(tokens, positions=positions),
+            lambda: self._taken_apart(tokens, positions),
+        )
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether a row may hold a prompt once and then several texts of it: tried on two."""
+        if self._has_windows:
+            return False
+        device = self.output_weight.device
+        alone = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device) % self.vocab_size
+        tokens, positions = alone.flatten()[[0, 1, 2, 5]][None], torch.tensor([[0, 1, 2, 2]])
+        positions = positions.to(device)
+        visible = seen_in_rows(positions)
+        together = {"attention_mask": visible, "position_ids": positions, "use_cache": False}
+        return self._are_alike(
+            lambda: self.hidden(alone).flatten(0, 1)[[0, 1, 2, 5]][None],
+            lambda: self._base(tokens, **together),
+        )
+
+    @property
+    def _has_windows(self) -> bool:
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        return kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
+
+    @torch.no_grad()
+    def _are_alike(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> bool:
+        training = self.model.training
+        self.model.eval()
         try:
-            apart = self._taken_apart(tokens, positions).float()
+            found = [way().float() for way in (one, other)]
         except Exception:  # whatever a model makes of an argument that it does not know
             return False
         finally:
             self.model.train(training)
-        exact = 1e-4 if weight.dtype == torch.float32 else 1e-2
-        return torch.allclose(apart, with_mask, rtol=exact, atol=exact)
+        exact = 1e-4 if self.output_weight.dtype == torch.float32 else 1e-2
+        return torch.allclose(*found, rtol=exact, atol=exact)
 
 
 def _attention(

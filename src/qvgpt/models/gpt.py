@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvgpt.errors import QvgptError
-from qvgpt.models.attention import Packed, attention, packed_attention
+from qvgpt.models.attention import Packed, attention, packed_attention, seen_in_rows
 from qvgpt.models.backbone import Backbone, Dtype
 from qvgpt.models.disk import load_tensors, one_line, read_config
 from qvgpt.models.dropout import Dropout
@@ -184,7 +184,8 @@ class GPT(nn.Module):
         elif mask is not None:
             visible = _causal(mask)
         elif positions is not None:
-            visible = Packed.of(positions, self.num_heads)
+            visible = seen_in_rows(positions)
+            visible = Packed.of(positions, self.num_heads) if visible is None else visible
         if positions is None:
             positions = _default_positions(tokens, mask)
         embedded = self.token_embedding(tokens) if embedded is None else embedded
