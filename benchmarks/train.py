@@ -108,6 +108,9 @@ def measure_all(shapes: tuple[str, str, str], blocks: int) -> dict[str, Any]:
         keep(f"ilql_over_lm_32k_{name}", wider[name], wider["lm"])
     packing = in_process(__file__, do="packing", shape=small, blocks=blocks)
     keep("packing_speedup", packing["padded"], packing["packed"])
+    for name, prompt in (("long", 160), ("short", 24)):
+        sharing = in_process(__file__, do="sharing", shape=small, prompt=prompt, blocks=blocks)
+        keep(f"sharing_speedup_{name}_prompts", sharing["alone"], sharing["shared"])
 
     peaks: dict[str, dict[str, int]] = {}
     for advised, suffix in ((True, ""), (False, "_default_malloc")):
@@ -199,6 +202,26 @@ def packing(shape: str, blocks: int) -> dict[str, Any]:
     return {**seconds, "fill": sum(lengths) / (longest * len(lengths))}
 
 
+def sharing(shape: str, prompt: int, blocks: int) -> dict[str, list[float]]:
+    """Eight texts of 24 tokens to each of four prompts: a row each, and a row a prompt."""
+    size = SHAPES[shape]
+    length = min(24, size["seq_len"] // 2)
+    prompt = min(prompt, size["seq_len"] - length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, size["vocab_size"], (4, prompt + 8 * length), generator=generator)
+    action, reward = [False] * prompt + [True] * length, [0.0] * (prompt + length - 1) + [1.0]
+    texts = [
+        Trajectory(row[:prompt].tolist() + text.tolist(), action, reward, True)
+        for row in tokens
+        for text in row[prompt:].split(length)
+    ]
+    steps = {
+        name: stepper("default", size, texts, share_prompts=name == "shared")
+        for name in ("alone", "shared")
+    }
+    return interleaved(steps, blocks)
+
+
 def vocab128k(quick: bool = False) -> float:
     """Extra peak of ILQL's value terms, 4096 actions, as a share of five fp32 [tokens, vocab]."""
     rows, size, width = (64, 4000, 32) if quick else (4096, 128_000, 768)
@@ -257,6 +280,7 @@ WORKERS = {
     "time": time_steps,
     "memory": memory_of_step,
     "packing": packing,
+    "sharing": sharing,
     "vocab128k": vocab128k,
 }
 

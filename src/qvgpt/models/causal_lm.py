@@ -104,16 +104,15 @@ class CausalLM(nn.Module):
         With a `cache` that holds something, several new tokens a row must all be real.
         """
         if cache is None and mask is None:
+            alone: Any = {"position_ids": positions, "use_cache": False}
             visible = None if positions is None else seen_in_rows(positions)
             if visible is not None:  # only where `shares_prompts`
-                return self._base(
-                    tokens, attention_mask=visible, position_ids=positions, use_cache=False
-                )
+                return self._base(tokens, attention_mask=visible, **alone)
             ours = self.model.config._attn_implementation == _ATTENTION and self.packs
             here = tokens.device.type == "cpu" and tokens.size(1) > _APART
             if ours and here and positions is not None:
                 return self._taken_apart(tokens, positions)
-            return self._base(tokens, position_ids=positions, use_cache=False)
+            return self._base(tokens, **alone)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         # real tokens to the right: padding then stands only before a row's first token
         order = mask.int().argsort(dim=1, stable=True)
