@@ -113,7 +113,7 @@ METRICS = ("exact_match", "token_f1")
 TASKS = {
     "two facts": Task(HERE / "stories.yaml", METRICS, generated("two"), toy),
     "three facts": Task(HERE / "stories.yaml", METRICS, generated("three"), toy),
-    "bAbI 1": Task(HERE / "stories.yaml", METRICS, babi, toy),
+    "bAbI 1": Task(HERE / "babi.yaml", METRICS, babi, toy),
     "MCTest": Task(HERE / "mctest.yaml", ("token_f1", "exact_match"), mctest, toy, seeds=1),
 }
 
