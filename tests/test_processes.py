@@ -40,6 +40,7 @@ def folders(tmp_path_factory):
     [
         ("float64", 1e-12),
         ("packed", 1e-12),
+        ("shared", 1e-12),
         ("fp32", 1e-6),
         ("reference", 1e-12),
         ("categorical", 1e-12),

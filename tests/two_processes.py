@@ -51,12 +51,13 @@ def use(way):
     loop.accelerator = sharded if way == "fsdp2" else PLAIN
 
 
-def texts():
+def texts(prompts=40):
     generator = torch.Generator().manual_seed(0)
     found = []
     for i in range(23):  # a last batch of three, one of them for nobody
         length = int(torch.randint(4, 30, (1,), generator=generator))
         tokens = torch.randint(0, 40, (length,), generator=generator).tolist()
+        tokens[:2] = [t % prompts for t in tokens[:2]]
         reward = [0.0] * (length - 1) + [float(i % 3)]
         found.append(Trajectory(tokens, [False] * 2 + [True] * (length - 2), reward, True))
     return found
@@ -81,7 +82,7 @@ def adapted():
     return ValueModel(trunk, HeadsConfig("low_rank", rank=4))
 
 
-def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, packed=False):
+def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, prompts=40, **rows):
     """The weights after some steps, the first step's gradients, the last losses and figures."""
     torch.manual_seed(3)
     model = make() if dtype is None else make().to(dtype)
@@ -95,10 +96,10 @@ def learned(make, steps, said=("LM", "ILQL"), dtype=torch.float64, packed=False)
 
     hook = register_optimizer_step_pre_hook(keep)
     options = FitOptions(
-        batch_size=5, micro_batch_size=2, max_steps=steps, epochs=9, dropout=0.0, packed=packed
+        batch_size=5, micro_batch_size=2, max_steps=steps, epochs=9, dropout=0.0, **rows
     )
-    objectives = parse_objectives(list(said))
-    found = fit(model, texts(), objectives, options, eval_data=texts()[:5], console=QUIET)
+    objectives, data = parse_objectives(list(said)), texts(prompts)
+    found = fit(model, data, objectives, options, eval_data=data[:5], console=QUIET)
     hook.remove()
     weights = {f"weight.{k}": whole(v).clone() for k, v in model.state_dict().items()}
     losses = {f"loss.{k}": torch.tensor(v) for k, v in found["eval"].items()}
@@ -138,6 +139,7 @@ def main(folder):
         "float64": {"make": gpt, "steps": 20},
         "fp32": {"make": gpt, "dtype": torch.float32, "steps": 1},
         "packed": {"make": partial(gpt, tied=False), "steps": 6, "packed": True},
+        "shared": {"make": gpt, "steps": 6, "prompts": 2, "share_prompts": True},
         "reference": {"make": gpt, "steps": 6, "said": ["PathConsistency"]},
         "categorical": {
             "make": partial(gpt, kind="categorical", bins=5, low=0.0, high=2.0),
