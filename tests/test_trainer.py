@@ -461,6 +461,20 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("objectives", "shared", "is_said"),
+    [(BOTH, False, True), (BOTH, True, False), ([{"LM": {"on": "all"}}], False, False)],
+)
+def test_it_is_said_where_sharing_prompts_would_save_much(config, objectives, shared, is_said):
+    several = [{"prompt": "abcdefgh", "completion": x, "reward": 1.0} for x in "abcdefgh"]
+    Path(config.data[0]).write_text("".join(json.dumps(row) + "\n" for row in several))
+    said = Console(file=io.StringIO())
+    fit = replace(config.fit, share_prompts=shared, max_steps=1)
+    train(replace(config, objectives=objectives, fit=fit), said)
+    text = "73% of the tokens are prompts that other texts have too: fit.share_prompts"
+    assert (text in said.file.getvalue()) == is_said
+
+
 def test_train_from_files_to_files(config):
     summary = train(replace(config, eval_data=config.data), QUIET)
     out = Path(config.output)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from qvgpt.errors import QvgptError
-from qvgpt.trajectory import Trajectory, _pack, centred, collate, fingerprint, mean_return
+from qvgpt.trajectory import (
+    Trajectory,
+    _pack,
+    centred,
+    collate,
+    fingerprint,
+    mean_return,
+    repeated_share,
+)
 
 END = 99
 
@@ -188,6 +196,8 @@ def test_texts_of_one_prompt_share_a_row_that_holds_it_once():
     assert batch.state_index.tolist() == [[1, 2, 3], [0, 1, 0], [1, 5, 6], [2, 3, 0]]
     for name in ("action", "reward", "nonterminal", "ends_turn", "mask"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
+    assert repeated_share(texts) == 2 / 15
+    assert repeated_share([]) == 0
 
 
 def test_packed_rows_are_nearly_full_and_hold_every_text_once():

@@ -90,6 +90,21 @@ def _refuse_return(model: ValueModel, objectives: Objectives, text: Trajectory, 
             )
 
 
+def refuse_shared_prompts(model: ValueModel, objectives: Objectives) -> None:
+    """Raise `QvgptError` where a row cannot hold a prompt once for several texts."""
+    trunk: Any = model.trunk
+    if "token_logprob" in objectives.needs:
+        raise QvgptError(
+            "fit.share_prompts: LM with `on: all` learns a prompt as often as it has texts: leave "
+            "one of them off"
+        )
+    if not getattr(trunk, "shares_prompts", True):
+        raise QvgptError(
+            f"fit.share_prompts: {type(trunk.model).__name__} cannot be told which token sees "
+            "which, having sliding windows or an attention of its own: leave it off"
+        )
+
+
 def _refuse_options(
     model: ValueModel,
     objectives: Objectives,
@@ -110,16 +125,8 @@ def _refuse_options(
         raise QvgptError("fit.slow_trunk: a frozen trunk does not move: leave it off")
     if options.slow_trunk and not objectives.needs & {"target_q", "target_q_at_argmax"}:
         raise QvgptError("fit.slow_trunk: the objectives read no slow Q: leave it off")
-    if options.share_prompts and "token_logprob" in objectives.needs:
-        raise QvgptError(
-            "fit.share_prompts: LM with `on: all` learns a prompt as often as it has texts: leave "
-            "one of them off"
-        )
-    if options.share_prompts and not getattr(trunk, "shares_prompts", True):
-        raise QvgptError(
-            f"fit.share_prompts: {type(trunk.model).__name__} cannot be told which token sees "
-            "which, having sliding windows or an attention of its own: leave it off"
-        )
+    if options.share_prompts:
+        refuse_shared_prompts(model, objectives)
     if options.keep_best and not eval_data:
         raise QvgptError("fit.keep_best: needs evaluation data")
     if options.keep_best and options.keep_best not in (parts := objectives.parts):

@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,15 +29,17 @@ from qvgpt.models.value_model import ValueModel, load_trunk
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
-from qvgpt.refusals import refuse
+from qvgpt.refusals import refuse, refuse_shared_prompts
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
-from qvgpt.trajectory import Trajectory, centred, scaled
+from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
 _FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
           "tokenizer.vocab_size.", "fit.keep_best.", "fit.slow_trunk.",
           "reward_scale.")  # fmt: skip
+_MUCH_REPEATED = 0.3
+"""The share of all tokens from which on it is said that prompts could be shared."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ def _train(
     if objectives.needs_reference:
         _keep_reference(config, model)
     refuse(model, data, objectives, config.fit, eval_data)
+    _say_what_sharing_saves(config, model, data, objectives, console)
     if config.dry_run:
         return plan(model, data, objectives, config.fit, eval_data, console)
     state.wait_for_everyone()  # all have read what there was
@@ -207,6 +211,25 @@ def _train(
         write_json(output / "summary.json", summary)  # from here on the run counts as finished
         _clear(output)
     return summary
+
+
+def _say_what_sharing_saves(
+    config: TrainConfig,
+    model: ValueModel,
+    data: Sequence[Trajectory],
+    objectives: Objectives,
+    console: Console,
+) -> None:
+    """Name `fit.share_prompts` where it is off and would save much."""
+    if config.fit.share_prompts or (share := repeated_share(data)) < _MUCH_REPEATED:
+        return
+    with suppress(QvgptError):
+        refuse_shared_prompts(model, objectives)
+        console.print(
+            f"{share:.0%} of the tokens are prompts that other texts have too: "
+            "fit.share_prompts true (packed false) reads each prompt once",
+            soft_wrap=True,
+        )
 
 
 def _clear(output: Path) -> None:

@@ -64,6 +64,15 @@ def by_prompt(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(found.values())
 
 
+def repeated_share(trajectories: Sequence[Trajectory]) -> float:
+    """The share of all tokens that are of a prompt which an earlier text has."""
+    again = sum(
+        (len(several) - 1) * len(trajectories[several[0]].prompt)
+        for several in by_prompt(trajectories)
+    )
+    return again / max(sum(len(t.tokens) for t in trajectories), 1)
+
+
 def centred(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Texts whose return is counted from the mean of all texts of the same prompt.
 
