@@ -19,7 +19,7 @@ A step that is finished is not repeated.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def write(path: Path, rows: Sequence[Row]) -> Path:
+def write(path: Path, rows: Iterable[Row]) -> Path:
     """The rows as a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
