@@ -1,6 +1,7 @@
 import json
 import signal
 import threading
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 from rich.console import Console
@@ -38,6 +39,39 @@ def test_a_directory_belongs_to_one_run(tmp_path):
         open_run(out, "collect", CONFIG, resume=True, accept_changes=True)
     open_run(out, "train", changed, resume=True, accept_changes=True)
     assert json.loads((out / "run.json").read_text())["config"] == changed
+
+
+@dataclass
+class Fit:
+    lr: float = 0.1
+    new: int = 3
+
+
+@dataclass
+class Config:
+    data: str
+    fit: Fit
+    heads: Fit | None = None
+    fresh: list[str] = field(default_factory=list)
+    resume: bool = False
+
+
+def test_a_setting_that_was_not_there_yet_was_at_its_default(tmp_path):
+    config = Config("x", Fit())
+    assert open_run(tmp_path, "train", config) == tmp_path
+    path = tmp_path / "run.json"
+    found = json.loads(path.read_text())
+    assert found["config"] == asdict(config)
+    del found["config"]["fit"]["new"], found["config"]["fresh"]
+    path.write_text(json.dumps(found))
+    open_run(tmp_path, "train", config, resume=True)
+    for change, message in (
+        ({"fit": Fit(new=4)}, "fit.new 3 → 4"),
+        ({"fresh": ["y"]}, r"fresh \[\] → \['y'\]"),
+        ({"heads": Fit()}, "heads.lr None → 0.1"),  # that part was not wanted, and is now
+    ):
+        with pytest.raises(QvgptError, match=message):
+            open_run(tmp_path, "train", replace(config, **change), resume=True)
 
 
 def test_what_a_kill_left_before_the_first_step_is_no_run_of_others(tmp_path):

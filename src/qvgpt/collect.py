@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +127,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     Counts and rewards there are those of the whole file, seconds and rate those of this session.
     """
     started = time.perf_counter()
-    check_run(config.output, "collect", asdict(config), config.resume)
+    check_run(config.output, "collect", config, config.resume)
     if config.base_url is not None:
         rows, write = prepare_remote(config)
         reward, tokenizer = get_reward(config.reward), None
@@ -138,7 +138,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         def write(chunk: range, progress: TextProgress, /) -> list[list[Text]]:
             return _written(model, values, prompts, chunk, config, progress)
 
-    output = open_run(config.output, "collect", asdict(config), config.resume)
+    output = open_run(config.output, "collect", config, config.resume)
     with alone_in(output):
         return _collect(config, write, rows, reward, tokenizer, started)
 

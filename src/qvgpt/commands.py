@@ -366,7 +366,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 def _claim(output: str | None, command: str, config: Any) -> Path | None:
 
-    return None if output is None else open_run(output, command, vars(config))
+    return None if output is None else open_run(output, command, config)
 
 
 def _finish(output: Path | None, summary: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run base and guided over the same prompts; returns what summary.json holds."""
     started = time.perf_counter()
-    check_run(config.output, "evaluate", asdict(config), config.resume)
+    check_run(config.output, "evaluate", config, config.resume)
     _refuse(config)
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
@@ -171,7 +171,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         seed=config.seed,
         keep_reports=config.texts,
     )
-    output = open_run(config.output, "evaluate", asdict(config), config.resume)
+    output = open_run(config.output, "evaluate", config, config.resume)
     each = (config.samples if g.temperature and is_sampled(searches.get(name)) else 1
             for name, g in guidances.items())  # fmt: skip
     total = sum(n * best_of.get(name, 1) for n, name in zip(each, guidances, strict=True))

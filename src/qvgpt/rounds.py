@@ -10,7 +10,7 @@ each in a directory of its own: a stopped run goes on where it was, and what is 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
     Bad input raises `QvgptError` before anything is written.
     """
     console = console or Console(stderr=True)
-    record = {k: v for k, v in asdict(config).items() if k != "rounds"}
+    record = {k: v for k, v in vars(config).items() if k != "rounds"}
     check_run(config.output, "rounds", record, config.resume)
     _refuse(config)
     output = open_run(config.output, "rounds", record, config.resume)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ _QUIET_SECONDS = 20.0  # between lines where there is no terminal to draw a bar 
 def open_run(
     output: str | Path,
     command: str,
-    config: Mapping[str, Any],
+    config: Any,
     resume: bool = False,
     accept_changes: bool = False,
 ) -> Path:
-    """Claim `output` for a run of `command` with this (JSON-ready) configuration.
+    """Claim `output` for a run of `command` with this configuration, a dataclass or a mapping.
 
     Raises `QvgptError`, and touches nothing, where the directory holds anything else: another
     run, the same run while `resume` is off, or a run of another configuration; with
@@ -45,14 +46,14 @@ def open_run(
     if check_run(output, command, config, resume, accept_changes) and not accept_changes:
         return path
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "run.json", {"command": command, "config": config})
+    write_json(path / "run.json", {"command": command, "config": _plain(config)})
     return path
 
 
 def check_run(
     output: str | Path,
     command: str,
-    config: Mapping[str, Any],
+    config: Any,
     resume: bool = False,
     accept_changes: bool = False,
 ) -> bool:
@@ -66,11 +67,12 @@ def check_run(
             raise QvgptError(f"{path}: is not empty and holds no run; choose another output")
         return False
     if not resume:
-        ways = ", or continue it with --resume true" if "resume" in config else ""
+        ways = ", or continue it with --resume true" if "resume" in _items(config) else ""
         raise QvgptError(f"{path}: holds another run already; choose another output{ways}")
     changed = changed_settings(path, command, config)
     if changed and ("command" in changed or not accept_changes):
-        ways = ", or accept them with --accept_changes true" if "accept_changes" in config else ""
+        known = "accept_changes" in _items(config)
+        ways = ", or accept them with --accept_changes true" if known else ""
         raise QvgptError(
             f"{path}: holds a run with other settings ({', '.join(changed.values())}); "
             f"choose another output{ways}"
@@ -78,22 +80,46 @@ def check_run(
     return True
 
 
-def changed_settings(path: Path, command: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Which settings a run was not begun with, each as `fit.lr 0.001 → 0.01`."""
+def changed_settings(path: Path, command: str, config: Any) -> dict[str, str]:
+    """Which settings a run was not begun with, each as `fit.lr 0.001 → 0.01`.
+
+    A setting that did not exist yet was at its default.
+    """
     try:
         found = json.loads((path / "run.json").read_text())
     except ValueError:
         raise QvgptError(f"{path / 'run.json'}: broken JSON; choose another output") from None
-    old, new = (
-        flatten(found),
-        flatten(json.loads(json.dumps({"command": command, "config": config}))),
-    )
+    old, new = flatten(found), flatten({"command": command, "config": _plain(config)})
+    parts = {key.rpartition(".")[0] for key in old}
+    for key, default in flatten(_plain(_defaults(config)), "config.").items():
+        if key.rpartition(".")[0] in parts:  # else that part of the settings was not there
+            old.setdefault(key, default)
     names = {key: key.removeprefix("config.") for key in {**old, **new}}
     return {
         name: f"{name} {old.get(key)!r} → {new.get(key)!r}"
         for key, name in names.items()
         if name not in ("resume", "accept_changes", "dry_run") and old.get(key) != new.get(key)
     }
+
+
+def _items(config: Any) -> Mapping[str, Any]:
+    """Settings by name."""
+    return config if isinstance(config, Mapping) else vars(config)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(_items(config), default=asdict))
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The settings that have a default, at it."""
+    found = {name: _defaults(x) for name, x in _items(config).items() if is_dataclass(x)}
+    for f in fields(config) if is_dataclass(config) else ():
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if default is not MISSING and f.name not in found:
+            found[f.name] = default
+    return found
 
 
 @contextmanager

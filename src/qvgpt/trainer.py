@@ -152,10 +152,10 @@ def _train(
 ) -> dict[str, Any]:
     record, output = asdict(config), Path(config.output)
     objectives = parse_objectives(config.objectives)
-    check_run(output, "train", record, config.resume, config.accept_changes)
+    check_run(output, "train", config, config.resume, config.accept_changes)
     if goes_on:
         finished = (output / "summary.json").exists()
-        _say_what_changed(config, record, finished, console)
+        _say_what_changed(config, finished, console)
         if finished:
             console.print(f"{output}: this run is finished")
             if state.is_main_process and not config.dry_run:
@@ -185,7 +185,7 @@ def _train(
     state.wait_for_everyone()  # all have read what there was
     if state.is_main_process:
         # not config.resume: a run that another process began meanwhile is not ours
-        open_run(output, "train", record, goes_on, config.accept_changes)
+        open_run(output, "train", config, goes_on, config.accept_changes)
         if not goes_on:
             lock.enter_context(alone_in(output))
     if objectives.teaches_values and model.heads is not None:
@@ -238,11 +238,9 @@ def _clear(output: Path) -> None:
         shutil.rmtree(output / spent, ignore_errors=True)
 
 
-def _say_what_changed(
-    config: TrainConfig, record: dict[str, Any], finished: bool, console: Console
-) -> None:
+def _say_what_changed(config: TrainConfig, finished: bool, console: Console) -> None:
     """Print the changed settings a run goes on with; refuse those it cannot go on with."""
-    changed = changed_settings(Path(config.output), "train", record)
+    changed = changed_settings(Path(config.output), "train", config)
     fixed = [change for name, change in changed.items() if f"{name}.".startswith(_FIXED)]
     if fixed:
         raise QvgptError(

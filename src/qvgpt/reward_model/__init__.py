@@ -6,7 +6,7 @@ The output is a plain `transformers` directory, and `classifier:DIR#label` a rew
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def train_reward_model(config: RewardModelConfig, console: Console | None = None
     Bad input raises `QvgptError` before anything is written.
     """
     console, output = console or Console(stderr=True), Path(config.output)
-    goes_on = check_run(output, "reward-model", asdict(config), config.resume)
+    goes_on = check_run(output, "reward-model", config, config.resume)
     if goes_on and (output / "summary.json").exists():
         console.print(f"{output}: this run is finished")
         return json.loads((output / "summary.json").read_text())
@@ -84,7 +84,7 @@ def train_reward_model(config: RewardModelConfig, console: Console | None = None
     limit = min(config.max_length or 256, longest(model, tokenizer))
     rate = config.rates.lr or (5e-4 if config.model is None else 3e-5)
     training = Training(model, tokenizer, (learned, held), config.rates, rate, config.seed, limit)
-    open_run(output, "reward-model", asdict(config), config.resume)
+    open_run(output, "reward-model", config, config.resume)
     with alone_in(output):
         found = training.run(output, config.resume, console)
         return _written(config, training, learned, held, found, console)
