@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from qvgpt.models import native
 from qvgpt.models.blocked import Blocked, affine
+from qvgpt.models.dropout import Dropout
 from qvgpt.models.gpt import GPT, Attention, Block
 from qvgpt.models.heads import QHead, ReturnHead, StateHead, ValueHeads
 from qvgpt.models.kv_cache import KVCache
 from qvgpt.models.native import HeadWeights, Native, NativeStep, NativeValues
 
-_KNOWN = (GPT, Attention, Block, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList)
+_KNOWN = (GPT, Attention, Block, nn.Linear, nn.LayerNorm, nn.Embedding, Dropout, nn.ModuleList)
 _OF_HEADS = (QHead, ReturnHead, StateHead, nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleList)
 
 
