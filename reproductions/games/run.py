@@ -98,7 +98,9 @@ def table(
     """The figures of every game and method, over all seeds."""
     results = {}
     for name, setting in games.items():
-        rows = [m for m in setting.rows if m in methods] or list(methods)  # else of the ablation
+        rows = [m for m in methods if m in ABLATION or m in setting.rows]
+        if not rows:
+            continue
         cells: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
         for seed in range(seeds):
             for method in rows:

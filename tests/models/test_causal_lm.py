@@ -99,11 +99,12 @@ def test_packed_texts_do_not_see_each_other(family):
         torch.testing.assert_close(states, trunk.hidden(tokens[None])[0], atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
 def test_texts_share_a_prompt_where_a_model_can_be_told(family):
     trunk = CausalLM(make_hf(family))
     assert trunk.shares_prompts == (family in PACKING)
     if not trunk.shares_prompts:
+        with pytest.raises(QvgptError, match="cannot share prompts"):
+            trunk.hidden(torch.ones(1, 4, dtype=torch.long), positions=torch.tensor([[0, 1, 2, 2]]))
         return
     prompt, *texts = (torch.randint(4, 30, (n,)) for n in (5, 4, 1, 7))
     alone = torch.arange(3)
@@ -111,10 +112,15 @@ def test_texts_share_a_prompt_where_a_model_can_be_told(family):
     after = [5 + torch.arange(len(text)) for text in texts]
     positions = torch.cat([torch.arange(5), *after, alone])[None]
     found = trunk.hidden(row, positions=positions)[0].split([5, 4, 1, 7, 3])
-    for tokens, states in zip(texts, found[1:4], strict=True):
-        expected = trunk.hidden(torch.cat([prompt, tokens])[None])[0, 5:]
+    separate = [trunk.hidden(torch.cat([prompt, tokens])[None])[0, 5:] for tokens in texts]
+    for states, expected in zip(found[1:4], separate, strict=True):
         torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(found[4], trunk.hidden(alone[None])[0], atol=1e-5, rtol=0)
+    learned = [p for name, p in trunk.named_parameters() if "lm_head" not in name]
+    ways = [torch.cat(list(way)).square().mean() for way in (found[1:4], separate)]
+    ours, wanted = (torch.autograd.grad(loss, learned) for loss in ways)
+    for gradient, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
 
 
 def test_packed_texts_learn_taken_apart_as_by_a_mask(family, monkeypatch):

@@ -19,8 +19,9 @@ class Rows:
         self._prompt = [0] * len(texts)
         self._prompt_length = [0] * len(texts)
         for number, several in enumerate(self.prompts or ()):
+            length = len(texts[several[0]].prompt)
             for i in several:
-                self._prompt[i], self._prompt_length[i] = number, len(texts[i].prompt)
+                self._prompt[i], self._prompt_length[i] = number, length
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The texts of each batch of an epoch."""

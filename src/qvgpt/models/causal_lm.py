@@ -106,7 +106,9 @@ class CausalLM(nn.Module):
         if cache is None and mask is None:
             alone: Any = {"position_ids": positions, "use_cache": False}
             visible = None if positions is None else seen_in_rows(positions)
-            if visible is not None:  # only where `shares_prompts`
+            if visible is not None:
+                if not self.shares_prompts:  # windows would be forgotten
+                    raise QvgptError(f"{type(self.model).__name__} cannot share prompts in a row")
                 return self._base(tokens, attention_mask=visible, **alone)
             ours = self.model.config._attn_implementation == _ATTENTION and self.packs
             here = tokens.device.type == "cpu" and tokens.size(1) > _APART
