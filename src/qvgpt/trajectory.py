@@ -24,11 +24,12 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
@@ -217,32 +218,22 @@ def collate(
     own = texts.position >= spared[texts.text]
     place = (row[texts.text] * longest + offset[texts.text] + texts.position)[own]
     last = torch.tensor([inside[-1] for inside in rows])  # what the padding of `text` belongs to
-
-    def in_rows(content: Tensor, padding: Tensor | int) -> Tensor:
-        found = torch.as_tensor(padding).expand(len(rows), longest).clone()
-        found.view(-1)[place] = content[own]
-        return found
-
+    in_rows = partial(_scattered, (len(rows), longest), place)
     decisions = _decisions(texts, trajectories, length, end_ids)
     steps = torch.bincount(decisions.text, minlength=len(length))
     first = steps.cumsum(0) - steps
     step = torch.arange(len(decisions.text)) - first[decisions.text]
-    where = (decisions.text, step)
-
-    def in_steps(content: Tensor, more: int = 0) -> Tensor:
-        found = content.new_zeros(len(length), int(steps.max()) + more)
-        found[where] = content
-        return found
-
+    most = int(steps.max())
+    in_steps = partial(_scattered, (len(length), most), decisions.text * most + step)
     state = decisions.position - 1
     state += offset[decisions.text].where(state >= spared[decisions.text], 0)  # else the prompt's
-    states = in_steps(state, more=1)
+    states = F.pad(in_steps(state), (0, 1))
     states[torch.arange(len(length)), steps] = offset + length - 1
     return TrajectoryBatch(
-        tokens=in_rows(texts.token, pad_id),
+        tokens=in_rows(texts.token[own], pad_id),
         attention_mask=torch.arange(longest) < filled[:, None],
-        text=in_rows(texts.text, last[:, None]),
-        positions=in_rows(texts.position, 0) if packed or shared else None,
+        text=in_rows(texts.text[own], last[:, None]),
+        positions=in_rows(texts.position[own]) if packed or shared else None,
         row=row,
         action=in_steps(decisions.action),
         reward=in_steps(decisions.reward),
@@ -251,6 +242,19 @@ def collate(
         mask=in_steps(decisions.mask),
         state_index=states,
     )
+
+
+def _scattered(
+    shape: tuple[int, int],
+    place: Int[Tensor, "items"],
+    content: Shaped[Tensor, "items"],
+    padding: Tensor | int = 0,
+) -> Shaped[Tensor, "rows columns"]:
+    """Each item in its place, counted along the rows; padding, of any shape that spreads,
+    elsewhere."""
+    found = torch.as_tensor(padding, dtype=content.dtype).expand(shape).clone()
+    found.view(-1)[place] = content
+    return found
 
 
 class _Flat(NamedTuple):

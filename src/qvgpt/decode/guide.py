@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -115,10 +115,7 @@ class Guide:
         if not report and may_fold and folds(self.heads, guidance, trunk.softcap):
             folded = self._fold(guidance.beta)
         hidden = states.of(trunk)
-
-        def values(tokens: Tensor | None) -> Tensor:
-            return self.values(states, tokens, guidance, relative=True)
-
+        values = partial(self.values, states, guidance=guidance, relative=True)
         known = self.known if self.known < trunk.vocab_size else None
         head, cap = head_of(trunk), trunk.softcap
         return distribution(head, hidden, guidance, values, folded, cap, known, beta)

@@ -96,17 +96,23 @@ class Step:
             return lambda qkv, layer: compiled.attend(qkv, cache.kv[layer], cache.length)
         cells, seen, layers = cache.for_one(cache.length)
         _, batch, heads, _, head_dim = cache.kv[0].shape
-        scale = head_dim**-0.5
+        shape = (batch, 3, heads, head_dim)
+        return lambda qkv, layer: _attend(qkv.view(shape), layers[layer], cells, seen).to(dtype)
 
-        def attend(qkv: Tensor, layer: int) -> Tensor:
-            keys, values, written = layers[layer]
-            qkv = qkv.to(seen.dtype).view(batch, 3, heads, head_dim)
-            written.index_copy_(0, cells, qkv[:, 1:].reshape(-1, head_dim))
-            query = qkv[:, 0].reshape(-1, 1, head_dim)
-            probability = torch.baddbmm(seen, query, keys, alpha=scale).softmax(-1)
-            return torch.bmm(probability, values).view(batch, -1).to(dtype)
 
-        return attend
+def _attend(
+    qkv: Float[Tensor, "batch 3 heads head_dim"],
+    layer: tuple[Tensor, Tensor, Tensor],
+    cells: Int[Tensor, "cells"],
+    seen: Float[Tensor, "rows 1 capacity"],
+) -> Float[Tensor, "batch embed"]:
+    """One token a row by products; `layer`: a layer's keys, values and where both are written."""
+    keys, values, written = layer
+    qkv, head_dim = qkv.to(seen.dtype), qkv.size(-1)
+    written.index_copy_(0, cells, qkv[:, 1:].reshape(-1, head_dim))
+    query = qkv[:, 0].reshape(-1, 1, head_dim)
+    probability = torch.baddbmm(seen, query, keys, alpha=head_dim**-0.5).softmax(-1)
+    return torch.bmm(probability, values).view(len(qkv), -1)
 
 
 class HeadsStep:
