@@ -336,7 +336,7 @@ class Histories(Table):
         return self.rows[prefix]
 
 
-def learn(objective, model, batch, steps: int = 350, rate: float = 0.1):
+def learn(objective, model, batch, steps: int = 450, rate: float = 0.1):
     """Full-batch descent with a rate that falls to 0."""
     optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98))
     for step in range(steps):
