@@ -209,13 +209,25 @@ def guided(setting: Setting, method: str) -> Guidance:
 
 
 def described(setting: Setting, method: str) -> dict[str, Any]:
-    """What a cell depends on, beside the code: in the form that JSON gives back."""
+    """What a cell depends on, beside the code: in the form that JSON gives back.
+
+    What is off is left out: an option that came later, and is off here, changes no cell.
+    """
     said = {**asdict(replace(setting, task=None)), "objectives": objectives_of(setting, method, [])}
     said["guidance"] = asdict(guided(setting, method))
     del said["task"], said["options"], said["eta"], said["methods"]
     if not EVERY[method].searches:
         del said["beams"]
-    return json.loads(json.dumps(said))
+    return json.loads(json.dumps(_on(said)))
+
+
+def _on(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None or False, in mappings of it too."""
+    return {
+        key: _on(value) if isinstance(value, Mapping) else value
+        for key, value in said.items()
+        if value is not None and value is not False
+    }
 
 
 def digest(said: Mapping[str, Any]) -> str:

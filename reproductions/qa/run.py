@@ -21,7 +21,7 @@ sys.path.append(str(HERE.parent))
 from texts.program import Task, main  # noqa: E402
 from texts.steps import Files, Row, divided, read, write  # noqa: E402
 
-LEARNT, ASKED, JUDGED = 5000, 5000, 1000
+LEARNT, ASKED, JUDGED = 1500, 8000, 1000
 """Stories of the language model, of the values, of validation and of test."""
 
 
