@@ -7,6 +7,7 @@ token only where guidance asks for V after candidates that the text does not go 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -181,18 +182,19 @@ class _Read:
 
     def states(self, text: Int[Tensor, "rows"], place: Int[Tensor, "rows"]) -> _WholeTexts:
         """The states at some places of some texts."""
-        length = self.batch.tokens.size(1)
-
-        def of(offset: int) -> tuple[Tensor, ...]:
-            at = (place + offset).clamp(max=length - 1)
-            return tuple(h[text.to(h.device), at.to(h.device)] for h in self.hidden)
-
-        def texts() -> list[list[int]]:
-            both = zip(text.tolist(), place.tolist(), strict=True)
-            return [self.tokens[i][: p + 1] for i, p in both]
-
         trunks = self.guide.trunks
-        return _WholeTexts(Reading(trunks, [], [0] * len(trunks)), of(0), None, texts, of(1))
+        reading = Reading(trunks, [], [0] * len(trunks))
+        texts = partial(self._texts, text, place)
+        return _WholeTexts(reading, self._at(text, place), None, texts, self._at(text, place + 1))
+
+    def _at(self, text: Int[Tensor, "rows"], place: Int[Tensor, "rows"]) -> tuple[Tensor, ...]:
+        """What every trunk knows there; past the end, at the end."""
+        place = place.clamp(max=self.batch.tokens.size(1) - 1)
+        return tuple(h[text.to(h.device), place.to(h.device)] for h in self.hidden)
+
+    def _texts(self, text: Int[Tensor, "rows"], place: Int[Tensor, "rows"]) -> list[list[int]]:
+        both = zip(text.tolist(), place.tolist(), strict=True)
+        return [self.tokens[i][: p + 1] for i, p in both]
 
     def decisions(
         self, guidance: Guidance, alternatives: int = 0
