@@ -506,6 +506,9 @@ def test_train_on_from_a_model_with_and_without_heads(config, tmp_path):
     assert after.heads.config == heads
     more = replace(value, model=value.output, output=str(tmp_path / "more"), heads=None)
     assert train(more, QUIET)["parameters"]["q"] > 0
+    same_kind = replace(more, heads=HeadsConfig(rank=4), output=str(tmp_path / "same"))
+    train(same_kind, QUIET)
+    assert ValueModel.from_pretrained(same_kind.output).heads.config == heads
     with pytest.raises(QvgptError, match=r"heads: .* has other ones"):
         train(replace(more, heads=HeadsConfig(kind="mlp"), output=str(tmp_path / "x")), QUIET)
 

@@ -267,7 +267,8 @@ def _start(config: TrainConfig, newest: Path | None, console: Console) -> ValueM
     if newest is not None:
         _take_tokenizer(config, model, newest, console)
     if model.heads is not None and config.heads is not None:
-        own, given = model.heads.config, config.heads
+        own = model.heads.config
+        given = replace(config.heads, kind=config.heads.kind or own.kind)
         if given.low is None:
             given = replace(given, low=own.low, high=own.high)
         if given != own:
@@ -290,8 +291,10 @@ def _equipped(
                 f"objectives: {newest} has no value heads and a run cannot gain them; give it as "
                 "--model of a new run"
             )
-        given = config.heads or HeadsConfig()
-        heads = given
+        size = model.trunk.vocab_size
+        given = heads = (config.heads or HeadsConfig()).for_vocabulary(size)
+        if config.heads is None or config.heads.kind is None:
+            console.print(f"heads: {heads.kind}, for {size:,} tokens (heads.kind says otherwise)")
         if not given.knows_support:
             returns = [g for t in texts for g in objectives.returns_of(t)]
             heads = given.fitted_to(returns)

@@ -265,3 +265,17 @@ def test_state_heads_take_any_shape(kind):
 def test_unknown_heads_are_refused():
     with pytest.raises(QvgptError, match="at least 1"):
         HeadsConfig(num_q=0)
+
+
+def test_the_kind_follows_the_vocabulary_where_none_is_given():
+    """A model keeps the kind that it was made with, and one that is given stays."""
+    for size, kind in ((999, "linear"), (1000, "bilinear")):
+        torch.manual_seed(0)
+        model = ValueModel(GPT(size, EMBED, 2, 1, seq_len=4), HeadsConfig(num_q=1))
+        assert model.heads.config == HeadsConfig(kind, num_q=1)
+        assert model.heads.q[0].last.shape[0] == (size if kind == "linear" else EMBED)
+    rows = model.trunk.output_weight.detach()
+    centred = rows - rows.mean(0)
+    found = model.heads.q[0].weight / model.heads.q[0].weight[0, 0]
+    torch.testing.assert_close(found, centred / centred[0, 0], atol=1e-4, rtol=1e-4)
+    assert HeadsConfig("mlp").for_vocabulary(50_000) == HeadsConfig("mlp")

@@ -114,7 +114,8 @@ class QHead(_OverVocab):
     def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
         super().__init__()
         self.kind = config.kind
-        width = {"low_rank": config.rank, "mlp": 2 * embed_dim}.get(config.kind, embed_dim)
+        widths: dict[str | None, int] = {"low_rank": config.rank, "mlp": 2 * embed_dim}
+        width = widths.get(config.kind, embed_dim)
         self.baseline = StateHead(embed_dim, config.v)
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
         if config.kind == "low_rank":
@@ -292,7 +293,7 @@ class ValueHeads(nn.Module):
 
     def __init__(self, embed_dim: int, vocab_size: int, config: HeadsConfig):
         super().__init__()
-        self.config = config
+        self.config = config = config.for_vocabulary(vocab_size)
         self.v = StateHead(embed_dim, config.v, config.support)
         kind = QHead if config.support is None else ReturnHead
         self.q = nn.ModuleList([kind(embed_dim, vocab_size, config) for _ in range(config.num_q)])

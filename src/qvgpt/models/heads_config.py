@@ -7,15 +7,20 @@ from typing import Literal
 from qvgpt.categorical import Support
 from qvgpt.errors import QvgptError
 
+LARGE_VOCABULARY = 1000
+"""Tokens: between the largest where a row for each was as good and the smallest where it was not
+(450 and 4,000; docs/methods.md, "Which heads?")."""
+
 
 @dataclass(frozen=True)
 class HeadsConfig:
     """What the value heads look like."""
 
-    kind: Literal["linear", "low_rank", "bilinear", "mlp", "categorical"] = "linear"
+    kind: Literal["linear", "low_rank", "bilinear", "mlp", "categorical"] | None = None
     """linear, low_rank and bilinear fold into an ordinary checkpoint; bilinear tells tokens apart
     as the LM head does, and so needs fewer texts; mlp is ILQL's; categorical knows the distribution
-    of returns, low-rank over the vocabulary."""
+    of returns, low-rank over the vocabulary. None: linear for a vocabulary of fewer than 1,000
+    tokens, each of them seen often, and bilinear from there on."""
     rank: int = 64
     """Rank of a low_rank or categorical head."""
     num_q: int = 2
@@ -36,7 +41,7 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
         kinds = ("linear", "low_rank", "bilinear", "mlp", "categorical")
-        if self.kind not in kinds or self.v not in ("linear", "mlp"):
+        if self.kind not in (*kinds, None) or self.v not in ("linear", "mlp"):
             raise QvgptError(f"heads: unknown kind in {self}")
         if not all(isinstance(n, int) and n >= 1 for n in (self.num_q, self.rank, self.bins)):
             raise QvgptError("heads: num_q, rank and bins must be whole numbers of at least 1")
@@ -44,6 +49,12 @@ class HeadsConfig:
             raise QvgptError("heads: give low and high, or neither: then the data say both")
         if self.kind == "categorical":
             _ = self.support if self.knows_support else Support(0.0, 1.0, self.bins, self.sigma)
+
+    def for_vocabulary(self, size: int) -> "HeadsConfig":
+        """The same with a kind, where none was given."""
+        if self.kind is not None:
+            return self
+        return replace(self, kind="linear" if size < LARGE_VOCABULARY else "bilinear")
 
     @property
     def knows_support(self) -> bool:
