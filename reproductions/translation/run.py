@@ -5,8 +5,8 @@
 
 DATA holds multi30k.en-de.{train,val,test2016}.jsonl with rows {"prompt", "completion"}. The YAML
 files beside this script say how each model is made; everything lands under --work. β, candidates
-and the beam's length penalty are chosen on val, the table is made on test2016. Writes results.json
-and table.md beside itself.
+and the beam's length penalty are chosen on val, the table is made on test2016. Writes results.json,
+table.md and picture.html beside itself.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from texts.decoding import (  # noqa: E402
     relative_seconds,
     write,
 )
+from texts.reporting import picture  # noqa: E402
 
 ROUNDS = 1
 SAMPLES = 8
@@ -76,6 +77,7 @@ def main() -> None:
     results = run(options.data, options.work)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "table.md").write_text(_table(results["rows"]))
+    picture(HERE / "picture.html", "Translation", {"English to German": _as_charted(results)})
     print((HERE / "table.md").read_text())
 
 
@@ -236,6 +238,10 @@ def _compare(
     first = next(r for r in rows if r["system"] == "guided, greedy")
     time = relative_seconds(base, greedy, values, guided, prompts, grid.rounds)
     return {
+        "metric": "bleu",
+        "base": rows[0]["bleu"],
+        "guided": first["bleu"],
+        "seeds": 1,
         "bleu_greedy_base": rows[0]["bleu"],
         "bleu_greedy_guided": first["bleu"],
         "delta": first["delta"],
@@ -275,6 +281,19 @@ def _row(name: str, texts: dict, costs: dict, references: list[str]) -> dict[str
         "relative_cost": costs[name]["forward_tokens"] / costs["base, greedy"]["forward_tokens"],
         "seconds": costs[name]["seconds"],
     }
+
+
+def _as_charted(results: dict[str, Any]) -> dict[str, Any]:
+    """The rows as the picture of all rows reads them."""
+    rows = [
+        {
+            "system": row["system"].replace("best-of-K fine-tuned", "rival: best of K"),
+            "metrics": {"bleu": {"value": row["bleu"], "ci95": row["bleu_ci95"]}},
+            "relative_cost": row["relative_cost"],
+        }
+        for row in results["rows"]
+    ]
+    return {"metric": "bleu", "rows": rows}
 
 
 def _table(rows: list[dict]) -> str:
