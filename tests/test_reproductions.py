@@ -44,7 +44,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
                 "summarization",
                 "translation_en_fr",
                 "translation_en_zh",
-            )  # fmt: skip
+            )
         ),
     ],
 )
