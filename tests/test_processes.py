@@ -43,6 +43,7 @@ def folders(tmp_path_factory):
         ("shared", 1e-12),
         ("fp32", 1e-6),
         ("reference", 1e-12),
+        ("bilinear", 1e-12),
         ("categorical", 1e-12),
         ("lora", 1e-3),
         ("lora-reference", 1e-3),

@@ -141,6 +141,7 @@ def main(folder):
         "packed": {"make": partial(gpt, tied=False), "steps": 6, "packed": True},
         "shared": {"make": gpt, "steps": 6, "prompts": 2, "share_prompts": True},
         "reference": {"make": gpt, "steps": 6, "said": ["PathConsistency"]},
+        "bilinear": {"make": partial(gpt, kind="bilinear"), "steps": 6},
         "categorical": {
             "make": partial(gpt, kind="categorical", bins=5, low=0.0, high=2.0),
             "steps": 6,
