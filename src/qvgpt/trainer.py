@@ -291,9 +291,9 @@ def _equipped(
                 f"objectives: {newest} has no value heads and a run cannot gain them; give it as "
                 "--model of a new run"
             )
-        size = model.trunk.vocab_size
-        given = heads = (config.heads or HeadsConfig()).for_vocabulary(size)
-        if config.heads is None or config.heads.kind is None:
+        asked, size = config.heads or HeadsConfig(), model.trunk.vocab_size
+        given = heads = asked.for_vocabulary(size)
+        if given != asked:
             console.print(f"heads: {heads.kind}, for {size:,} tokens (heads.kind says otherwise)")
         if not given.knows_support:
             returns = [g for t in texts for g in objectives.returns_of(t)]
