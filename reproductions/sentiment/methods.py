@@ -52,7 +52,8 @@ class Setting:
     max_tokens: int = 24
     values: tuple[str, ...] = (
         "MonteCarlo", "MonteCarlo, filtered", "MonteCarlo, bilinear",
-        "MonteCarlo, filtered, bilinear", "ILQL", "Q♯", "FUDGE", "CD",
+        "MonteCarlo, filtered, bilinear", "MonteCarlo, half, bilinear",
+        "MonteCarlo, frozen, bilinear", "ILQL", "Q♯", "FUDGE", "CD",
     )  # fmt: skip
     """Of `VALUES`, those that are tried."""
     timed: int = 32
@@ -116,21 +117,26 @@ class Method:
     heads: HeadsConfig | None = None
     betas: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0, 24.0)
     guidance: Guidance = PLAIN
+    frozen: bool = False
+    """The trunk stays the base's: values alone learn."""
 
 
 LINEAR, BILINEAR = HeadsConfig("linear", num_q=1), HeadsConfig("bilinear", num_q=1)
+WIDE = (4.0, 8.0, 16.0, 32.0, 64.0)
 VALUES: dict[str, Method] = {
     "MonteCarlo": Method(("LM", "MonteCarlo"), LINEAR),
     "MonteCarlo, filtered": Method(({"LM": {"top_share": 0.25}}, "MonteCarlo"), LINEAR),
-    "MonteCarlo, bilinear": Method(
-        ("LM", "MonteCarlo"), BILINEAR, betas=(4.0, 8.0, 16.0, 32.0, 64.0)
-    ),
+    "MonteCarlo, bilinear": Method(("LM", "MonteCarlo"), BILINEAR, WIDE),
     "MonteCarlo, filtered, bilinear": Method(
-        ({"LM": {"top_share": 0.25}}, "MonteCarlo"), BILINEAR, betas=(4.0, 8.0, 16.0, 32.0, 64.0)
+        ({"LM": {"top_share": 0.25}}, "MonteCarlo"), BILINEAR, WIDE
     ),
+    "MonteCarlo, half, bilinear": Method(
+        ({"LM": {"top_share": 0.5}}, "MonteCarlo"), BILINEAR, WIDE
+    ),
+    "MonteCarlo, frozen, bilinear": Method(("MonteCarlo",), BILINEAR, WIDE, frozen=True),
     "ILQL": Method(("LM", {"ILQL": {"expectile": 0.8}}), HeadsConfig("linear", num_q=2)),
     "Q♯": Method(
-        ("LM", "ReturnDistribution"),
+        ("LM", {"ReturnDistribution": {"weight": 0.1}}),  # of whole weight it spoils the trunk
         HeadsConfig("categorical", rank=64, num_q=1, bins=21, low=-0.05, high=1.05),
         guidance=replace(PLAIN, functional="soft"),
     ),
@@ -139,7 +145,7 @@ VALUES: dict[str, Method] = {
         betas=(1.0, 4.0, 16.0, 64.0),
     ),
     "CD": Method(
-        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 16.0, 64.0, 256.0),
+        ("LM", "ControlledDecoding"), LINEAR, betas=(4.0, 16.0, 64.0),
     ),
 }  # fmt: skip
 SHARES = (0.25, 0.1)
@@ -239,14 +245,16 @@ def tuned(
     fit: FitOptions,
     seed: int,
     heads: HeadsConfig | None = None,
+    frozen: bool = False,
 ) -> ValueModel:
-    """The base trained further."""
+    """The base trained further, or values on it alone."""
     train(
         TrainConfig(
             data=[str(data)],
             model=str(base),
             objectives=[*objectives],
             heads=None if heads is None else _fitting(heads, base),
+            freeze_trunk=frozen,
             fit=replace(fit, seed=seed),
             on_too_long="drop",
             **resumes(output),

@@ -28,15 +28,6 @@ def summarise(
     headline = [_one(cell, "positive", cell["positive"]["headline"]) for cell in cells]
     base = [_base(cell, "positive") for cell in cells]
     first = _paired(headline, base, "positive")
-    equal = {}
-    for name in (f"{rival}{EQUAL_KL}" for rival in rivals):
-        if name not in cells[0]["positive"]["test"]:
-            continue
-        theirs = [_one(cell, "positive", name) for cell in cells]
-        equal[name] = _difference(headline, theirs, "positive")
-    for name in sorted(m for m in {r["method"] for r in rows["positive"]} if m.startswith("filt")):
-        theirs = [_one(cell, "positive", name) for cell in cells]
-        equal[name] = _difference(headline, theirs, "positive")
     cost = {}
     for n in sorted({r["strength"] for r in rows["positive"] if r["method"] == "base, best of N"}):
         theirs = [_one(c, "positive", "base", n, best_of=True) for c in cells]
@@ -56,17 +47,29 @@ def summarise(
         "time": [c["positive"]["time"] for c in cells],
         "seeds": len(cells),
         "headline": [[c["positive"]["headline"], c["positive"]["beta"]] for c in cells],
-        "against_others": equal,
+        "against_others": _against(cells, "positive", rivals),
         "against_best_of_n": cost,
         **facts,
         "reward_accuracy": float(np.mean([c["reward_accuracy"] for c in cells])),
-        "negative": _second(cells),
+        "negative": _second(cells, rivals),
         "rows": [row for direction in rows.values() for row in direction],
     }
     return results, rows
 
 
-def _second(cells: Cells) -> dict[str, Any]:
+def _against(cells: Cells, direction: str, rivals: Sequence[str]) -> dict[str, Any]:
+    """The headline less each rival at its KL, and less fine-tuning."""
+    ours = [_one(cell, direction, cell[direction]["headline"]) for cell in cells]
+    there = cells[0][direction]["test"]
+    names = [name for rival in rivals if (name := f"{rival}{EQUAL_KL}") in there]
+    names += sorted(name for name in there if name.startswith("filtered"))
+    return {
+        name: _difference(ours, [_one(cell, direction, name) for cell in cells], direction)
+        for name in names
+    }
+
+
+def _second(cells: Cells, rivals: Sequence[str]) -> dict[str, Any]:
     """The headline of the second direction."""
     ours = [_one(cell, "negative", cell["negative"]["headline"]) for cell in cells]
     found = _paired(ours, [_base(cell, "negative") for cell in cells], "negative")
@@ -75,6 +78,8 @@ def _second(cells: Cells) -> dict[str, Any]:
         "guided": found.value,
         "delta": found.delta,
         "delta_ci95": found.delta_ci95,
+        "headline": [[c["negative"]["headline"], c["negative"]["beta"]] for c in cells],
+        "against_others": _against(cells, "negative", rivals),
     }
 
 
@@ -192,14 +197,19 @@ def table(results: Mapping[str, Any]) -> str:
             f"{r['kl']:.2f} | {r['perplexity']:.1f} | "
             f"{' / '.join(f'{d:.2f}' for d in r['distinct'])} | {r['tokens']:.1f} | {read} |"
         )
-    lines += ["", "Guided (β chosen on validation) less others, share of texts:", ""]
-    lines += ["| against | difference | KL, theirs |", "| --- | --- | --- |"]
-    for name, d in (results["against_others"] | results["against_best_of_n"]).items():
-        low, high = d["delta_ci95"]
-        lines.append(
-            f"| {name} | {d['delta']:+.3f} [{low:+.3f}, {high:+.3f}] | {d['kl']:.2f}, "
-            f"{d['their_kl']:.2f} |"
-        )
+    toward = {
+        "positive": results["against_others"] | results["against_best_of_n"],
+        "negative": results["negative"]["against_others"],
+    }
+    for direction, others in toward.items():
+        lines += ["", f"Towards {direction}, guided (β chosen on validation) less others:", ""]
+        lines += ["| against | difference | KL, theirs |", "| --- | --- | --- |"]
+        for name, d in others.items():
+            low, high = d["delta_ci95"]
+            lines.append(
+                f"| {name} | {d['delta']:+.3f} [{low:+.3f}, {high:+.3f}] | {d['kl']:.2f}, "
+                f"{d['their_kl']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -50,7 +50,9 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
 
 HERE = Path(__file__).parent
-BILINEAR = ("MonteCarlo, bilinear", "MonteCarlo, filtered, bilinear")
+BILINEAR = tuple(
+    f"MonteCarlo{trunk}, bilinear" for trunk in ("", ", filtered", ", half", ", frozen")
+)
 GUIDED = ("MonteCarlo", "MonteCarlo, filtered", *BILINEAR, "ILQL", "Q♯")
 """One forward a token: of these the headline is chosen."""
 CANDIDATES = ("FUDGE", "CD")
@@ -197,7 +199,7 @@ class _Seed:
             if direction == "negative" and name not in SECOND:
                 continue
             model = tuned(place / name, base_dir, samples, method.objectives, setting.value_fit,
-                          self.seed, method.heads)  # fmt: skip
+                          self.seed, method.heads, method.frozen)  # fmt: skip
             betas = method.betas[: setting.strengths]
             ways[name] = _Way(model, {b: replace(method.guidance, beta=b) for b in betas})
             if name == GUIDED[0]:  # what its trunk has learned by going on
