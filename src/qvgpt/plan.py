@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -206,13 +207,15 @@ def _parameters(model: ValueModel) -> dict[str, dict[str, int]]:
     parts = {"trunk": model.trunk}
     if model.heads is not None:
         parts |= {"q": model.heads.q, "v": model.heads.v, "slow_targets": model.heads.target_q}
-    return {
-        name: {
-            "trainable": sum(p.numel() for p in part.parameters() if p.requires_grad),
-            "frozen": sum(p.numel() for p in part.parameters() if not p.requires_grad),
+    found, counted = {}, set[nn.Parameter]()  # heads may share some
+    for name, part in parts.items():
+        own = [p for p in part.parameters() if p not in counted]
+        counted.update(own)
+        found[name] = {
+            "trainable": sum(p.numel() for p in own if p.requires_grad),
+            "frozen": sum(p.numel() for p in own if not p.requires_grad),
         }
-        for name, part in parts.items()
-    }
+    return found
 
 
 # ── advice ───────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,7 @@
 """Q heads: centred, a no-op at the start, the same numbers by every way of asking."""
 
+import copy
+
 import pytest
 import torch
 
@@ -216,6 +218,37 @@ def test_bilinear_heads_tell_tokens_apart_as_the_lm_head_does():
 
 
 @torch.no_grad()
+def test_bilinear_heads_share_their_rows_in_memory_and_on_disk():
+    def make():
+        return ValueModel(GPT(VOCAB, EMBED, 2, 1, seq_len=8), HeadsConfig("bilinear")).heads
+
+    def all_of(heads):
+        return [*heads.q, *heads.target_q]
+
+    heads = make()
+    for each in (heads, copy.deepcopy(heads)):
+        assert len({head.weight.data_ptr() for head in all_of(each)}) == 1
+        assert [p.shape for p in each.parameters()].count((VOCAB, EMBED)) == 1
+    rows = heads.q[0].weight.clone()
+    heads.q[1].project.weight.normal_()
+    heads.update_targets(0.5)
+    saved = heads.state_dict()
+    others = ["q.1.weight", "target_q.0.weight", "target_q.1.weight"]
+    assert "q.0.weight" in saved
+    assert not set(others) & set(saved)
+    # files from before have them for every head
+    for state in (saved, saved | dict.fromkeys(others, rows)):
+        again = make()
+        again.load_state_dict(state)
+        for head, known in zip(all_of(again), all_of(heads), strict=True):
+            assert torch.equal(head.weight, rows)
+            assert torch.equal(head.project.weight, known.project.weight)
+        assert again.q[0].weight is again.target_q[1].weight
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_state_dict({k: v for k, v in saved.items() if k != "q.0.weight"})
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear"])
 def test_folded_is_the_mean_of_the_slow_heads_up_to_a_constant(kind):
     heads, h = make(kind, num_q=3), torch.randn(5, EMBED)
@@ -238,7 +271,8 @@ def test_targets_move_by_tau(kind, tau):
     heads.update_targets(tau)
     for slow, old, new in zip(heads.target_q.parameters(), before, fast, strict=True):
         torch.testing.assert_close(slow, old + tau * (new - old))
-        assert torch.equal(slow, old) == (tau == 0)
+        shared = any(slow is p for p in heads.q.parameters())  # bilinear heads' rows
+        assert torch.equal(slow, old) == (tau == 0 or shared)
     for now, then in zip(heads.q.parameters(), fast, strict=True):
         assert torch.equal(now, then)
 

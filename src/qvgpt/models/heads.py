@@ -11,8 +11,8 @@ are fp32; autocast shortens the products of hidden layers, and the sums over the
 
 Of kind `bilinear`, wₐ is the LM head's row of the token as it was when the heads were made, and is
 not learned: M alone is, embed × embed numbers, so that what is seen of a token is known of all that
-are like it (action embeddings; Dulac-Arnold et al., 2015). The other kinds learn a row for each
-token, and of a rare one they know little.
+are like it (action embeddings; Dulac-Arnold et al., 2015). All heads share these rows, in memory
+and on disk. The other kinds learn a row for each token, and of a rare one they know little.
 
 A trap: a plain zero-initialised head leaves tokens never seen at Q = 0, and where rewards are
 negative that makes them the best ones. Centring puts them at the mean of all tokens instead, and
@@ -298,6 +298,12 @@ class ValueHeads(nn.Module):
         kind = QHead if config.support is None else ReturnHead
         self.q = nn.ModuleList([kind(embed_dim, vocab_size, config) for _ in range(config.num_q)])
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        if config.kind == "bilinear":
+            heads: list[Any] = [*self.q, *self.target_q]
+            for head in heads:
+                head.weight = heads[0].weight
+            self.register_state_dict_post_hook(_once)
+            self.register_load_state_dict_pre_hook(_for_each)
         self.shape = (vocab_size, embed_dim)
         self.reward_scale = 1.0
         """What rewards were multiplied with when these were learned; decoding divides by it."""
@@ -345,9 +351,8 @@ class ValueHeads(nn.Module):
         1 / embed: a step then changes Q about as much as one of a linear head does."""
         rows = rows.float() - rows.float().mean(0)
         size = rows.square().sum(-1).mean().mul(rows.size(1)).sqrt()
-        heads: list[Any] = [*self.q, *self.target_q]
-        for head in heads:
-            head.weight.copy_(rows / size.clamp(min=1e-12))
+        first: Any = self.q[0]
+        first.weight.copy_(rows / size.clamp(min=1e-12))  # all the others' too
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
@@ -367,7 +372,8 @@ class ValueHeads(nn.Module):
     def update_targets(self, tau: float) -> None:
         """Q̄ ← (1 − τ) Q̄ + τ Q, once per optimizer step."""
         for slow, fast in zip(self.target_q.parameters(), self.q.parameters(), strict=True):
-            slow.lerp_(fast, tau)
+            if slow is not fast:
+                slow.lerp_(fast, tau)
 
     @torch.no_grad()
     def best(
@@ -412,3 +418,20 @@ class ValueHeads(nn.Module):
         for head in slow[1:]:
             total += head.folded()
         return total.div_(len(slow) * self.reward_scale)
+
+
+def _names_of_rows(heads: ValueHeads, prefix: str) -> list[str]:
+    return [f"{prefix}{of}.{i}.weight" for of in ("q", "target_q") for i in range(len(heads.q))]
+
+
+def _once(heads: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Rows that all heads share are saved under the first one's name."""
+    for name in _names_of_rows(heads, prefix)[1:]:
+        del state[name]
+
+
+def _for_each(heads: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """And loaded under every one's, as files had them before."""
+    first, *others = _names_of_rows(heads, prefix)
+    if first in state:
+        state.update(dict.fromkeys(others, state[first]))

@@ -444,7 +444,8 @@ def _reward_scale(path: Path, config: dict[str, Any]) -> float:
 def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
     """The heads' weights; refused before any head is made, lest sizes fill the memory."""
     tensors = load_tensors(path / "value_heads.safetensors")
-    last = tensors.get(f"q.{heads.num_q - 1}.weight")
+    own = "project.weight" if heads.kind == "bilinear" else "weight"  # whose rows all heads share
+    last = tensors.get(f"q.{heads.num_q - 1}.{own}")
     ranked = heads.kind in ("low_rank", "categorical")
     fits = last is not None and (not ranked or last.shape[-1:] == (heads.rank,))
     if heads.support is not None:
