@@ -12,6 +12,7 @@ from qvgpt.checkpoint import (
     parameter_names,
     replace_directory,
     save_checkpoint,
+    save_model,
 )
 from qvgpt.models.disk import load_tensors
 
@@ -191,6 +192,15 @@ def three_saved(tmp_path_factory):
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
     assert sorted(p.name for p in (folder / "step-00000003").iterdir()) == FILES
     return folder
+
+
+@pytest.mark.parametrize("keep", [1, 3, 5])
+def test_as_many_as_said_are_kept(tmp_path, keep):
+    model, _ = make()
+    for number in range(1, 9):
+        save_model(tmp_path, model, number, keep=keep)
+        last = range(max(1, number - keep + 1), number + 1)
+        assert [p.name for p in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in last]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])

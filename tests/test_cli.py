@@ -175,6 +175,7 @@ MISTYPED = [
     ("generate nowhere --prompt c", "nowhere: no such directory"),
     ("generate MODEL", "give either --prompt or --data"),
     ("generate MODEL --prompt c --n 0", "n, max_tokens and max_batch must be at least 1"),
+    ("generate MODEL --prompt c --max_tokens 0", "n, max_tokens and max_batch must be at least 1"),
     ("generate MODEL --prompt c --top_p 2", "top_p must lie in (0, 1]"),
     ("score MODEL", "--data: missing"),
     ("export MODEL --output OUT", "recommends no beta"),

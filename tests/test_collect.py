@@ -204,6 +204,18 @@ def test_resume_notices_other_data(task):
     assert (Path(task.output) / "data.jsonl").read_bytes() == before
 
 
+def test_resume_notices_other_references_and_metadata(task):
+    rows = [{"prompt": "h", "completion": "x", "note": "\ud83d"}] * 2  # half a character
+    Path(task.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collect(task)
+    assert [line["note"] for line in read(task)] == ["\ud83d"] * 2
+    for other, name in (({"completion": "y"}, "references"), ({"note": ""}, "note")):
+        changed = [{**row, **other} for row in rows]
+        Path(task.data).write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(QvgptError, match=rf"data.jsonl:1: another {name} than now"):
+            collect(replace(task, resume=True))
+
+
 def test_what_makes_no_sense_is_refused_before_anything_is_written(task):
     for change, message in (
         ({"samples": 0}, "samples"),

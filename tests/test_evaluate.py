@@ -354,7 +354,7 @@ def test_searches_are_rows_beside_the_base(task, tmp_path):
 
 @torch.no_grad()
 def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
-    """−log of its probability where nothing is left to chance; else that of the sampling too."""
+    """−log of its probability where nothing is left to chance; else log π beside it."""
     other = ValueModel(copy.deepcopy(model.trunk), None, model.tokenizer).eval()
     with torch.no_grad():
         for p in other.parameters():
@@ -375,7 +375,7 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
         if sample in tree.samples:
             exact = -float(logprob[1][range(len(text)), text].sum())
         else:
-            exact = float((logprob[0].exp() * (logprob[0] - logprob[1])).sum())
+            exact = float((logprob[0] - logprob[1])[range(len(text)), text].sum())
             exact += searches["block"].choice_kl(len(text))
         assert sample.written.kl == pytest.approx(exact, abs=1e-4)
     assert tree.forward_tokens_per_token is not None
@@ -453,6 +453,8 @@ def test_another_base_writes_the_unguided_texts_and_kl_is_to_it(task, tmp_path, 
         ({"seed": -1}, "seed must be at least 0"),
         ({"temperatures": []}, "temperatures must not be empty"),
         ({"temperatures": [-1.0]}, "temperature must be finite"),
+        ({"temperatures": [0.0], "best_of": 4}, "choose among sampled texts"),
+        ({"temperatures": [0.0], "searches": ["block"]}, "choose among sampled texts"),
         ({"limit": 0}, "limit"),
         ({"max_tokens": 0}, "max_tokens"),
     ],

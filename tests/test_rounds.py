@@ -203,6 +203,8 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
     [
         ({"rounds": 0}, "must be at least 1"),
         ({"beta": 0.0}, "nothing guides"),
+        ({"beta": math.inf}, "beta must be finite"),
+        ({"collect": {"seed": -1}}, "seed must be at least 0"),
         ({"collect": {"best_of": 2}}, "give one of them"),
         ({"beta": 0.0, "collect": {"best_of": 2, "temperatures": [0.0]}}, "writes one text"),
         ({"collect": {"base_url": "http://x/v1"}}, "collect.base_url: a server's model"),

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import math
@@ -112,7 +113,7 @@ def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
         [{"LM": {"min_return": 0.1}}, "MonteCarlo"],
         [{"LM": {"on": "all", "min_return": 0.1}}, "MonteCarlo"],
         ["LM", "AWR", "MonteCarlo"],
-        ["LM", {"DoubleQ": {"cql_weight": 0.0}}, "SARSA"],
+        ["LM", {"DoubleQ": {"cql_weight": 0.0, "gamma": 1.0}}, "SARSA"],
         [{"LM": {"top_share": 0.4}}, "PathConsistency", "QSFT"],
         ["LM", "ReturnDistribution", "FUDGE"],
     ],
@@ -367,8 +368,58 @@ def test_only_fresh_heads_start_at_the_mean_return(tmp_path):
 def test_a_batch_without_a_good_text_teaches_a_filtered_lm_nothing():
     m = model(heads=False)
     before = {k: v.clone() for k, v in m.state_dict().items()}
-    run(m, [{"LM": {"min_return": 9.0}}], replace(FIT, weight_decay=0.0, micro_batch_size=3))
+    good = replace(texts(1)[0], reward=[0.0] * (length(texts(1)[0]) - 1) + [9.0])
+    options = replace(FIT, weight_decay=0.0, max_steps=1, batch_size=4, micro_batch_size=3)
+    run(m, [{"LM": {"min_return": 9.0}}], options, [*texts(), good])
     assert same(before, m.state_dict())
+    run(m, [{"LM": {"min_return": 9.0}}], options, [*texts(3), good])
+    assert not same(before, m.state_dict())
+
+
+def test_objectives_for_which_nothing_counts_are_refused():
+    cut = [replace(t, terminated=False) for t in texts(8)]
+    two = HeadsConfig("categorical", rank=3, bins=2)
+    cases = [
+        ([{"LM": {"min_return": 9.0}}], HeadsConfig(), texts(8), {}, "texts to train on .* LM"),
+        (["LM", "FUDGE"], two, cut, {}, "texts to train on .* FUDGE"),
+        (["LM", "ReturnDistribution"], two, cut, {}, "texts to train on .* ReturnDistribution"),
+        ([{"LM": {"top_share": 0.5}}], HeadsConfig(), texts(8), {"keep_best": "LM/nll"},
+         "evaluation texts .* LM"),
+    ]  # fmt: skip
+    for objectives, heads, data, options, match in cases:
+        worse = [replace(t, reward=[-9.0 * a for a in t.is_action]) for t in texts(8)]
+        with pytest.raises(QvgptError, match=match):
+            run(model(heads=heads), objectives, replace(FIT, **options), data, eval_data=worse)
+    found = run(
+        model(), [{"LM": {"top_share": 0.5}}, "MonteCarlo"], eval_data=[worse[0]],
+        options=replace(FIT, eval_every=1, keep_best="MonteCarlo/v"),
+    )  # fmt: skip
+    assert "LM/nll" not in found["eval"]
+    assert found["eval"]["MonteCarlo/v"] > 0
+
+
+def test_sums_of_many_rewards_reach_the_threshold_that_they_make():
+    """fp32 knows 2.3 · 12 to six digits, and the threshold was found in fp64."""
+    t = texts(1)[0]
+    several = replace(t, reward=[0.0 if not a else 2.3 for a in t.is_action])
+    ((_, lm),) = parse_objectives([{"LM": {"top_share": 0.5}}]).fitted_to([several] * 4).terms
+    batch = collate([several] * 4)
+    assert lm.min_return > 10
+    assert lm.counted(batch).any(1).all()
+    less = replace(several, reward=[0.999 * r for r in several.reward])
+    assert not lm.counted(collate([less])).any()
+
+
+def test_returns_that_qsft_does_not_know_are_refused():
+    for reward, known in ((-1.0, False), (1.5, False), (1.0, True)):
+        data = [replace(t, reward=[0.0] * (length(t) - 1) + [reward]) for t in texts(4)]
+        m = model()
+        m.keep_reference()
+        if known:
+            run(m, ["QSFT"], data=data)
+            continue
+        with pytest.raises(QvgptError, match=r"its return .* is not in \[0, 1\]"):
+            run(m, ["QSFT"], data=data)
 
 
 def test_values_that_nobody_teaches_weigh_nothing():
@@ -535,7 +586,18 @@ def test_what_is_said_of_values_follows_their_training(config, tmp_path):
     learnt = ValueModel.from_pretrained(config.output)
     assert (learnt.info.gamma, learnt.info.per_turn_discount) == (0.9, True)
     learnt.info.recommended_guidance = {"beta": 2.0}
-    run(learnt, ["AWAC", {"AWR": {"gamma": 0.1}}, {"MonteCarlo": {"gamma": 0.8}}])
+    per_turn = {"gamma": 0.9, "per_turn_discount": True}
+    for other in ({"gamma": 0.9}, {"gamma": 0.1, "per_turn_discount": True}):
+        with pytest.raises(QvgptError, match=r"AWR compares .* gamma 0.9, per_turn_discount, its"):
+            run(copy.deepcopy(learnt), [{"AWR": other}])
+    run(copy.deepcopy(learnt), [{"AWR": per_turn}])
+    learnt.info.level = "turn"
+    with pytest.raises(QvgptError, match="values are of whole turns"):
+        run(learnt, ["AWAC"])
+    learnt.info.level = "token"
+    with pytest.raises(QvgptError, match=r"AWR compares .* gamma 0.8, its own gamma 1: give"):
+        run(learnt, ["AWR", {"MonteCarlo": {"gamma": 0.8}}])
+    run(learnt, ["AWAC", {"AWR": {"gamma": 0.8}}, {"MonteCarlo": {"gamma": 0.8}}])
     assert (learnt.info.gamma, learnt.info.per_turn_discount) == (0.8, False)
     assert learnt.info.recommended_guidance is None
 
@@ -551,6 +613,16 @@ def test_centred_values_are_those_of_centred_returns(config, tmp_path):
     assert not other.info.centred
     assert not same(learnt.heads.state_dict(), other.heads.state_dict())
     assert mean_return(centred(texts())) != pytest.approx(mean_return(texts()), abs=1e-3)
+    again = {"model": config.output, "output": str(tmp_path / "again")}
+    with pytest.raises(QvgptError, match=r"centred: the values .* learned with true: say the same"):
+        train(replace(config, **again), QUIET)
+    train(replace(config, **again, centred=True), QUIET)
+    assert ValueModel.from_pretrained(again["output"]).info.centred
+    one = tmp_path / "one.jsonl"
+    rows = ({"prompt": c, "completion": c, "reward": 1} for c in "ab")
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(QvgptError, match="centred: every prompt has one text"):
+        train(replace(config, data=[str(one)], centred=True, output=str(tmp_path / "x")), QUIET)
 
 
 def test_train_resumes_as_if_nothing_had_happened(config, tmp_path):

@@ -11,6 +11,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, WeightedSum
+from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -121,10 +122,22 @@ def test_what_is_recommended_is_of_the_models_own_values(call):
     assert "beta 1, temperature 0.5 (recommended" in call("generate own --prompt a")[2]
     other = call("generate own --prompt a --beta 2 --value_models q")[2]
     assert "beta 2, temperature 1; values: Q, from q" in other
+    assert "none (beta 0)" in call("generate own --prompt a --beta 0")[2]
     # one says how strongly in the place of the other
     budget = call("generate own --prompt a --kl_budget 0.1 --top_k 5")[2]
     assert "temperature 0.5, top_k 5, kl_budget 0.1" in budget
     assert "beta" not in budget.partition("(")[0]
+
+
+def test_beta_is_in_the_place_of_a_recommended_schedule(models):
+    model = ValueModel.from_pretrained(models / "own")
+    schedule = {"beta": 8.0, "beta_end": 2.0, "beta_tokens": 4}
+    model.info.recommended_guidance = schedule
+    assert not GuidanceOptions(beta=0.0).guidance(model, "own", None).guides
+    assert GuidanceOptions(beta=1.0).guidance(model, "own", None) == Guidance(beta=1.0)
+    assert GuidanceOptions(top_k=3).guidance(model, "own", None) == Guidance(top_k=3, **schedule)
+    other = GuidanceOptions(beta=1.0, beta_end=3.0).guidance(model, "own", None)
+    assert other == Guidance(beta=1.0, beta_end=3.0, beta_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A manifest, written last, holds the size and SHA-256 of every file: what a broken disk or a careless
 hand did to a checkpoint is noticed, and the one before it is taken. Random numbers need no place
-here: every step draws its own from its number (`loop.step_seed`).
+here: every step draws its own from its number (`fit_options.step_seed`).
 """
 
 import json
@@ -19,6 +19,7 @@ from torch import Tensor
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import as_module
 from qvgpt.models.disk import load_tensors, read_json, sha256, writing
+from qvgpt.models.gpt import GPT
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import SlowTrunk
 from qvgpt.models.sharded import sharded_like, whole
@@ -45,7 +46,7 @@ class TrainState:
     eval: dict[str, float] = field(default_factory=dict)
     """The last evaluation."""
     values: dict[str, float] = field(default_factory=dict)
-    """What it found of the values: see `diagnostics.Watch`."""
+    """What it found of the values: see `watch.Watch`."""
     data_sha256: str = ""
     """Of the texts trained on, as tokens with their rewards."""
     eval_sha256: str = ""
@@ -109,7 +110,7 @@ def save_model(
 
     Raises `QvgptError` where the disk does not take it; those there before are then as they were.
     """
-    final = directory / f"step-{step:08d}"
+    final = step_directory(directory, step)
     staged = directory / f".staged-{final.name}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -128,9 +129,14 @@ def save_model(
         shutil.rmtree(staged, ignore_errors=True)  # what there is no room for takes none
         raise
     others = sorted(path for path in directory.glob("step-*") if path != final)
-    for spent in [*others[: len(others) - keep + 1], *directory.glob(".staged-step-*")]:
+    for spent in [*others[: max(0, len(others) - keep + 1)], *directory.glob(".staged-step-*")]:
         shutil.rmtree(spent)
     return final
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """Where what belongs to a step lies."""
+    return directory / f"step-{step:08d}"
 
 
 def newest_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -210,7 +216,7 @@ def load_model(path: Path, model: ValueModel) -> None:
         model.trunk.load_adapter(path / ADAPTER)
         trunk = model.trunk
     else:
-        trunk = as_module(load_trunk(path))
+        trunk = as_module(load_trunk(path, as_causal_lm=not isinstance(model.trunk, GPT)))
     saved = {f"trunk.{k}": v for k, v in trunk.state_dict().items()}
     heads = path / "value_heads.safetensors"
     if heads.exists():

@@ -4,7 +4,6 @@ Lines are written in chunks of prompts, each chunk synced to disk; with `resume`
 collection goes on at its last whole chunk and ends with the file it would have ended with.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from qvgpt.collected import as_line, kept_fields, whole_chunks
 from qvgpt.collected import summary as summary_of
-from qvgpt.collected import whole_chunks
-from qvgpt.data.rows import FORMS, Row, read_rows
+from qvgpt.data.rows import Row, read_rows
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, Text, row_seed
@@ -37,7 +36,6 @@ from qvgpt.sampling import (
     load_values,
 )
 
-_KNOWN = frozenset().union(*FORMS.values())
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
 
 
@@ -244,7 +242,7 @@ def _collect(
             chunk = range(start, min(start + size, len(rows)))
             groups = write(chunk, progress)
             found = _collected([rows[i] for i in chunk], groups, reward, tokenizer, config)
-            lines.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found).encode())
+            lines.write(b"".join(map(as_line, found)))
             lines.flush()
             os.fsync(lines.fileno())
     seconds = time.perf_counter() - started
@@ -350,7 +348,7 @@ def _collected(
     for row, (texts, sampled) in zip(rows, chosen, strict=True):
         rewards = [next(scores) for _ in texts]
         line = {
-            **_kept(row.fields),
+            **kept_fields(row.fields),
             "completions": [text.text for text in texts],
             **({} if tokenizer is None else {"completion_ids": [text.tokens for text in texts]}),
             "token_rewards" if config.shaped else "rewards": rewards,
@@ -394,16 +392,6 @@ def _others(row: Row, texts: Sequence[Text], samples: Sequence[Text]) -> list[Ma
         others = [sample.text for i, sample in enumerate(samples) if i != itself]
         fields.append({**row.fields, "references": others})
     return fields
-
-
-def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt, references and metadata of a row, without what it says of its own completion."""
-    dropped = (_KNOWN | {"judged_by"}) - {"prompt", "prompt_ids"}
-    kept = {k: v for k, v in fields.items() if k not in dropped}
-    own = fields.get("completion")
-    if fields.get("references") or isinstance(own, str):
-        kept["references"] = list(fields.get("references") or [own])
-    return kept
 
 
 def _own_completion(row: Row) -> str:

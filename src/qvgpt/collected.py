@@ -1,17 +1,31 @@
 """The file that `collect` leaves: how far it got, and what it holds in all."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from qvgpt.data.files import KNOWN
 from qvgpt.data.rows import Row
 from qvgpt.errors import QvgptError
 
 
+def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt, references and metadata of a row, without what it says of its own completion."""
+    dropped = (KNOWN | {"judged_by"}) - {"prompt", "prompt_ids"}
+    kept = {k: v for k, v in fields.items() if k not in dropped}
+    own = fields.get("completion")
+    if fields.get("references") or isinstance(own, str):
+        kept["references"] = list(fields.get("references") or [own])
+    return kept
+
+
 def whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
     """How many rows are collected already; what follows the last whole chunk is cut off.
+
+    Raises `QvgptError` where a row is no longer what it was: its texts were written to another
+    prompt, or judged by other references.
 
     Rows of a broken chunk could be kept, but then the rest of it would be sampled in batches of
     another make-up, whose rounding might change a token.
@@ -20,14 +34,25 @@ def whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
         return 0
     whole = kept = length = 0
     for number, (row, line) in enumerate(zip(rows, lines(file), strict=False), 1):
-        if line.get("prompt") != row.fields.get("prompt"):
-            raise QvgptError(f"{file}:{number}: another prompt than at {row.where}; collect anew")
+        for name, value in kept_fields(row.fields).items():
+            if json.dumps(line.get(name)) != json.dumps(value):
+                raise QvgptError(
+                    f"{file}:{number}: another {name} than now at {row.where}; collect anew"
+                )
         length += line["bytes"]
         if number % size == 0 or number == len(rows):
             whole, kept = number, length
     with file.open("r+b") as content:
         content.truncate(kept)
     return whole
+
+
+def as_line(row: dict[str, Any]) -> bytes:
+    """A row as JSONL. Half a character, as `\\ud83d` in metadata, stays escaped: UTF-8 has none."""
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(row)}\n".encode()
 
 
 def lines(file: Path) -> Iterator[dict[str, Any]]:

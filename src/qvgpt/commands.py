@@ -119,6 +119,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Stream one text, or write many as JSONL."""
     if (config.prompt is None) == (config.data is None):
         raise QvgptError("generate: give either --prompt or --data")
+    if min(config.n, config.max_batch, 1 if config.max_tokens is None else config.max_tokens) < 1:
+        raise QvgptError("generate: n, max_tokens and max_batch must be at least 1")
     model, values = config.load(config.model)
     if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
@@ -184,8 +186,6 @@ def _search(config: GenerateConfig, max_tokens: int) -> Search | None:
 def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list[list[int]]]:
     """The prompts as given and as tokens, each with room for a completion."""
     assert model.tokenizer is not None
-    if config.n < 1 or (config.max_tokens or 1) < 1 or config.max_batch < 1:
-        raise QvgptError("generate: n, max_tokens and max_batch must be at least 1")
     least = config.max_tokens or 1
     if config.data is not None:
         rows, prompts = load_prompts(config.data, model, least)

@@ -200,7 +200,8 @@ def _measure_kl(
     prompts: Sequence[Sequence[int]],
     samples: Sequence[Sample],
 ) -> None:
-    """Put the KL to `base` in the place of that to the plain model: exact, but for the choice."""
+    """Put the KL to `base` in the place of that to the plain model. Of texts that were chosen or
+    searched it holds log π − log π₀, of which π₀ alone is another one."""
     texts = [
         Trajectory(
             [*prompts[s.prompt], *s.written.tokens],
@@ -210,13 +211,14 @@ def _measure_kl(
         )
         for s in samples
     ]
-    if writer.search is not None and not is_sampled(writer.search):
-        found = [-scored.base_logprob for scored in score_texts(base, texts)]
+    if writer.search is not None or writer.best_of > 1:
+        both = zip(score_texts(writer.model, texts), score_texts(base, texts), strict=True)
+        plain = (own.base_logprob - theirs.base_logprob for own, theirs in both)
+        found = [s.written.kl + more for s, more in zip(samples, plain, strict=True)]
     else:
         found = sequence_kl(writer.model, writer.guidance, base, texts, values=writer.values)
     for sample, kl in zip(samples, found, strict=True):
-        chosen = getattr(writer.search, "choice_kl", lambda _: 0.0)
-        sample.written.kl = kl + chosen(len(sample.written.tokens))
+        sample.written.kl = kl
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from qvgpt.objectives import Values
 from qvgpt.objectives.base import discount
 from qvgpt.objectives.distributional import ended
 from qvgpt.returns import lambda_returns
-from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
+from qvgpt.trajectory import Trajectory, TrajectoryBatch, centred, collate
 
 BINS = 10
 
@@ -124,6 +124,7 @@ def value_diagnostics(
     training log. Across prompts all of it can look well where guidance does nothing, so the figures
     to watch are `within_prompt`: rank correlations among the samples of one prompt, averaged over
     the prompts whose samples differ in return. Q is the mean of the slow heads, as in decoding.
+    Where values were learned of centred returns, these are centred too.
     """
     f = foretell(model, trajectories, batch_size)
     known = f.where(f.ended > 0)
@@ -164,7 +165,11 @@ def foretell(
     template = model.tokenizer.template if model.tokenizer else None
     pad, ends = (template.pad, template.end_ids) if template else (0, ())
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].tokens))
+    if model.info.centred:
+        trajectories = centred(trajectories)
     needs, rows = AMONG_CANDIDATES | {"target_q", "v"}, []
+    if model.heads.know_v_alone:
+        needs = needs - AMONG_CANDIDATES - {"target_q"}
     discounts = model.info.gamma, model.info.per_turn_discount
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

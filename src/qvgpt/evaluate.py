@@ -128,7 +128,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run base and guided over the same prompts; returns what summary.json holds."""
     started = time.perf_counter()
     check_run(config.output, "evaluate", config, config.resume)
-    _refuse(config)
+    refuse_options(config)
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
     values = load_values(
@@ -207,7 +207,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return summary
 
 
-def _refuse(config: EvaluateConfig) -> None:
+def refuse_options(config: EvaluateConfig) -> None:
     """Raise `QvgptError` for what could only fail later, naming the option."""
     for name, least in {"samples": 1, "max_batch": 1, "texts": 0, "seed": 0}.items():
         if getattr(config, name) < least:
@@ -215,6 +215,13 @@ def _refuse(config: EvaluateConfig) -> None:
     for name in ("temperatures", *(["search_betas"] if config.searches else [])):
         if not getattr(config, name):
             raise QvgptError(f"evaluate: {name} must not be empty")
+    searches = [parse_search(s, config.max_tokens, config.max_batch) for s in config.searches]
+    if max(config.temperatures) == 0 and (config.best_of > 1 or any(map(is_sampled, searches))):
+        raise QvgptError(
+            "evaluate: best_of and block search choose among sampled texts, and temperature 0 "
+            "writes one: add another temperature"
+        )
+    guidances_of(config)  # refuses what has no meaning
 
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:

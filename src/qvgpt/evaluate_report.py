@@ -70,9 +70,9 @@ def sections(
             "bootstrapped over prompts; differences are to the base at the same temperature, "
             "paired by prompt. KL is that to the base at temperature 1 without truncation, "
             "summed over a text, in nats (greedy: −log of the base's probability; of a best of N "
-            "it is at most what is said, log N − (N − 1)/N more than that of one text, and of a "
-            "search that samples so much more for each choice; of other searches −log of the "
-            "base's probability).",
+            "it is at most what is said, log N − (N − 1)/N more than the mean of log π − log π₀ "
+            "of its texts, and of a search that samples so much more for each choice; of other "
+            "searches −log of the base's probability).",
             _reward_chart(rows, found.metric) + _rows_table(rows, found.metric),
         )
     ]

@@ -54,6 +54,8 @@ class GuidanceOptions(SourceOptions):
             start = replace(start, beta=0.0, beta_end=None, beta_tokens=0)
         if self.beta is not None and self.kl_budget is None:
             start = replace(start, kl_budget=None)
+            if self.beta_end is None and self.beta_tokens is None:  # it is for all tokens
+                start = replace(start, beta_end=None, beta_tokens=0)
         return replace(start, **said)
 
     def in_words(

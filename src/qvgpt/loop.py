@@ -15,6 +15,7 @@ from rich.console import Console
 
 from qvgpt.checkpoint import (
     TrainState,
+    fault,
     load_checkpoint,
     load_model,
     newest_checkpoint,
@@ -22,6 +23,7 @@ from qvgpt.checkpoint import (
     parameter_names,
     save_checkpoint,
     save_model,
+    step_directory,
 )
 from qvgpt.data.batches import Rows
 from qvgpt.errors import QvgptError
@@ -229,6 +231,9 @@ class Training:
                 if watch:
                     watch.see(n - 1, values, batch)
         parts = dict(zip(parts, sums(self.accelerator, list(parts.values())), strict=True))
+        if not learn:  # a mean over nothing is no loss of 0
+            silent = {type(o).__name__ for o, n in zip(objectives, totals, strict=True) if not n}
+            parts = {k: v for k, v in parts.items() if k.split("/")[0] not in silent}
         self.stop_if_not_finite(parts)
         return parts
 
@@ -337,8 +342,16 @@ class Training:
         self.optimizer.state.clear()  # makes room, so that this needs no more memory than a step
         if self.best_weights is not None:
             self.bare.load_state_dict(self.best_weights)
-        elif self.best_models is not None and (best := newest_checkpoint(self.best_models)):
-            load_model(best, self.bare)
+        elif self.best_models is not None:
+            load_model(self._best_model(), self.bare)
+
+    def _best_model(self) -> Path:
+        """Where that of `best_step` lies: a later one may be of a run that went on elsewhere."""
+        assert self.best_models is not None
+        path = step_directory(self.best_models, self.state.best_step)
+        if (found := fault(path)) is not None:
+            raise QvgptError(f"{path}: the best model is no longer there as it was: {found}")
+        return path
 
 
 def fit(

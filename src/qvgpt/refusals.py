@@ -7,9 +7,9 @@ from typing import Any
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.fit_options import FitOptions
 from qvgpt.models.value_model import OF_THE_TRUNK, ValueModel
-from qvgpt.objectives import Objectives
+from qvgpt.objectives import QSFT, Objectives, counted, discount_of
 from qvgpt.run import require_tensorboard
-from qvgpt.trajectory import Trajectory
+from qvgpt.trajectory import Trajectory, collate, returns_to_go
 
 
 def refuse(
@@ -25,6 +25,11 @@ def refuse(
     _refuse_objectives(model, objectives)
     _refuse_heads(model, objectives)
     _refuse_options(model, objectives, options, eval_data)
+    _refuse_nothing_counted(objectives, data, "texts to train on")
+    if options.keep_best:
+        which = options.keep_best.split("/")[0]
+        terms = [t for t in objectives.terms if which in ("total", type(t[1]).__name__)]
+        _refuse_nothing_counted(Objectives(tuple(terms)), eval_data, "evaluation texts")
     for name, texts in (("text", data), ("evaluation text", eval_data)):
         for i, text in enumerate(texts):
             if not math.isfinite(sum(text.reward)):
@@ -56,6 +61,10 @@ def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
     _ = objectives.level, objectives.candidates  # raise where objectives do not go together
     if model.heads is None:
         raise QvgptError("the objectives learn values, but the model has no value heads")
+    own = model.info.gamma, model.info.per_turn_discount
+    objectives.refuse_other_discounts(*(objectives.discount if objectives.teaches_values else own))
+    if objectives.weighs_by_values_alone and model.info.level == "turn":
+        raise QvgptError("the model's values are of whole turns: AWAC and AWR weigh tokens by none")
     if missing := sorted(objectives.needs - model.offers - OF_THE_TRUNK):
         numbers = "linear, low_rank, bilinear or mlp"
         kind = "categorical" if "v_return_logits" in missing else numbers
@@ -75,8 +84,28 @@ def _refuse_heads(model: ValueModel, objectives: Objectives) -> None:
         )
 
 
+def _refuse_nothing_counted(objectives: Objectives, texts: Sequence[Trajectory], name: str) -> None:
+    """A loss that is 0 whatever is learned, for nothing counts in its mean."""
+    for _, objective in objectives.terms:
+        parts = (texts[start : start + 64] for start in range(0, len(texts), 64))
+        if not any(counted(objective, collate(part)).any() for part in parts):
+            raise QvgptError(
+                f"objectives: none of the {len(texts)} {name} counts for "
+                f"{type(objective).__name__}: none has a decision to learn from, all were cut, or "
+                "none has a return that is asked for"
+            )
+
+
 def _refuse_return(model: ValueModel, objectives: Objectives, text: Trajectory, name: str) -> None:
-    """A return that a distribution over returns does not know."""
+    """A return that the objectives, or a distribution over returns, do not know."""
+    for _, objective in objectives.terms:
+        if isinstance(objective, QSFT):
+            for value in returns_to_go(text, *discount_of(objective)):
+                if not -1e-6 <= value <= 1 + 1e-6:
+                    raise QvgptError(
+                        f"{name}: its return {value:g} is not in [0, 1], where QSFT's returns lie: "
+                        "scale or shift the rewards"
+                    )
     support = model.heads.config.support if model.heads is not None else None
     if support is None:
         return

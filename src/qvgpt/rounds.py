@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qvgpt.collect import CollectConfig, collect, prepare
 from qvgpt.errors import QvgptError
-from qvgpt.evaluate import EvaluateConfig, evaluate
+from qvgpt.evaluate import EvaluateConfig, evaluate, refuse_options
 from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
 from qvgpt.run import alone_in, check_run, open_run, write_json
@@ -212,6 +212,7 @@ def _refuse(config: RoundsConfig) -> None:
         raise QvgptError("train.objectives: these teach no Q, so that there is nothing to guide by")
     if config.beta and objectives.level == "turn":
         raise QvgptError("beta: values of whole turns guide no token: 0, and collect.best_of")
+    refuse_options(_judging(config, 1))
     _refuse_reading(config)
 
 

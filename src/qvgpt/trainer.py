@@ -25,13 +25,13 @@ from qvgpt.models.backbone import Dtype
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import LoraConfig
-from qvgpt.models.value_model import ValueModel, load_trunk
+from qvgpt.models.value_model import ValueModel, load_trunk, stored_heads
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
 from qvgpt.refusals import refuse, refuse_shared_prompts
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
-from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
+from qvgpt.trajectory import Trajectory, by_prompt, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
@@ -165,6 +165,7 @@ def _train(
     model = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
+    _refuse_centring(config, objectives, model, data)
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
     scale = _reward_scale(config, objectives, model)
@@ -292,11 +293,18 @@ def _equipped(
                 "--model of a new run"
             )
         asked, size = config.heads or HeadsConfig(), model.trunk.vocab_size
+        if newest is not None:  # beside adapters; what it knows is not to be found anew
+            asked = stored_heads(newest)
         given = heads = asked.for_vocabulary(size)
         if given != asked:
             console.print(f"heads: {heads.kind}, for {size:,} tokens (heads.kind says otherwise)")
         if not given.knows_support:
             returns = [g for t in texts for g in objectives.returns_of(t)]
+            if not returns:
+                raise QvgptError(
+                    "heads: no text teaches a return (all were cut, or the objectives learn no "
+                    "values): say which returns there are by heads.low and heads.high"
+                )
             heads = given.fitted_to(returns)
             console.print(
                 f"heads: the returns of the data lie between {min(returns):g} and "
@@ -331,6 +339,23 @@ def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel
             f"reward_scale: the values to start from were learned with {learned:g}; leave it out"
         )
     return learned
+
+
+def _refuse_centring(
+    config: TrainConfig, objectives: Objectives, model: ValueModel, data: list[Trajectory]
+) -> None:
+    """Raise `QvgptError` where returns and values would not be counted from the same point."""
+    learned = model.heads is not None and not model.heads.are_fresh
+    if objectives.learns_values and learned and model.info.centred != config.centred:
+        said = "true" if model.info.centred else "false"
+        raise QvgptError(
+            f"centred: the values to start from were learned with {said}: say the same"
+        )
+    if config.centred and all(len(several) == 1 for several in by_prompt(data)):
+        raise QvgptError(
+            "centred: every prompt has one text, whose return counted from their mean is 0: give "
+            "several texts a prompt, or leave it out"
+        )
 
 
 def _keep_reference(config: TrainConfig, model: ValueModel) -> None:

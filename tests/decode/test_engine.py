@@ -80,6 +80,7 @@ def test_other_seeds_share_no_random_numbers(model):
     """Were row i seeded with seed + i, seed 1 would write seed 0's texts again, one row up."""
     one, two = (generate(model, [[1]] * 30, max_tokens=20, seed=seed) for seed in (0, 1))
     assert not [i for i in range(29) if one[i + 1] == two[i] and len(two[i].tokens) > 3]
+    assert generate(model, [[1]], max_tokens=20, seed=-1) != two[:1]  # to Python they are one seed
 
 
 def test_samples_of_one_prompt_share_its_reading(model):

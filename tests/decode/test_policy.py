@@ -8,6 +8,7 @@ from qvgpt.decode.policy import (
     Guidance,
     fold,
     folds,
+    functional_options,
     guided_logits,
     joined_q,
     next_token,
@@ -240,7 +241,10 @@ def test_what_knows_only_means_has_no_other_functional(make_model):
             next_token(model, states(model), soft)
         assert not folds(model.heads, soft)
         next_token(model, states(model), Guidance(beta=0.0, functional="soft"))
-    assert not folds(make_model("categorical").heads, Guidance(beta=1.0))
+    knows = make_model("categorical").heads
+    assert not folds(knows, Guidance(beta=1.0))
+    assert functional_options(knows, soft)["eta"] == 1.0
+    assert functional_options(knows, Guidance(functional="soft")) == {}  # η would have no end
 
 
 def test_no_heads_no_guidance(plain):

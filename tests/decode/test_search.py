@@ -28,7 +28,9 @@ from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, WeightedSum
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.errors import QvgptError
 from qvgpt.models.causal_lm import CausalLM
+from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
+from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 
 MODEL = make_model()
@@ -269,6 +271,31 @@ def test_the_choice_after_each_block_adds_no_more_kl_than_is_said():
     assert BlockSearch(1, 8, 2, keep=1.0).choice_kl(7) == pytest.approx(choice_kl(8))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+@pytest.mark.parametrize("folded", [True, False])
+def test_values_that_guide_and_choose_stay_within_the_bound(beta, folded):
+    """Both prefer the same tokens: KL(π ‖ π₀) and the choice's alone would be too little."""
+    size, n, samples = 64, 600, 2
+    model = ValueModel(GPT(size, 16, 2, 1, seq_len=4, tied=False), HeadsConfig("linear", num_q=1))
+    hidden = model.eval().trunk.hidden(torch.tensor([[1]]))[0, 0]
+    q = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
+    model.trunk.output_weight.zero_()  # π₀ is uniform
+    for head in (model.heads.q[0], model.heads.target_q[0]):
+        head.weight.copy_(torch.outer(q, hidden) / hidden.square().sum())
+    base = dict.fromkeys(range(size), 1 / size)
+    pi = dict(enumerate((beta * q).double().softmax(-1).tolist()))
+    exact = kl_of(best_of_n(pi, lambda a: q[a].item(), samples), base)
+    guidance = Guidance(beta=beta, top_k=None if folded else size)
+    requests = [Request([1], 1, guidance, seed) for seed in range(n)]
+    how = BlockSearch(1, samples, 1, max_tokens=1, max_batch=2 * n)
+    searched = fmean(t.kl for t in write_searched(how, model, requests, report=True))
+    best = fmean(t.kl for t in write_best(model, requests, samples)) + choice_kl(samples)
+    for found in (searched, best):
+        assert exact - 0.1 < found < exact + 0.2
+    assert exact > (1.2 if beta else 0) * (kl_of(pi, base) + choice_kl(samples))
+
+
 def test_the_guided_policy_of_a_table_is_the_formula_in_float64():
     """π₀·exp(β·A)/Z with A of an enumerated game, to rounding."""
     game = TokenGame.draw(3)
@@ -303,7 +330,9 @@ def test_one_long_block_or_keeping_all_is_best_of_n(models, trunk, guidance, how
     assert [h.terminated for h in found.best] == [text.terminated for text in written]
     for h, text in zip(found.best, written, strict=True):
         assert h.logprob == pytest.approx(sum(r.logprob for r in text.reports), abs=1e-4)
-        assert h.kl == pytest.approx(text.kl + choice_kl(5), abs=1e-4)
+        assert h.choice_kl == choice_kl(5)
+        base = sum(r.base_logprob for r in text.reports)
+        assert text.kl == pytest.approx(h.logprob - base, abs=1e-4)
     # what it read: prompts once, and all tokens but each text's last
     every = [replace(r, seed=candidate_seed(r.seed, k)) for r in requests for k in range(5)]
     tokens = sum(len(text.tokens) - 1 for text in write(model, every, report=True))
@@ -513,7 +542,7 @@ def test_searches_are_written_as_the_engine_writes(models):
         for text, h in zip(texts, found.best, strict=True):
             assert text.text == model.tokenizer.decode_completion(h.tokens)
             if name in ("beam", "tree"):
-                assert h.kl is None
+                assert h.choice_kl is None
                 exact = 0.0
                 for i, t in enumerate(h.tokens):
                     prompt = SOME[found.best.index(h)]

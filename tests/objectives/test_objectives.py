@@ -528,7 +528,9 @@ def test_the_names_of_loss_parts_are_known_before_any_data():
 def test_the_discount_is_that_of_the_values_that_are_taught():
     assert parse_objectives(["LM", "ILQL", {"AWR": {"gamma": 0.1}}]).discount == (0.99, False)
     turns = [{"MonteCarlo": {"gamma": 0.5, "per_turn_discount": True}}, "ILQL"]
-    assert parse_objectives(turns).discount == (0.5, True)
+    with pytest.raises(QvgptError, match=r"one discount, not gamma 0.5, per_turn_.* and gamma 0.9"):
+        _ = parse_objectives(turns).discount
+    assert parse_objectives([turns[0], "LM"]).discount == (0.5, True)
     assert not parse_objectives(["LM", "AWAC", "AWR"]).teaches_values
     for name in METHODS.keys() - {"LM", "AWAC", "AWR", "QSFT"}:
         assert parse_objectives(name).teaches_values

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qvgpt.decode.engine import row_seed
+from qvgpt.decode.engine import random_of, row_seed
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import candidate_seed, choice_kl
@@ -84,7 +84,8 @@ class BlockSearch:
         return max(self.width, math.ceil(self.keep * candidates))
 
     def choice_kl(self, tokens: int) -> float:
-        """What choosing adds to the KL of a text of so many tokens, at most, in nats.
+        """What choosing adds to the mean of log π − log π₀ of chosen texts of so many tokens, at
+        most, in nats: with it, their KL to π₀ is bounded.
 
         One choice among N adds log N − (N − 1)/N (Beirami et al., 2024), for W = 1 one such is
         made after each block. Else a text's probability is at most how often it is to be expected
@@ -139,7 +140,6 @@ class _Text:
     random: random.Random
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
-    kl: float = 0.0
     value: float = 0.0
     """What it is worth, as far as it was written."""
     terminated: bool = False
@@ -148,7 +148,7 @@ class _Text:
 
     def fork(self, seed: int) -> "_Text":
         """The same text, to be continued by other random numbers."""
-        more = {"seed": seed, "random": random.Random(seed), "tokens": list(self.tokens)}
+        more = {"seed": seed, "random": random_of(seed), "tokens": list(self.tokens)}
         return _Text(**{**vars(self), **more})
 
 
@@ -170,7 +170,7 @@ class _Search:
         self.running: list[tuple[_Prompt, _Text]] = []
         for prompt in prompts:
             seeds = [candidate_seed(prompt.seed, k) for k in range(how.candidates)]
-            prompt.pool = [_Text(seed, random.Random(seed)) for seed in seeds]
+            prompt.pool = [_Text(seed, random_of(seed)) for seed in seeds]
             self.running += [(prompt, text) for text in prompt.pool]
         longest = max(len(p.tokens) for p in prompts)
         room = min(longest + how.max_tokens, self.guide.context)
@@ -198,8 +198,8 @@ class _Search:
         ]
 
     def _hypothesis(self, text: _Text) -> Hypothesis:
-        kl = text.kl + self.how.choice_kl(len(text.tokens))
-        return Hypothesis(text.tokens, text.terminated, text.logprob, text.value, kl)
+        added = self.how.choice_kl(len(text.tokens))
+        return Hypothesis(text.tokens, text.terminated, text.logprob, text.value, added)
 
     def _grow(self) -> None:
         """One token more of every text that runs; then read those that go on."""
@@ -213,11 +213,9 @@ class _Search:
         ends = [t in self.end_ids for t in tokens]
         over = [e or n + 1 >= self.how.max_tokens for e, n in zip(ends, positions, strict=True)]
         self._value(token, over)
-        columns = zip(texts, tokens, logprob, picked.kl().tolist(), ends, over, strict=True)
-        for text, t, more, kl, ended, is_over in columns:
+        for text, t, more, ended, is_over in zip(texts, tokens, logprob, ends, over, strict=True):
             text.tokens.append(t)
             text.logprob += more
-            text.kl += kl
             text.terminated, text.over = ended, is_over
         on = [i for i, text in enumerate(texts) if not text.over]
         states = self.states if len(on) == len(texts) else forked(self.states, on)

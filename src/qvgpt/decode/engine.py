@@ -101,7 +101,8 @@ class Text:
     terminated: bool = False
     """False if the length limit cut it."""
     kl: float = 0.0
-    """Σ over its tokens of KL(π ‖ π₀), where reports were asked for."""
+    """Σ over its tokens of KL(π ‖ π₀), where reports were asked for; of a text that was chosen
+    among several see `write_best`."""
     reports: list[TokenReport] = field(default_factory=list)
 
 
@@ -277,7 +278,7 @@ class Engine:
         free = [i for i, row in enumerate(self._slots) if row is None][:begin]
         admitted = [self._waiting.popleft() for _ in range(begin)]
         for slot, (request_id, request) in zip(free, admitted, strict=True):
-            self._slots[slot] = _Row(request_id, request, random.Random(request.seed))
+            self._slots[slot] = _Row(request_id, request, random_of(request.seed))
         # samples of one prompt are read once
         prompts = list(dict.fromkeys(tuple(request.tokens[:-1]) for _, request in admitted))
         which = [prompts.index(tuple(request.tokens[:-1])) for _, request in admitted]
@@ -316,6 +317,11 @@ class Engine:
         assert self._reading is not None
         self._reading = self._reading.select(torch.tensor(active))
         self._slots = [self._slots[i] for i in active]
+
+
+def random_of(seed: int) -> random.Random:
+    """A text's random numbers. Python's own seeds of numbers know no sign: −1 would be 1."""
+    return random.Random(seed if seed >= 0 else str(seed))
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -295,8 +295,8 @@ def functional_options(heads: ValueHeads, guidance: Guidance) -> dict[str, Any]:
 
     Raises `QvgptError` for heads that know no distribution of returns.
     """
-    if guidance.functional == "mean":
-        return {}
+    if guidance.functional == "mean" or (guidance.functional == "soft" and not guidance.guides):
+        return {}  # η is 1 / beta; with beta 0 it is without end, and soft the mean
     if heads.config.support is None or heads.config.sigma:
         raise QvgptError(
             f"guidance: functional {guidance.functional!r} reads a distribution of returns, and "

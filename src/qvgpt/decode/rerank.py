@@ -33,10 +33,11 @@ def write_best(
 ) -> list[Text]:
     """One text per request, the best of `best_of`; of one, what `write` gives.
 
-    The first candidate is the text that `write` would give. `kl` of a text is that of the sampling:
-    what the choice adds to it is not known, see `choice_kl`. `values` guide and rank instead of the
-    model's own; `spent` is told the tokens read, as by `write`. Raises `QvgptError` where there are
-    no values.
+    The first candidate is the text that `write` would give. `kl` of a chosen text is its own
+    log π − log π₀: values prefer what guidance by them makes likelier, so that the KL of the states
+    would be too small. The mean of that and `choice_kl` bound the KL. `values` guide and rank
+    instead of the model's own; `spent` is told the tokens read, as by `write`. Raises `QvgptError`
+    where there are no values.
     """
     how: dict[str, Any] = {"max_batch": max_batch, "on_step": on_step, "values": values}
     if best_of == 1:
@@ -57,6 +58,7 @@ def write_best(
         best = max(
             written[i * best_of :][:best_of], key=advantages if sums else last_q
         )  # of equals the first
+        best.kl = sum(r.logprob - r.base_logprob for r in best.reports)
         if not report or (keep_reports is not None and i not in keep_reports):
             best.reports = []
         found.append(best)
@@ -64,7 +66,7 @@ def write_best(
 
 
 def choice_kl(best_of: int) -> float:
-    """How far the best of N is from one sample, at most: log N − (N − 1)/N nats a text.
+    """How far the best of N is from one sample, KL(chosen ‖ π), at most: log N − (N − 1)/N nats.
 
     Beirami et al., 2024, arXiv:2401.01879.
     """

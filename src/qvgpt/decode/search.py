@@ -36,8 +36,8 @@ class Hypothesis:
     """Σ log π of its tokens, in nats."""
     score: float
     """What the search ranks by."""
-    kl: float | None = None
-    """Where tokens are sampled: Σ KL(π ‖ π₀) of its states and at most what choosing adds, in nats.
+    choice_kl: float | None = None
+    """Where tokens are sampled: what choosing adds to the mean of log π − log π₀, at most, in nats.
     None: nothing is left to chance, the KL is −log π₀ of the text."""
 
 

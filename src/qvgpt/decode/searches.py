@@ -93,8 +93,8 @@ def write_searched(
 
     Options as of `engine.write`. With `report` the texts are read once more: the reports are those
     of the plain model, with its own values where no others were given. `Text.kl` then is −log π₀
-    of the text where nothing was left to chance, else at most what is said. Raises `QvgptError` for
-    what cannot be searched.
+    of the text where nothing was left to chance; else log π − log π₀ and what choosing adds at
+    most, whose mean bounds the KL. Raises `QvgptError` for what cannot be searched.
     """
     if not requests:
         return []
@@ -139,7 +139,8 @@ def _report(
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     for i, (text, known, scored) in enumerate(zip(texts, found, score(model, read), strict=True)):
-        text.kl = -scored.base_logprob if known.kl is None else known.kl
+        sampled = 0.0 if known.choice_kl is None else known.logprob + known.choice_kl
+        text.kl = sampled - scored.base_logprob
         if keep is None or i in keep:
             text.reports = [r if values is None else _without_values(r) for r in scored.reports]
 

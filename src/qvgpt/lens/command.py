@@ -126,8 +126,9 @@ def _given(config: LensConfig, tokenizer: Tokenizer) -> list[_Given]:
 def _is_rewarded(row: Row) -> bool:
     """Whether a row says what its texts earned."""
     messages = row.fields.get("messages", [])
-    named = {"reward", "rewards", "label", "token_rewards", "rejected"} & row.fields.keys()
-    return bool(named) or any("reward" in message for message in messages)
+    named = {"reward", "rewards", "token_rewards", "rejected"} & row.fields.keys()
+    judged = "label" in row.fields and "text" not in row.fields  # else it is a class
+    return bool(named) or judged or any("reward" in message for message in messages)
 
 
 def _check_output(output: Path) -> None:

@@ -393,10 +393,7 @@ class ValueModel(nn.Module):
                 f"{path}: tokenizer.json is not the one the values were learned with; "
                 "restore it, or train the values again"
             )
-        try:
-            heads = HeadsConfig(**config["heads"])
-        except (KeyError, TypeError, QvgptError) as error:
-            raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
+        heads = stored_heads(path)
         tensors = _head_tensors(path, heads)
         model = cls(trunk, heads, tokenizer, freeze_trunk)
         known = ValueInfo.__dataclass_fields__
@@ -411,6 +408,14 @@ class ValueModel(nn.Module):
         assert model.heads is not None
         model.heads.reward_scale = _reward_scale(path, config)
         return model
+
+
+def stored_heads(path: Path) -> HeadsConfig:
+    """What the value heads of an artefact look like."""
+    try:
+        return HeadsConfig(**read_json(path / "value_config.json")["heads"])
+    except (KeyError, TypeError, QvgptError) as error:
+        raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
 
 
 def load_trunk(

@@ -45,6 +45,7 @@ __all__ = [
     "ReturnDistribution",
     "Values",
     "counted",
+    "discount_of",
     "parse_objectives",
 ]
 
@@ -109,10 +110,25 @@ class Objectives:
 
     @property
     def discount(self) -> tuple[float, bool]:
-        """γ of the values that are taught, and whether it applies at the ends of turns only."""
-        taught = [o for _, o in self.terms if teaches_values(o)]
-        found = [(getattr(o, "gamma", 1.0), getattr(o, "per_turn_discount", False)) for o in taught]
-        return min(found)
+        """γ of the values that are taught, and whether it applies at the ends of turns only: the
+        same for all that teach them."""
+        found = {discount_of(o) for _, o in self.terms if teaches_values(o)}
+        if len(found) > 1:
+            raise QvgptError(
+                "objectives: values of one model have one discount, not "
+                + " and ".join(_as_discount(*each) for each in sorted(found))
+            )
+        return found.pop()
+
+    def refuse_other_discounts(self, gamma: float, per_turn: bool) -> None:
+        """Raise `QvgptError` where AWR would hold returns against values of another discount."""
+        for _, o in self.terms:
+            if isinstance(o, AWR) and discount_of(o) != (gamma, per_turn):
+                raise QvgptError(
+                    f"objectives: AWR compares returns with values, whose discount is "
+                    f"{_as_discount(gamma, per_turn)}, its own {_as_discount(*discount_of(o))}: "
+                    "give it the same"
+                )
 
     @property
     def candidates(self) -> Candidates:
@@ -142,8 +158,7 @@ class Objectives:
             if isinstance(o, FUDGE):  # all prefixes learn of the whole text's
                 found.append(t.total_reward)
             else:
-                turns = getattr(o, "per_turn_discount", False)
-                found += returns_to_go(t, getattr(o, "gamma", 1.0), turns)
+                found += returns_to_go(t, *discount_of(o))
         return found
 
     @property
@@ -172,6 +187,16 @@ class Objectives:
     def as_list(self) -> list[dict[str, Any]]:
         """The same in the form that `parse_objectives` reads."""
         return [{type(o).__name__: {**asdict(o), "weight": w}} for w, o in self.terms]  # type: ignore[call-overload]
+
+
+def discount_of(objective: Objective) -> tuple[float, bool]:
+    """γ, and whether it applies at the ends of turns only."""
+    per_turn = getattr(objective, "per_turn_discount", False)
+    return getattr(objective, "gamma", 1.0), per_turn
+
+
+def _as_discount(gamma: float, per_turn: bool) -> str:
+    return f"gamma {gamma:g}{', per_turn_discount' if per_turn else ''}"
 
 
 def parse_objectives(

@@ -64,7 +64,9 @@ class LM:
         mask = batch.mask if completions else batch.predicted
         if self.min_return is None:
             return mask
-        good = batch.reward.sum(1) >= self.min_return - 1e-6  # rewards may be sums of parts
+        # sums of many parts, in fp32 here and in fp64 where the threshold was found
+        slack = 1e-6 * batch.reward.abs().sum(1).clamp(min=1.0)
+        good = batch.reward.sum(1) >= self.min_return - slack
         return mask & (good[:, None] if completions else good[batch.text[:, 1:]])
 
 
@@ -106,7 +108,7 @@ class AWR:
     """Advantage-weighted regression: −exp(A / temperature)·log π  (Peng et al., 2019).
 
     A = G(λ) − V: the return that was observed, where AWAC asks what Q expected. Needs a value
-    objective beside it to learn V.
+    objective beside it to learn V, discounted as G is here.
     """
 
     temperature: float = 1.0
@@ -117,6 +119,8 @@ class AWR:
     """Discount per decision."""
     lambda_: float = 1.0
     """1: the return as it was observed. 0: one step, then the value."""
+    per_turn_discount: bool = False
+    """Apply γ at the ends of turns only."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "v"})
     weighs: ClassVar[bool] = True
@@ -134,7 +138,7 @@ class AWR:
         assert values.logprob is not None
         assert values.v is not None
         v = values.v.detach()
-        gamma = discount(batch, self.gamma, per_turn=False)
+        gamma = discount(batch, self.gamma, self.per_turn_discount)
         advantage = gae(batch.reward, gamma, v[:, :-1], v[:, 1:], batch.mask, self.lambda_)
         weight = awac_weight(advantage, self.temperature, self.max_weight)
         return weighted_loss(batch.mask, nll=(1.0, -weight * values.logprob))
