@@ -204,6 +204,15 @@ def test_resume_notices_other_data(task):
     assert (Path(task.output) / "data.jsonl").read_bytes() == before
 
 
+def test_prompts_with_other_references_in_other_rows_are_said(task, capsys):
+    rows = [{"prompt": "h", "completion": c} for c in "xxy"] + [{"prompt": "a", "completion": "b"}]
+    for some, said in ((rows[:2], False), (rows, True)):
+        Path(task.data).write_text("".join(json.dumps(row) + "\n" for row in some))
+        collect(replace(task, output=f"{task.output}-{said}"))
+        found = "1 prompts stand in several rows with other references" in capsys.readouterr().err
+        assert found == said
+
+
 def test_resume_notices_other_references_and_metadata(task):
     rows = [{"prompt": "h", "completion": "x", "note": "\ud83d"}] * 2  # half a character
     Path(task.data).write_text("".join(json.dumps(row) + "\n" for row in rows))

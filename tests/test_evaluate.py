@@ -382,15 +382,19 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
     assert tree.as_dict()["search"] == "tree search (simulations 4)"
 
 
-def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model):
+def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model, capsys):
     assert evaluate(task)["recommended"] is None
     kept = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    capsys.readouterr()
     summary = evaluate(replace(task, recommend=True, output=str(tmp_path / "again")))
+    said = capsys.readouterr().err
     best = max(summary["rows"], key=lambda row: row["mean"])
     assert summary["recommended"] == best["method"]
     found = ValueModel.from_pretrained(tmp_path / "model").info.recommended_guidance
     assert (found or {"beta": 0})["beta"] == best["beta"]
     assert best["beta"] == 0 or found["temperature"] == best["temperature"]
+    name, guided = best["method"], f"recommended from now on by {task.model}: {best['method']}"
+    assert (guided if best["beta"] else f"nothing earned more than {name}") in said
     changed = {p.name for p in (tmp_path / "model").iterdir() if kept[p.name] != p.read_bytes()}
     assert changed <= {"value_config.json"}
     ValueModel(model.trunk, None, model.tokenizer).save(tmp_path / "plain")

@@ -72,6 +72,10 @@ def judge(tmp_path_factory):
 
 def test_it_learns_which_word_decides(judge):
     folder, summary = judge
+    with pytest.raises(
+        QvgptError, match=r"is a classifier \(Bert.*; as a reward it is classifier:"
+    ):
+        ValueModel.from_pretrained(folder)
     held = summary["held_out"]
     assert held["accuracy"] == 1.0
     assert held["accuracy_of_the_commonest"] < 0.8

@@ -625,6 +625,41 @@ def test_centred_values_are_those_of_centred_returns(config, tmp_path):
         train(replace(config, data=[str(one)], centred=True, output=str(tmp_path / "x")), QUIET)
 
 
+def test_values_need_rewards(config, tmp_path):
+    def said_of(rows, objectives=BOTH):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = Console(file=io.StringIO(), width=500)
+        output = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        train(replace(config, data=[str(path)], objectives=objectives, output=output), said)
+        return said.file.getvalue()
+
+    scored = [{"prompt": c, "completion": c, "score": i} for i, c in enumerate("abcd")]
+    match = "none of the 4 rows has a reward; the columns are completion, prompt, score, rewards"
+    with pytest.raises(QvgptError, match=match):
+        said_of(scored)
+    assert "reward" not in said_of(scored, ["LM"])
+    rewarded = [{"prompt": c, "completion": c, "reward": 1.0} for c in "ef"]
+    assert "4 of 6 rows have no reward: it is read as 0" in said_of([*scored, *rewarded])
+    assert "every text has the same return, 1: there is nothing in it" in said_of(rewarded)
+    unknown = [{"prompt": "e", "completion": "中", "reward": 0.5}]
+    path = tmp_path / "zh.jsonl"
+    path.write_text(json.dumps(unknown[0]) + "\n")
+    said = Console(file=io.StringIO(), width=500)
+    train(replace(config, eval_data=[str(path)], output=str(tmp_path / "zh")), said)
+    assert "1 texts have characters that the tokenizer does not know" in said.file.getvalue()
+
+
+def test_another_shape_than_that_of_the_model_is_refused(config, tmp_path):
+    train(config, QUIET)
+    more = replace(config, model=config.output, output=str(tmp_path / "more"))
+    other = replace(more, gpt=replace(TINY, embed_dim=32))
+    with pytest.raises(QvgptError, match=r"gpt.embed_dim: .* has 16, not 32; leave it out"):
+        train(other, QUIET)
+    assert not Path(more.output).exists()
+    train(more, QUIET)
+
+
 def test_train_resumes_as_if_nothing_had_happened(config, tmp_path):
     train(config, QUIET)
     other = replace(config, output=str(tmp_path / "other"))

@@ -113,6 +113,11 @@ def test_bad_trajectories_are_refused():
         collate([])
 
 
+def test_lists_of_unequal_length_are_refused():
+    with pytest.raises(QvgptError, match="at each place, not 3, 2, 3 of them"):
+        Trajectory([1, 2, 3], [False, True], [0.0] * 3, True)
+
+
 def test_prompt_and_return():
     episode = Trajectory([1, 2, 10, 3], actions(0, 0, 1, 0), [0.0, 0.0, 0.5, 0.25], True)
     assert episode.prompt == (1, 2)

@@ -182,7 +182,8 @@ def table(results: Mapping[str, Any]) -> str:
     """table.md"""
     lines = [
         f"Judge: accuracy {results['judge_accuracy']:.3f} on validation sentences, reward model "
-        f"{results['reward_accuracy']:.3f}; {results['seeds']} seeds.",
+        f"{results['reward_accuracy']:.3f}; {results['seeds']} seeds. KL of best of N is that of "
+        "one text and log N − (N − 1)/N: of guided ones no bound, for both prefer the same tokens.",
         "",
         "| towards | method | β, N or share | success | difference to the base | judge's P "
         "| reward | KL, nats a text | perplexity | distinct 1 / 2 / 3 | tokens | read per token |",

@@ -4,7 +4,9 @@ Lines are written in chunks of prompts, each chunk synced to disk; with `resume`
 collection goes on at its last whole chunk and ends with the file it would have ended with.
 """
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +151,7 @@ def prepare(
     Raises `QvgptError` for all that could only fail later; writes nothing.
     """
     _check_counts(config)
+    reward = get_reward(config.reward)
     model = ValueModel.from_pretrained(
         config.model, dtype=config.dtype, device_map=config.device_map
     )
@@ -158,7 +161,6 @@ def prepare(
     )  # fmt: skip
     check_values(model, config.model, [config.beta, config.kl_budget], config.best_of, values)
     rows, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
-    reward = get_reward(config.reward)
     _check_rows(config, rows)
     guidances = [_guidance(config, temperature) for temperature in config.temperatures]
     check_guidance(model, guidances, prompts, config.max_tokens, values)
@@ -215,6 +217,20 @@ def _check_counts(config: CollectConfig) -> None:
 
 
 def _check_rows(config: CollectConfig, rows: Sequence[Row]) -> None:
+    """Raise `QvgptError` for rows that lack what is asked of them; say what they do twice."""
+    kept = [kept_fields(row.fields) for row in rows]
+    several: dict[str, set[str]] = {}
+    for fields in kept:
+        prompt = json.dumps(fields.get("prompt"))
+        several.setdefault(prompt, set()).add(json.dumps(fields.get("references")))
+    unlike = sum(len(found) > 1 for found in several.values())
+    if unlike and config.compare_with == "row":
+        print(
+            f"collect: {unlike} prompts stand in several rows with other references, and what is "
+            "written to each is judged by its own row alone: a row with all of them in "
+            "`references` takes the best",
+            file=sys.stderr,
+        )
     if config.include_references:
         for row in rows:
             _own_completion(row)

@@ -33,6 +33,7 @@ from qvgpt.sampling import (
     check_room,
     check_values,
     load_prompts,
+    warn_of_unknown,
 )
 from qvgpt.source_options import SourceOptions
 from qvgpt.terminal import TextStream, shade
@@ -192,6 +193,7 @@ def _prompts(model: ValueModel, config: GenerateConfig) -> tuple[list[Any], list
         return [row.fields.get("prompt", "") for row in rows], prompts
     prompts = [model.tokenizer.encode_prompt(config.prompt or "")]
     check_room(prompts, model, least)
+    warn_of_unknown(prompts, model)
     return [config.prompt], prompts
 
 
@@ -293,6 +295,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     if too_long:
         context = guide.context
         raise QvgptError(f"{too_long} of {len(texts)} texts are longer than the context, {context}")
+    warn_of_unknown([t.tokens for t in texts], model)
     output = _claim(config.output, "score", config)
     of_turns = values is None and model.info.level == "turn"
     rows: list[dict[str, Any]] = []

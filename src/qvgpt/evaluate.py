@@ -129,6 +129,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     started = time.perf_counter()
     check_run(config.output, "evaluate", config, config.resume)
     refuse_options(config)
+    names = [config.reward, *(n for n in config.metrics if n not in CORPUS_METRICS)]
+    rewards = {name: get_reward(name) for name in names}
     kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
     model = ValueModel.from_pretrained(config.model, **kept)
     values = load_values(
@@ -152,8 +154,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
-    names = [config.reward, *(n for n in config.metrics if n not in CORPUS_METRICS)]
-    rewards = {name: get_reward(name) for name in names}
     partial = judges_trained_on(rewards, model, values)
     for name in partial:
         print(
@@ -204,6 +204,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     parts = sections(found, model, prompts, config.texts)
     write_report(output / "report.html", f"Evaluation of {config.model}", parts)
     show(found, output)
+    if config.recommend:
+        print(_in_words(summary["recommended"], config.model), file=sys.stderr)
     return summary
 
 
@@ -232,6 +234,13 @@ def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> st
     model.info.recommended_guidance = asdict(best.guidance) if guided else None
     model.save_config(config.model)
     return best.method
+
+
+def _in_words(recommended: str, model: str) -> str:
+    """What became of `recommend`."""
+    if recommended.startswith("guided"):
+        return f"recommended from now on by {model}: {recommended}"
+    return f"{model} recommends no guidance: nothing earned more than {recommended}"
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:

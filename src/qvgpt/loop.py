@@ -232,7 +232,8 @@ class Training:
                     watch.see(n - 1, values, batch)
         parts = dict(zip(parts, sums(self.accelerator, list(parts.values())), strict=True))
         if not learn:  # a mean over nothing is no loss of 0
-            silent = {type(o).__name__ for o, n in zip(objectives, totals, strict=True) if not n}
+            names = self.objectives.names
+            silent = {name for name, n in zip(names, totals, strict=True) if not n}
             parts = {k: v for k, v in parts.items() if k.split("/")[0] not in silent}
         self.stop_if_not_finite(parts)
         return parts
@@ -251,10 +252,10 @@ class Training:
         """Σ weight · share · loss, and its parts times their share."""
         total = torch.zeros((), device=batch.tokens.device)
         parts: dict[str, torch.Tensor] = {}
-        for (weight, objective), share in zip(self.objectives.terms, shares, strict=True):
+        terms = zip(self.objectives.names, self.objectives.terms, shares, strict=True)
+        for name, (weight, objective), share in terms:
             loss = objective(values, batch)
             total = total + weight * share * loss.total
-            name = type(objective).__name__
             parts |= {f"{name}/{part}": share * value for part, value in loss.parts.items()}
         numbers = torch.stack([total.detach(), *parts.values()]).tolist()  # one wait for the device
         return total, dict(zip(["total", *parts], numbers, strict=True))

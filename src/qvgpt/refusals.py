@@ -28,7 +28,8 @@ def refuse(
     _refuse_nothing_counted(objectives, data, "texts to train on")
     if options.keep_best:
         which = options.keep_best.split("/")[0]
-        terms = [t for t in objectives.terms if which in ("total", type(t[1]).__name__)]
+        both = zip(objectives.names, objectives.terms, strict=True)
+        terms = [term for name, term in both if which in ("total", name)]
         _refuse_nothing_counted(Objectives(tuple(terms)), eval_data, "evaluation texts")
     for name, texts in (("text", data), ("evaluation text", eval_data)):
         for i, text in enumerate(texts):

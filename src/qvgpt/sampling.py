@@ -1,6 +1,7 @@
 """What all that write texts share: prompts out of data rows, the values that guide, a policy for
 games, a progress bar."""
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
@@ -43,7 +44,20 @@ def load_prompts(
     rows = list(islice(read_rows(path), limit))
     prompts = [prompt_tokens(row, model.tokenizer) for row in rows]
     check_room(prompts, model, max_tokens)
+    warn_of_unknown(prompts, model)
     return rows, prompts
+
+
+def warn_of_unknown(texts: Sequence[Sequence[int]], model: ValueModel) -> None:
+    """Say on stderr where the model cannot see what it is asked."""
+    unknown = model.tokenizer.unknown if model.tokenizer else None
+    count = sum(unknown in tokens for tokens in texts)
+    if unknown is not None and count:
+        print(
+            f"{count} of {len(texts)} texts have characters that the model's tokenizer does not "
+            "know: each is read as <unk>",
+            file=sys.stderr,
+        )
 
 
 def load_values(

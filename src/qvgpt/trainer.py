@@ -165,6 +165,7 @@ def _train(
     model = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
+    _refuse_no_rewards(config, objectives, counts, data, console)
     _refuse_centring(config, objectives, model, data)
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
@@ -341,6 +342,31 @@ def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel
     return learned
 
 
+def _refuse_no_rewards(
+    config: TrainConfig,
+    objectives: Objectives,
+    counts: dict[str, Any],
+    data: list[Trajectory],
+    console: Console,
+) -> None:
+    """Raise `QvgptError`, or say so, where values would learn of rewards that nobody gave."""
+    rows, missing = counts["rows"], counts["unrewarded"]
+    if not objectives.learns_values or not rows:
+        return
+    if missing == rows:
+        columns = {name for path in config.data for row in read_rows(path) for name in row.fields}
+        raise QvgptError(
+            f"objectives: they learn values, and none of the {rows} rows has a reward; the columns "
+            f"are {', '.join(sorted(columns))}, rewards stand in reward, rewards or token_rewards"
+        )
+    if missing:
+        console.print(f"{missing} of {rows} rows have no reward: it is read as 0")
+    if len(returns := {t.total_reward for t in data}) == 1:
+        console.print(
+            f"every text has the same return, {returns.pop():g}: there is nothing in it to learn"
+        )
+
+
 def _refuse_centring(
     config: TrainConfig, objectives: Objectives, model: ValueModel, data: list[Trajectory]
 ) -> None:
@@ -394,6 +420,11 @@ def _given(config: TrainConfig, source: str | Path, newest: Path | None) -> Valu
         source, config.freeze_trunk, config.lora is not None, config.dtype
     )
     own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
+    usual = asdict(GPTShape())
+    for name, asked in asdict(config.gpt).items():
+        there = getattr(model.trunk, "shape", {}).get(name)  # that of our GPT; others have none
+        if asked != usual[name] and there not in (None, asked):
+            raise QvgptError(f"gpt.{name}: {source} has {there}, not {asked}; leave it out")
     if newest is None and path is not None and Tokenizer.load(path).sha256 != own:
         raise QvgptError(f"tokenizer.path: {path} is not the tokenizer of {source}; leave it out")
     return model
@@ -431,6 +462,11 @@ def _load(
         console.print(
             f"{report.too_long} texts are longer than {limit} tokens: {report.cut} cut, "
             f"{report.dropped} dropped"
+        )
+    if report.unknown:
+        console.print(
+            f"{report.unknown} texts have characters that the tokenizer does not know: each is "
+            "read as <unk>"
         )
     counts = {**asdict(report), "judged_by": [*report.judged_by], "files": files_of(paths)}
     return texts, counts

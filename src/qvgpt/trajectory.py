@@ -45,6 +45,15 @@ class Trajectory:
     terminated: bool
     """False if the episode was cut short, so that its last state still has a value."""
 
+    def __post_init__(self) -> None:
+        """Refuse lists that do not belong together."""
+        lengths = len(self.tokens), len(self.is_action), len(self.reward)
+        if len(set(lengths)) > 1:
+            raise QvgptError(
+                "a trajectory has a token, an is_action and a reward at each place, not "
+                f"{', '.join(map(str, lengths))} of them"
+            )
+
     @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the first action: samples with the same prompt form a group."""

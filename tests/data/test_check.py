@@ -39,6 +39,24 @@ def test_all_faults_are_counted_and_the_first_shown(char, write, tmp_path):
     assert report.first_faults[1] == f"{path}:2: column 'text': expected text, found 1"
 
 
+def test_rows_without_rewards_and_unknown_characters_are_counted(char, write):
+    judged = [{"prompt": "a", "completion": "b", "reward": 0}, SAMPLES, DIALOGUE]
+    judged += [{"prompt": "a", "completion": "b", "label": True}]
+    judged += [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    plain = [{"prompt": "a", "completion": "b", "score": 1}, {"text": "a", "label": 1}]
+    plain += [{"messages": [{"role": "assistant", "content": "中"}]}]
+    for rows, unrewarded, unknown in ((judged, 0, 0), (plain, 3, 1), ([*judged, *plain], 3, 1)):
+        report = check(write(*rows), char)
+        assert (report.faults, report.unrewarded, report.unknown) == (0, unrewarded, unknown)
+        shown = Console(width=200, force_terminal=False)
+        with shown.capture() as captured:
+            render(report, (), char, shown)
+        wanted = f"3 of {len(rows)} rows, read as 0 (columns: "
+        assert (wanted in captured.get()) == bool(unrewarded)
+        assert ("1 texts have characters that" in captured.get()) == bool(unknown)
+    assert "score" in report.columns
+
+
 def test_nothing_at_all(char, write):
     report = check(write(), char)
     assert (report.ok, report.trajectories, report.rewards.counts) == (False, 0, ())

@@ -181,7 +181,7 @@ FAULTS = [
     ({"prompt": "a", "chosen": "b"}, "'rejected'", "needs both"),
     ({"prompt": "a", "rejected": "b"}, "'chosen'", "needs both"),
     ({"prompt": "a", "chosen": 1, "rejected": "b"}, "'chosen'", "expected text"),
-    ({"messages": []}, "'messages'", "expected a list of messages"),
+    ({"messages": []}, "'messages'", "expected a list of messages, found an empty one"),
     ({"messages": ["a"]}, "'messages[0]'", "expected an object"),
     ({"messages": [{"role": "user", "content": "a"}]}, "'messages'", "no assistant message"),
     ({"messages": [SAY, {"role": "usr", "content": ""}]}, "'messages[1].role'", "mean 'user'"),

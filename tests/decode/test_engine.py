@@ -237,6 +237,8 @@ def test_an_engine_without_room_is_refused(model):
 
 
 def test_what_cannot_be_served_is_refused(model, plain):
+    with pytest.raises(QvgptError, match=r"tokens that are not of the model's \d+: \[1, 9999\]"):
+        write(model, [Request([1, 9999], 2)])
     with pytest.raises(QvgptError, match="40 tokens and max_tokens 9 do not fit the context of 48"):
         Engine(model).submit(Request([1] * 40, 9))
     with pytest.raises(QvgptError, match="empty prompt"):

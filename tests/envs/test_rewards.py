@@ -159,6 +159,10 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_reward.py").write_text(
         "def vowels(completion, row):\n    return sum(c in row['vowels'] for c in completion)\n"
         "def broken(completion, row):\n    return float('nan')\nnumber = 3\n"
+        "def nothing(completion, row):\n    pass\n"
+        "def text(completion, row):\n    return '0.5'\n"
+        "def key(completion, row):\n    return row['nowhere']\n"
+        "def one(completion):\n    return 1.0\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -166,6 +170,14 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
     assert reward(["banana", "xyz"], [{"vowels": "a"}] * 2) == [3.0, 0.0]
     with pytest.raises(QvgptError, match=r"own_reward:broken.*nan for row 1 of 2.*'why'"):
         get_reward("own_reward:broken")(["x", "y"], [{"prompt": "why"}] * 2)
+    for name, said in {
+        "nothing": "gave None for 'x' .prompt 'why'.: a number was expected",
+        "text": "gave '0.5' for 'x'",
+        "key": r"failed on 'x' .*KeyError: 'nowhere' \(at .*own_reward.py:11\)",
+        "one": "failed on 'x' .*TypeError: one.. takes 1 positional",
+    }.items():
+        with pytest.raises(QvgptError, match=f"own_reward:{name}' {said}"):
+            get_reward(f"own_reward:{name}")(["x"], [{"prompt": "why"}])
     for spec in ("own_reward:number", "own_reward:none", "no_such_module:f", ":f"):
         with pytest.raises(QvgptError, match=spec):
             get_reward(spec)

@@ -523,6 +523,8 @@ def test_objectives_agree_on_what_a_decision_is_and_where_the_best_is_sought():
 def test_the_names_of_loss_parts_are_known_before_any_data():
     found = parse_objectives(["LM", {"ILQL": {"cql_weight": 0.0}}, "AWR", "AWAC"])
     assert found.parts == ["total", "LM/nll", "ILQL/q", "ILQL/v", "AWR/nll", "AWAC/nll"]
+    twice = parse_objectives(["LM", {"LM": {"on": "all"}}])
+    assert twice.parts == ["total", "LM/nll", "LM 2/nll"]
 
 
 def test_the_discount_is_that_of_the_values_that_are_taught():

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qvgpt.data.files import DataError, path_list, scan_rows
-from qvgpt.data.rows import row_form, row_to_trajectories
+from qvgpt.data.rows import is_rewarded, row_form, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.trajectory import Trajectory
@@ -64,6 +64,12 @@ class CheckReport:
     action_share: float
     """Of the tokens, how many are actions."""
     rewards: Rewards
+    unrewarded: int
+    """Good rows that name no reward of their texts: it is read as 0."""
+    unknown: int
+    """Texts with characters that the tokenizer does not know."""
+    columns: tuple[str, ...]
+    """All that the good rows have."""
     terminated_share: float
     prompts: int
     """How many different ones."""
@@ -90,7 +96,8 @@ def check(
     trajectories: list[Trajectory] = []
     forms: Counter[str] = Counter()
     faults: list[str] = []
-    rows = 0
+    rows = unrewarded = 0
+    columns: set[str] = set()
     for path in path_list(paths):
         for row in scan_rows(path):
             rows += 1
@@ -99,6 +106,8 @@ def check(
                     raise row
                 trajectories += row_to_trajectories(row, tokenizer)
                 forms[row_form(row)] += 1
+                unrewarded += not is_rewarded(row)
+                columns |= row.fields.keys()
             except QvgptError as error:
                 faults.append(str(error))
     lengths = sorted(len(t.tokens) for t in trajectories)
@@ -115,6 +124,9 @@ def check(
         max_length=max_length,
         action_share=sum(sum(t.is_action) for t in trajectories) / max(sum(lengths), 1),
         rewards=_rewards([t.total_reward for t in trajectories]),
+        unrewarded=unrewarded,
+        unknown=sum(tokenizer.unknown in t.tokens for t in trajectories),
+        columns=tuple(sorted(columns)),
         terminated_share=sum(t.terminated for t in trajectories) / number,
         prompts=len(groups),
         group_sizes=dict(sorted(Counter(groups.values()).items())),
@@ -224,9 +236,17 @@ def _table(report: CheckReport) -> Table:
         "actions": f"{report.action_share:.1%} of all tokens",
         "return a text": f"min {rewards.min:.4g}, mean {rewards.mean:.4g}, max {rewards.max:.4g}; "
         f"{rewards.nonzero:.0%} are not 0",
+        "without a reward": f"{report.unrewarded} of {sum(report.forms.values())} rows, read as 0 "
+        f"(columns: {', '.join(report.columns)})",
         "histogram": _bars(rewards),
         "prompts": f"{report.prompts} different ones ({groups})",
     }
+    if not report.unrewarded:
+        del lines["without a reward"]
+    if report.unknown:
+        lines["unknown"] = (
+            f"{report.unknown} texts have characters that the tokenizer does not know"
+        )
     for name, value in lines.items():
         table.add_row(Text(name, style="bold"), Text(value))
     return table

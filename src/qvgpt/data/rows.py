@@ -34,6 +34,10 @@ class LoadReport:
     dropped: int
     judged_by: tuple[str, ...] = ()
     """SHA-256 of the reward models that gave the rewards, as `collect` notes them in the rows."""
+    unrewarded: int = 0
+    """Rows that name no reward of their texts: it is read as 0."""
+    unknown: int = 0
+    """Texts with characters that the tokenizer does not know."""
 
 
 def load_trajectories(
@@ -50,10 +54,11 @@ def load_trajectories(
     Raises `DataError` at the first faulty row (`check` finds them all).
     """
     every: list[Trajectory] = []
-    rows, judges = 0, set[str]()
+    rows, unrewarded, judges = 0, 0, set[str]()
     for path in path_list(paths):
         for row in read_rows(path):
             rows += 1
+            unrewarded += not is_rewarded(row)
             judges.update(map(str, row.fields.get("judged_by") or ()))
             every += row_to_trajectories(row, tokenizer)
     limit = sys.maxsize if max_length is None else max_length
@@ -71,8 +76,21 @@ def load_trajectories(
         kept = [c for t in every if (c := _cut(t, limit)) is not None]
         cut = len(kept) - (len(every) - too_long)
     return kept, LoadReport(
-        rows, len(kept), longest, too_long, cut, too_long - cut, tuple(sorted(judges))
-    )
+        rows, len(kept), longest, too_long, cut, too_long - cut, tuple(sorted(judges)), unrewarded,
+        sum(tokenizer.unknown in t.tokens for t in kept),
+    )  # fmt: skip
+
+
+def is_rewarded(row: Row) -> bool:
+    """Whether a row says what its texts earned."""
+    fields = row.fields
+    if {"reward", "rewards", "token_rewards", "rejected"} & fields.keys():
+        return True
+    if "label" in fields and "text" not in fields:  # else it is a class, for a reward model
+        return True
+    given = (fields.get(name) for name in ("messages", "completion"))
+    messages = [m for several in given if isinstance(several, list) for m in several]
+    return any(isinstance(m, dict) and "reward" in m for m in messages)
 
 
 def _cut(t: Trajectory, limit: int) -> Trajectory | None:
@@ -197,7 +215,8 @@ def _messages(row: Row, column: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise row.fault(column, f"expected a list of messages, found {kind_of(value)}")
+        found = "an empty one" if value == [] else kind_of(value)
+        raise row.fault(column, f"expected a list of messages, found {found}")
     for i, message in enumerate(value):
         at = f"{column}[{i}]"
         if not isinstance(message, dict):

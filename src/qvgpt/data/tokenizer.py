@@ -57,6 +57,9 @@ class Tokenizer:
         self.template = _find_template(hf, self._config)
         self.chat_template: str | None = _default_chat_template(self._config.get("chat_template"))
         unknown = _content(self._config.get("unk_token"))
+        known_as = hf.token_to_id(unknown) if unknown else None
+        self.unknown = None if known_as in self.template.end_ids else known_as
+        """The id of what the vocabulary cannot say; None where it says everything."""
         self._special = {
             token.content: i
             for i, token in hf.get_added_tokens_decoder().items()

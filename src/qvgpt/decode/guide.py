@@ -192,14 +192,20 @@ class Guide:
 
     def refuse(self, tokens: Sequence[int], max_tokens: int, guidance: Guidance) -> None:
         """Raise `QvgptError` for what cannot be written: no room, no prompt, no values."""
-        limit = self.context
+        limit, size = self.context, self.model.trunk.vocab_size
+        if isinstance(tokens, str | int):
+            raise QvgptError(
+                f"a prompt is token ids, not {tokens!r}: tokenizer.encode_prompt(text) makes them"
+            )
         if not tokens:
             raise QvgptError("an empty prompt: a token must stand before the first action")
+        if not 0 <= min(tokens) <= max(tokens) < size:
+            raise QvgptError(f"a prompt has tokens that are not of the model's {size}: {tokens}")
         if max_tokens < 1 or len(tokens) + max_tokens > limit:
             whose = "" if limit == self.model.trunk.seq_len else " of the model of the values"
             raise QvgptError(
                 f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
-                f"do not fit the context of {limit}{whose}"
+                f"do not fit the context of {limit}{whose}: give another max_tokens"
             )
         if guidance.guides:
             self.refuse_values(guidance)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgpt.data.files import Row, read_rows
-from qvgpt.data.rows import row_to_trajectories
+from qvgpt.data.rows import is_rewarded, row_to_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.sources import PrefixValues
@@ -16,6 +16,7 @@ from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.lens.page import MARK, LensText, lens_page
 from qvgpt.lens.records import read_texts
 from qvgpt.report_page import write_page
+from qvgpt.sampling import warn_of_unknown
 from qvgpt.trajectory import Trajectory, returns_to_go
 
 
@@ -73,6 +74,7 @@ def lens(config: LensConfig) -> dict[str, Any]:
         raise QvgptError(
             f"{too_long} of {len(given)} texts are longer than the context of {guide.context}"
         )
+    warn_of_unknown([each.text.tokens for each in given], model)
     guidance = config.guidance(model, config.model, values)
     guide.refuse([0], 1, guidance)
     in_words = config.in_words(model, guidance, values)
@@ -119,16 +121,8 @@ def _given(config: LensConfig, tokenizer: Tokenizer) -> list[_Given]:
         texts = row_to_trajectories(row, tokenizer)
         for i, text in enumerate(texts):
             which = f" [{i + 1}]" if len(texts) > 1 else ""
-            found.append(_Given(f"{Path(row.where).name}{which}", text, _is_rewarded(row)))
+            found.append(_Given(f"{Path(row.where).name}{which}", text, is_rewarded(row)))
     return found
-
-
-def _is_rewarded(row: Row) -> bool:
-    """Whether a row says what its texts earned."""
-    messages = row.fields.get("messages", [])
-    named = {"reward", "rewards", "token_rewards", "rejected"} & row.fields.keys()
-    judged = "label" in row.fields and "text" not in row.fields  # else it is a class
-    return bool(named) or judged or any("reward" in message for message in messages)
 
 
 def _check_output(output: Path) -> None:

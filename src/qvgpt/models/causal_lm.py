@@ -252,7 +252,12 @@ class CausalLM(nn.Module):
         fit.
         """
         path = Path(path)
-        read_config(path)
+        kinds = read_config(path).get("architectures") or []
+        if any("Classification" in str(kind) for kind in kinds):
+            raise QvgptError(
+                f"{path}: is a classifier ({kinds[0]}), which writes no text; as a reward it is "
+                f"classifier:{path}"
+            )
         if not list(path.glob("*.safetensors")):
             raise QvgptError(f"{path}: no safetensors file (weights are read from those only)")
         logging.disable_progress_bar()

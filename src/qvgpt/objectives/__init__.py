@@ -73,6 +73,13 @@ class Objectives:
     terms: tuple[tuple[float, Objective], ...]
 
     @property
+    def names(self) -> list[str]:
+        """What each term is called in a log: by its class, the second of one class `LM 2`."""
+        kinds = [type(o).__name__ for _, o in self.terms]
+        before = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        return [f"{k} {n + 1}" if n else k for k, n in zip(kinds, before, strict=True)]
+
+    @property
     def needs(self) -> frozenset[str]:
         """All that any of them reads."""
         return frozenset().union(*(objective.needs for _, objective in self.terms))
@@ -176,7 +183,8 @@ class Objectives:
 
     def __call__(self, values: Values, batch: TrajectoryBatch) -> Loss:
         """Σ weight · loss."""
-        return sum_losses((type(o).__name__, w, o(values, batch)) for w, o in self.terms)
+        both = zip(self.names, self.terms, strict=True)
+        return sum_losses((name, w, o(values, batch)) for name, (w, o) in both)
 
     def fitted_to(self, data: Sequence[Trajectory]) -> "Objectives":
         """The same with all that is said relative to the data (`LM.top_share`) put in numbers."""

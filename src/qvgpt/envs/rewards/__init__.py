@@ -9,8 +9,10 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from qvgpt.envs.rewards import form, overlap
 from qvgpt.envs.rewards.bleu import bleu, bleu_prefixes
@@ -121,7 +123,8 @@ def compares(spec: str) -> bool:
 
 def _unknown(spec: str) -> Metric:
     names = ", ".join(KINDS)
-    weights = "; in a sum every term has a weight: 0.7*chrf + 0.3*length" if "+" in spec else ""
+    is_sum = bool(re.search("[+*]", spec))
+    weights = "; in a sum every term has a weight: 0.7*chrf + 0.3*length" if is_sum else ""
     hint = nearest(spec, KINDS)
     raise QvgptError(f"no reward {spec!r}{hint}; there are {names} and module:function{weights}")
 
@@ -178,4 +181,24 @@ def _from_module(spec: str) -> Metric:
         raise QvgptError(f"reward {spec!r} expected as module:function: {error}") from error
     if not callable(function):
         raise QvgptError(f"reward {spec!r} is no callable of (completion, row)")
-    return Metric(spec, function)
+
+    def score(text: str, row: Row) -> float:
+        prompt = str(row.get("prompt", ""))[:60]
+        try:
+            found = function(text, row)
+        except QvgptError:
+            raise
+        except Exception as error:  # theirs: whatever it is, it is named, and where
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise QvgptError(
+                f"reward {spec!r} failed on {text[:60]!r} (prompt {prompt!r}): "
+                f"{type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})"
+            ) from error
+        if not isinstance(found, Real):
+            raise QvgptError(
+                f"reward {spec!r} gave {found!r} for {text[:60]!r} (prompt {prompt!r}): a number "
+                "was expected"
+            )
+        return float(found)
+
+    return Metric(spec, score)
