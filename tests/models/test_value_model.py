@@ -89,6 +89,24 @@ def test_slow_heads_read_the_slow_trunk_where_there_is_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("candidates", [Candidates(), Candidates(top_k=10**6)])
+def test_the_best_is_never_a_row_that_only_pads_the_vocabulary(candidates):
+    torch.manual_seed(0)
+    size = TOKENIZER.vocab_size
+    model = ValueModel(GPT(size + 3, 16, 2, 1, seq_len=32), HeadsConfig("linear"), TOKENIZER)
+    hidden = model.eval().trunk.hidden(BATCH.tokens)[0, 2]
+    for head in [*model.heads.q, *model.heads.target_q]:
+        head.weight[size] = hidden  # a great Q of what is no token
+        head.weight[5] = 0.5 * hidden
+    model.candidates = candidates
+    q = model.heads.q[0](hidden[None])[0]
+    assert q.argmax() == size
+    found = model(BATCH, frozenset({"q_max", "target_q_at_argmax"}))
+    assert found.q_max[0, 0] == pytest.approx(q[5].item(), abs=1e-5)
+    assert found.target_q_at_argmax[0, 0, 0] == pytest.approx(q[5].item(), abs=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp"])
 def test_values_are_read_at_the_states_of_the_decisions(kind):
     model = make(kind)

@@ -472,6 +472,7 @@ def test_objectives_are_read_as_written():
         (["ILQ"], "unknown method 'ILQ' .did you mean 'ILQL'"),
         (["MonteCarol"], "did you mean 'MonteCarlo'"),
         (["zebra"], "unknown method 'zebra'$"),
+        ([{"LM": {"weight": -1.0}}], "LM: weight must be finite, 0 or more, not -1"),
         ([{"ILQL": {"expectil": 0.8}}], "ILQL has no option 'expectil' .did you mean 'expectile'"),
         ([{"ILQL": {}, "LM": {}}], "one method per entry"),
         ([], "at least one of"),

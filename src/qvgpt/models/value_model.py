@@ -256,7 +256,7 @@ class ValueModel(nn.Module):
         assert self.heads is not None
         found = {}
         if needs & {"q_max", "target_q_at_argmax"}:
-            among = None if self.candidates.are_all else self._among
+            among = None if self.candidates.are_all and not self._is_padded else self._among
             value, slow = self.heads.best(rows, rows if slow_rows is None else slow_rows, among)
             found = {"q_max": scatter(value, used)}
             found["target_q_at_argmax"] = torch.stack([scatter(x, used) for x in slow])
@@ -267,13 +267,21 @@ class ValueModel(nn.Module):
             found["expected_q"] = torch.stack([scatter(x, used) for x in means])
         return {name: x for name, x in found.items() if name in needs}
 
+    @property
+    def _is_padded(self) -> bool:
+        """Whether the LM head has rows of tokens that do not exist."""
+        return self.tokenizer is not None and self.tokenizer.vocab_size < self.trunk.vocab_size
+
     def _among(self, hidden: Float[Tensor, "rows embed"]) -> Bool[Tensor, "rows vocab"]:
         """Which tokens the language model might say, of those that the tokenizer knows."""
         weight = self.trunk.output_weight
-        found = logits(hidden.to(weight.dtype), weight, self.trunk.softcap)
+        known = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         if self.tokenizer is not None:
-            found[:, self.tokenizer.vocab_size :] = -math.inf
-        return self.candidates.among(found)
+            known[self.tokenizer.vocab_size :] = False
+        if self.candidates.are_all:
+            return known.expand(len(hidden), -1)
+        found = logits(hidden.to(weight.dtype), weight, self.trunk.softcap)
+        return self.candidates.among(found.masked_fill_(~known, -math.inf)) & known
 
     @torch.no_grad()
     def _among_candidates(

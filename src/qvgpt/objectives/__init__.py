@@ -1,5 +1,6 @@
 """Learning objectives, one frozen dataclass per method, and how a list of them is written down."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -249,6 +250,8 @@ def _parse_objective(entry: Any) -> tuple[float, Objective]:
             default = 0 if known[option].type == int | None else 0.0
         given[option] = _like(default, value, f"objectives: {name}: {option}")
     weight = given.pop("weight", 1.0)
+    if not 0 <= weight < math.inf:
+        raise QvgptError(f"objectives: {name}: weight must be finite, 0 or more, not {weight}")
     return weight, method(**given)
 
 
