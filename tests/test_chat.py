@@ -116,7 +116,9 @@ def test_train_notes_dialogues_and_keeps_the_note(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": said}) + "\n")
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "a", "completion": "b", "reward": 1}) + "\n"
+    )
     shape = "--gpt.embed_dim 16 --gpt.num_heads 2 --gpt.num_layers 1 --gpt.seq_len 32"
     runs = [
         ("lm", f"--data {tmp_path}/d.jsonl --objectives LM --tokenizer.kind char {shape}", True),
