@@ -25,7 +25,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.value_model import ValueModel
 from qvgpt.reward_model import RewardModelConfig, train_reward_model
 from qvgpt.reward_model import training as training_module
-from qvgpt.reward_model.examples import load_examples
+from qvgpt.reward_model.examples import load_examples, split
 from qvgpt.reward_model.judged import judged, loss
 from qvgpt.reward_model.scratch import Size, new_tokenizer
 from qvgpt.reward_model.training import Rates
@@ -154,6 +154,56 @@ def test_a_stopped_training_ends_as_if_it_was_not(tmp_path, monkeypatch):
     assert found["sha256"] == whole["sha256"]
     assert found["held_out"] == whole["held_out"]
     assert train_reward_model(replace(said, resume=True)) == found  # finished: not done again
+
+
+def test_other_data_than_a_run_began_with_are_refused(tmp_path, monkeypatch):
+    said = config(tmp_path, rows_with("good", "bad"))
+    learn, steps = training_module.Training._learn, []
+
+    def stopped(self):
+        steps.append(0)
+        if len(steps) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(self)
+
+    monkeypatch.setattr(training_module.Training, "_learn", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(said)
+    Path(said.data[0]).write_text(Path(said.data[0]).read_text().replace("tea", "cup"))
+    with pytest.raises(QvgptError, match="texts to learn from are no longer those"):
+        train_reward_model(replace(said, resume=True))
+
+
+def test_what_a_column_holds_does_not_hang_on_its_being_named(tmp_path):
+    def kind(rows, target, name="rows.jsonl"):
+        if name.endswith("csv"):
+            (tmp_path / name).write_text("text,mark\n" + "".join(f"{t},{m}\n" for t, m in rows))
+            return load_examples([str(tmp_path / name)], "text", target).kind
+        rows = [{"text": t, target or "score": m} for t, m in rows]
+        return load_examples([write(tmp_path / name, rows)], "text", target).kind
+
+    texts, whole = "abcd", [0, 1, 2, 1]
+    for column in ("score", "reward"):
+        assert kind(zip(texts, whole, strict=True), column) == "scores"
+    assert kind(zip(texts, whole, strict=True), None) == "scores"
+    assert kind(zip(texts, whole, strict=True), "mark") == "classes"
+    assert kind(zip(texts, [4, 4.5, 3, 2], strict=True), "mark") == "scores"
+    assert kind(zip(texts, [4.0, 5.0, 3.0, 2.0], strict=True), "mark") == "scores"
+    assert kind(zip(texts, ["0.25", "0.5", "1", "0"], strict=True), "mark", "m.csv") == "scores"
+    assert kind(zip(texts, whole, strict=True), "mark", "m.csv") == "classes"
+    assert kind(zip(texts, ["x", "y", "1", "0.5"], strict=True), "mark") == "classes"
+
+
+def test_prompts_of_preferences_are_on_one_side(tmp_path):
+    rows = [
+        {"prompt": f"p{p}", "chosen": f"{p} {a}", "rejected": f"{p} {b}"}
+        for p in range(20) for a in range(4) for b in range(a)
+    ]  # fmt: skip
+    learned, held = split(load_examples([write(tmp_path / "p.jsonl", rows)], "completion"), 0.3)
+    texts = [{text for e in side.items for text, _ in e.texts} for side in (learned, held)]
+    assert len(held.items) % 6 == 0
+    assert held.items
+    assert not texts[0] & texts[1]
 
 
 def test_scores_are_in_their_own_units(tmp_path):

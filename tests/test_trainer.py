@@ -863,3 +863,8 @@ def test_long_texts_are_cut_only_when_told_to(config):
     summary = train(replace(config, max_length=8, on_too_long="cut"), console)
     assert summary["data"]["cut"] > 0
     assert summary["data"]["cut"] + summary["data"]["dropped"] == summary["data"]["too_long"]
+
+
+def test_any_seed_has_an_order():
+    for seed in (0, 2**45, -(2**45), 10**30):
+        assert sorted(i for b in batches([1, 2, 3], 2, seed, 0) for i in b) == [0, 1, 2]

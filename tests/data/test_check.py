@@ -43,6 +43,8 @@ def test_rows_without_rewards_and_unknown_characters_are_counted(char, write):
     judged = [{"prompt": "a", "completion": "b", "reward": 0}, SAMPLES, DIALOGUE]
     judged += [{"prompt": "a", "completion": "b", "label": True}]
     judged += [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    said = [[{"role": "assistant", "content": c, "reward": i}] for i, c in enumerate("bc")]
+    judged += [{"prompt": "a", "completions": said, "judged_by": 7}]  # whoever that may be
     plain = [{"prompt": "a", "completion": "b", "score": 1}, {"text": "a", "label": 1}]
     plain += [{"messages": [{"role": "assistant", "content": "中"}]}]
     for rows, unrewarded, unknown in ((judged, 0, 0), (plain, 3, 1), ([*judged, *plain], 3, 1)):

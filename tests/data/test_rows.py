@@ -239,6 +239,24 @@ def test_files_that_cannot_be_read(tmp_path, write):
     assert "latin.jsonl:2: not UTF-8" in fault(tmp_path / "latin.jsonl")
 
 
+def test_a_prompt_that_both_conversations_repeat_is_read_once(char, write):
+    user = {"role": "user", "content": "ab"}
+    both = [[user, {"role": "assistant", "content": c}] for c in "xy"]
+    rows = [
+        {"prompt": prompt, "chosen": both[0][start:], "rejected": both[1][start:]}
+        for prompt, start in (("ab", 0), ([user], 0), ("ab", 1))
+    ]
+    found = [row_to_trajectories(row, char) for row in read_rows(write(*rows))]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_column_that_stands_twice_is_a_fault(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("prompt,completion,reward,reward\nab,c,1,0\n")
+    with pytest.raises(DataError, match="csv:1: column 'reward': stands twice"):
+        list(read_rows(path))
+
+
 def test_csv(tmp_path, char):
     path = tmp_path / "data.csv"
     path.write_text('prompt,completion,reward,truncated\n"a\n",b,0.5,\na,c,,true\n', "utf-8")

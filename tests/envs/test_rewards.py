@@ -228,6 +228,13 @@ def test_form_by_hand():
     assert score("number", "so 3 + 4 = 7.0 apples", "it is 7") == 1.0
     assert score("number", "-1,000.", "x", "-1000") == 1.0
     assert score("number", "3-5", "-5") == score("number", "none", "none") == 0.0
+    for said, wanted in {
+        "x = .5": "0.5", "it is −5": "-5", "6.02e23": "602000000000000000000000",
+        "1e5": "100,000", "items 1,2,3": "3", "about 1,000, or so": "1000", "v1.2.3": "3",
+    }.items():  # fmt: skip
+        assert score("number", said, wanted) == 1.0, said
+    for said, wanted in {"x = .5": "5", "it is −5": "5", "6.02e23": "23", "2,5": "25"}.items():
+        assert score("number", said, wanted) == 0.0, said
 
 
 def test_sums_of_rewards():
@@ -256,7 +263,7 @@ def test_a_program_of_ones_own(tmp_path):
         "if said == 'sleep':\n"
         "    subprocess.Popen(['sleep', '30']).wait()\n"
         "if said == 'half':\n"
-        "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"  # which keeps what is printed to
         "    print(child.pid, file=open(row['note'], 'w'))\n"
         "    print('log'); print(0.5)\n"
         "sys.exit(0 if said in ('half', row['reference']) else 3)\n"

@@ -9,12 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.errors import QvgptError
-from qvgpt.export import export_hf
+from qvgpt.export import ExportOptions, export_hf, export_model
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
 
+PEFT_ITSELF = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 TOKENIZER = Tokenizer.train(["abcdefghijklmnopqrstuvwxyz"], "char")
 DIALOGUE = Trajectory([1, 9, 2, 7, 3], [False] * 3 + [True] * 2, [0.0] * 5, terminated=True)
 TEXTS = [[1, 7, 9, 2, 8, 8, 3], DIALOGUE]
@@ -50,6 +53,24 @@ def test_plain_transformers_reads_the_guided_model(tmp_path, kind, tied):
     assert manifest["fidelity"]["greedy_agreement"] == 1.0
     assert abs(manifest["fidelity"]["mean_kl"]) < 1e-6
     assert manifest["fidelity"]["states"] > 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["hf", pytest.param("lora", marks=PEFT_ITSELF)])
+def test_rows_that_only_pad_the_vocabulary_are_silent_and_v_is_read_beside_them(tmp_path, to):
+    torch.manual_seed(0)
+    known = TOKENIZER.vocab_size
+    heads = HeadsConfig("bilinear", v="linear")
+    model = ValueModel(GPT(known + 30, 16, 2, 2, 48), heads, TOKENIZER).eval()
+    for p in model.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    model.save(tmp_path / "model")
+    told = ExportOptions(to=to, beta=2.0, value_rows=True)
+    said = export_model(tmp_path / "model", tmp_path / "out", told, prompts=[[1, 7, 2], [1, 9, 2]])
+    assert said["fidelity"]["v"]["rmse"] < 1e-4
+    place = tmp_path / "out" / ("" if to == "hf" else "base")
+    silent = json.loads((place / "generation_config.json").read_text())["suppress_tokens"]
+    assert sorted(silent) == list(range(known, known + 30))
 
 
 def test_the_directory_is_whole(tmp_path):

@@ -276,3 +276,11 @@ def test_the_commands_take_such_a_directory(tmp_path):
     assert text.tokens
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "values")
     assert type(plain) is type(hf)
+
+
+def test_a_model_that_says_no_context_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(QvgptError, match="BloomForCausalLM: says no context"):
+        CausalLM(BloomForCausalLM(config))

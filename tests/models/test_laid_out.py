@@ -3,16 +3,20 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from qvgpt.decode.engine import generate
+from qvgpt.decode.policy import Guidance
 from qvgpt.models import laid_out, native
 from qvgpt.models.blocked import Blocked, product
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.laid_out import head_of, lay_out
+from qvgpt.models.value_model import ValueModel
 
 pytestmark = pytest.mark.skipif(
     not Blocked.suits(torch.zeros(256, 256)), reason="no oneDNN in this build of torch"
@@ -189,6 +193,24 @@ def test_short_states_have_hidden_layers_read_short_and_values_not(kind):
             wrong[dtype] = (heads.target_q[0].of_many(states, tokens) - exact).abs().max()
     assert wrong[torch.float32] <= 1e-5 * exact.abs().max()
     assert 1e-5 < wrong[torch.bfloat16] / exact.std() < 0.02
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_threads_do_not_disturb_one_another(trunk, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(laid_out, "_suits", lambda module: False)
+    model = ValueModel(trunk, HeadsConfig("mlp"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    prompts = [[1, 2, 3], list(range(1, 15))]
+
+    def write(i):
+        return generate(model, [prompts[i]], Guidance(), max_tokens=16, seed=1)[0].tokens
+
+    alone = [write(0), write(1)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, [0, 1] * 8)) == alone * 8
 
 
 def test_nothing_keeps_a_trunk_alive(trunk):

@@ -63,7 +63,7 @@ def batches(
     together, but for those that a batch's end divides; all of a group have one length then. A pure
     function of its arguments, so that a resumed run goes on where it stopped.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     together = [[i] for i in range(len(lengths))] if groups is None else groups
     shuffled = torch.randperm(len(together), generator=generator).tolist()
     order = [i for group in shuffled for i in together[group]]

@@ -113,6 +113,10 @@ def _scan_csv(file: Path) -> Iterator[Row | DataError]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader, start = csv.DictReader(lines, strict=True), 2
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+                yield DataError(f"{file}:1", twice, "stands twice in the header: rename one")
+                return
             for cells in reader:
                 where, start = f"{file}:{start}", reader.line_num + 1
                 if None in cells or None in cells.values():

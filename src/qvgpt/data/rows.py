@@ -5,6 +5,7 @@ A fault is one line: file and row, column, what was expected.
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def load_trajectories(
         for row in read_rows(path):
             rows += 1
             unrewarded += not is_rewarded(row)
-            judges.update(map(str, row.fields.get("judged_by") or ()))
+            judges.update(_judges(row))
             every += row_to_trajectories(row, tokenizer)
     limit = sys.maxsize if max_length is None else max_length
     kept = [t for t in every if len(t.tokens) <= limit]
@@ -88,9 +89,18 @@ def is_rewarded(row: Row) -> bool:
         return True
     if "label" in fields and "text" not in fields:  # else it is a class, for a reward model
         return True
-    given = (fields.get(name) for name in ("messages", "completion"))
+    given = [fields.get("messages"), fields.get("completion")]
+    if isinstance(fields.get("completions"), list):
+        given += fields["completions"]
     messages = [m for several in given if isinstance(several, list) for m in several]
     return any(isinstance(m, dict) and "reward" in m for m in messages)
+
+
+def _judges(row: Row) -> list[str]:
+    """The reward models that `collect` notes; whoever else is said to have judged is metadata."""
+    found = row.fields.get("judged_by")
+    texts = found if isinstance(found, list) else []
+    return [x for x in texts if isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x)]
 
 
 def _cut(t: Trajectory, limit: int) -> Trajectory | None:
@@ -253,6 +263,11 @@ def _preference(row: Row, tokenizer: Tokenizer) -> list[Trajectory]:
         shared = min(map(len, both)) - 1 if same is None else same
         fields["prompt"] = both[0][:shared]
         both = [messages[shared:] for messages in both]
+    elif _all(both, list):  # where both repeat the prompt, it is read once
+        given = fields.get("prompt")
+        before = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        if isinstance(before, list) and all(m[: len(before)] == before for m in both):
+            both = [messages[len(before) :] for messages in both]
     inner = {**fields, "completions": both, "rewards": [1.0, -1.0]}
     try:
         return _samples(Row(row.where, inner), tokenizer)

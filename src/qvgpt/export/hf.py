@@ -57,11 +57,13 @@ def with_value_rows(
 
 
 def save_language_model(plain: ValueModel, directory: Path, rows: Rows | None = None) -> None:
-    """Write it; tokens of value rows are not to be sampled."""
+    """Write it; value rows, and rows that only pad the vocabulary, are not to be sampled."""
     plain.save(directory)
-    if rows is not None:
-        file = directory / "generation_config.json"
-        add_to_json(file, {"suppress_tokens": [rows.zero, rows.value]})
+    assert plain.tokenizer is not None
+    silent = [] if rows is None else [rows.zero, rows.value]
+    silent += range(plain.tokenizer.vocab_size, plain.trunk.vocab_size)
+    if silent:
+        add_to_json(directory / "generation_config.json", {"suppress_tokens": silent})
 
 
 def load_language_model(directory: Path) -> Any:

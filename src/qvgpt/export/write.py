@@ -118,9 +118,11 @@ def _guided(source: Source, staged: Path, options: ExportOptions) -> dict[str, A
         v = linear_v(model.heads, hidden, source.hidden(source.held_out))
         plain, rows = with_value_rows(plain, v, hidden)
         found["value_rows"] = _rows_said(rows, v)
-        if adapter is not None:  # the adapter leaves the new rows alone
+        if adapter is not None:  # the adapter leaves these rows alone, new or padding before
             more = plain.trunk.vocab_size - len(adapter[0])
-            adapter = (torch.nn.functional.pad(adapter[0], (0, 0, 0, more)), adapter[1])
+            up = torch.nn.functional.pad(adapter[0], (0, 0, 0, more))
+            up[[rows.zero, rows.value]] = 0
+            adapter = (up, adapter[1])
     judged = _write(plain, adapter, rows, guidance.beta, staged, options)
     return {
         "beta": guidance.beta,

@@ -74,7 +74,12 @@ class CausalLM(nn.Module):
         if head is None or getattr(head, "bias", None) is not None:
             raise QvgptError(f"{name}: a trunk needs an LM head that is a matrix without bias")
         self.vocab_size, self.embed_dim = head.weight.shape
-        self.seq_len: int = config.max_position_embeddings
+        context = getattr(config, "max_position_embeddings", None)
+        if not isinstance(context, int):
+            raise QvgptError(
+                f"{name}: says no context (max_position_embeddings), so that it can be no trunk"
+            )
+        self.seq_len = context
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(_ATTENTION)

@@ -210,8 +210,8 @@ class GPT(nn.Module):
     def with_head(self, weight: Float[Tensor, "vocab embed"]) -> "GPT":
         """A copy whose LM head is `weight`, untied from the token embedding."""
         other = GPT(**{**self.shape, "tied": False})
-        other.load_state_dict({**self.state_dict(), "head.weight": weight})
-        return other
+        other.to(self.output_weight).load_state_dict({**self.state_dict(), "head.weight": weight})
+        return other.train(self.training)
 
     def save(self, path: str | Path, **config: Any) -> None:
         """Write a Hugging Face GPT-2 directory; `config` adds keys such as eos_token_id."""

@@ -49,6 +49,11 @@ def exact(hidden: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(where, enabled=False) if torch.is_autocast_enabled(where) else _NO_CHANGE
 
 
+def version(tensor: Tensor) -> int:
+    """How often it was changed in place, as far as that is told: of inference tensors it is not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class StateHead(nn.Module):
     """A number per state, V(s) or the baseline b(s); with a `support`, a distribution of it."""
 
@@ -102,7 +107,7 @@ class _OverVocab(nn.Module):
         if self.training or self.weight.requires_grad:
             return self.weight.mean(0)
         # in-place changes count up; only fused optimizers do not, which never touch a slow copy
-        state = (self.weight._version, self.weight.data_ptr())
+        state = (version(self.weight), self.weight.data_ptr())
         if self._mean is None or self._mean[0] != state:
             self._mean = (state, self.weight.mean(0))
         return self._mean[1]

@@ -123,6 +123,7 @@ class KVCache:
         slots, head_dim], and cells [2 · batch · heads · (room + 1), head_dim].
         """
         extent, (_, batch, heads, slots, head_dim) = self.extent, self.kv[0].shape
+        slot = slot.clamp(max=slots - 1)  # rows that idle may say more
         if self._of_one is None or self._of_one[0] != extent:
             row = torch.arange(batch * heads).view(batch, 1, heads)
             first = (row + torch.tensor([[0], [batch * heads]])) * slots

@@ -7,6 +7,7 @@
 The second copy costs the memory of the weights, as long as the trunk lives.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from qvgpt.models import graph
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.gpt import GPT
-from qvgpt.models.heads import ValueHeads
+from qvgpt.models.heads import ValueHeads, version
 from qvgpt.models.step import HeadsStep, Step
 
 
@@ -28,6 +29,7 @@ class _LaidOut:
 
     def __init__(self, module: Any, dtype: torch.dtype | None):
         self.state, self.dtype = _state(module), dtype
+        self.lock = _lock_of(module)
         layers = _layers(module)
         short = set(map(id, module.hidden_layers)) if dtype == torch.bfloat16 else set()
         there = set(map(id, layers))
@@ -48,14 +50,18 @@ class _LaidOut:
         self.head = Blocked(head) if head is not None and Blocked.suits(head) else head
 
     def __enter__(self) -> None:
+        self.lock.acquire()
         for layer, forward in self.forwards:
             layer.__dict__["forward"] = forward
 
     def __exit__(self, *error: object) -> None:
-        for layer, _ in self.forwards:
-            del layer.__dict__["forward"]
-        for _, together in self.together:
-            together.forget()
+        try:
+            for layer, _ in self.forwards:
+                del layer.__dict__["forward"]
+            for _, together in self.together:
+                together.forget()
+        finally:
+            self.lock.release()
 
 
 class _Together:
@@ -89,6 +95,14 @@ class _Together:
 
 
 _known: WeakKeyDictionary[nn.Module, _LaidOut] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_finding_locks = threading.Lock()
+
+
+def _lock_of(module: nn.Module) -> Any:
+    """One thread at a time lays a module out, or finds its layers replaced."""
+    with _finding_locks:
+        return _locks.setdefault(module, threading.RLock())
 
 
 def lay_out(module: Any, dtype: torch.dtype | None = None) -> None:
@@ -97,9 +111,10 @@ def lay_out(module: Any, dtype: torch.dtype | None = None) -> None:
     `dtype` is that of the states that value heads are told: their hidden layers, which autocast
     makes short of digits in training too, are read in it.
     """
-    known = _known.get(module)
-    if known is None or known.state != _state(module) or known.dtype != dtype:
-        _known[module] = _LaidOut(module, dtype)
+    with _lock_of(module):
+        known = _known.get(module)
+        if known is None or known.state != _state(module) or known.dtype != dtype:
+            _known[module] = _LaidOut(module, dtype)
 
 
 def head_of(trunk: Any) -> Tensor | Blocked:
@@ -171,10 +186,10 @@ def _state(module: Any) -> list[Any]:
     if head is not None and Blocked.suits(head):  # sharded ones and other devices' are let alone
         weights.append(head)
     found: list[Any] = [
-        (w.data_ptr(), w._version, float(w.detach()[0].float().sum())) for w in weights
+        (w.data_ptr(), version(w), float(w.detach()[0].float().sum())) for w in weights
     ]
     if _suits(module):  # all else it reads where it lies
         found.append([p.data_ptr() for p in module.parameters()])
     if isinstance(module, ValueHeads) and HeadsStep.suits(module):  # it keeps a mean of rows
-        found += [(p.data_ptr(), p._version) for p in module.target_q.parameters()]
+        found += [(p.data_ptr(), version(p)) for p in module.target_q.parameters()]
     return found

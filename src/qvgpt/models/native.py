@@ -231,13 +231,17 @@ class NativeStep:
         """Hidden states after the last norm; keys and values are stored, the lengths are not."""
         batch, slots, threads = len(tokens), cache.kv[0].size(3), torch.get_num_threads()
         tokens, length = tokens.contiguous(), cache.length.contiguous()
-        for layer, kv in zip(self._layers, cache.kv, strict=True):
+        if batch != cache.kv[0].size(1):
+            raise ValueError(f"{batch} tokens for {cache.kv[0].size(1)} rows of the cache")
+        # a copy, since another thread may be in here with a cache of its own
+        table = type(self._layers).from_buffer_copy(self._layers)
+        for layer, kv in zip(table, cache.kv, strict=True):
             layer.kv = _address(kv, torch.float32)
         found = torch.empty(batch, self.embed, dtype=self.native.dtype)
         wide = max(self.embed, self.hidden)
         own = batch * wide + self.embed + slots + _LANES
         work = _floats(batch * (5 * self.embed + self.hidden) + threads * own)
-        model, layers = ctypes.addressof(self._model), ctypes.addressof(self._layers)
+        model, layers = ctypes.addressof(self._model), ctypes.addressof(table)
         unknown = self.native.call(
             "step", found, model, layers, tokens, length, batch, slots, threads, work
         )

@@ -1,6 +1,7 @@
 """Rows with a judgement → what a reward model learns from."""
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ class Example:
     texts: tuple[Text, ...]
     target: float
     """The index of the class, the score, or 1 for a preference."""
+    group: str = ""
+    """What is held out together: of preferences and several samples the prompt, else the text."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def load_examples(
 
     A row is `text`, or `prompt` and `completion` (of which `reads` says what is read), with a class
     in `label` or a number in `score` or `reward`; `completions` with `rewards`; or `chosen` and
-    `rejected`. `target` names another column. `known` are the values of label that training has
+    `rejected`. `target` names another column: of numbers that are not all whole scores, else
+    classes. `known` are the values of label that training has
     seen, in order; `names` what to call them. Raises `QvgptError`, naming the row, for one that is
     not like the first.
     """
@@ -76,9 +80,11 @@ def load_examples(
         raise QvgptError("data: there is no row to learn from")
     assert column is not None
     if column == "chosen":
-        return Examples("preferences", [Example(texts, 1.0) for texts, _, _ in found])
-    if column != "label" and (target is None or _are_numbers([v for _, v, _ in found])):
-        return Examples("scores", [Example(t, _number(row, column, v)) for t, v, row in found])
+        return Examples("preferences", [Example(t, 1.0, _group(t, row)) for t, _, row in found])
+    scores = column in ("score", "reward", "rewards")
+    if scores or (column != "label" and _are_scores([v for _, v, _ in found])):
+        items = [Example(t, _number(row, column, v), _group(t, row)) for t, v, row in found]
+        return Examples("scores", items)
     values = [_label(row, column, value) for _, value, row in found]
     order = list(known) if known else _ordered(values)
     index = {value: i for i, value in enumerate(order)}
@@ -89,16 +95,22 @@ def load_examples(
         raise QvgptError(f"data: every label is {order[0]!r}; two classes or more are needed")
     if names and len(names) != len(order):
         raise QvgptError(f"labels: {len(order)} names were expected, for the values {order}")
-    items = [Example(t, float(index[v])) for (t, _, _), v in zip(found, values, strict=True)]
+    items = [
+        Example(t, float(index[v]), _group(t, row))
+        for (t, _, row), v in zip(found, values, strict=True)
+    ]
     return Examples("classes", items, list(names) or order, order)
 
 
 def split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """Examples to learn from and to hold out, told by a hash of the text.
 
-    Equal texts are on the same side. Raises `QvgptError` where one side is empty.
+    Equal texts are on the same side; of preferences and of several samples all of one prompt, where
+    they have one. Raises `QvgptError` where one side is empty.
     """
-    held = [_fraction(e.texts[0]) < share for e in examples.items]
+    alike = len({e.group for e in examples.items}) == 1  # one prompt for all: it tells nothing
+    groups = [_whole(e.texts[0]) if alike else e.group for e in examples.items]
+    held = [_fraction(group) < share for group in groups]
     sides = [
         replace(examples, items=[e for e, h in zip(examples.items, held, strict=True) if h is side])
         for side in (False, True)
@@ -111,8 +123,18 @@ def split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     return sides[0], sides[1]
 
 
-def _fraction(text: Text) -> float:
-    digest = hashlib.sha256("\0".join(part or "" for part in text).encode()).digest()
+def _group(texts: tuple[Text, ...], row: Row) -> str:
+    if {"chosen", "completions"} & row.fields.keys() and "prompt" in row.fields:
+        return json.dumps(row.fields["prompt"])
+    return _whole(texts[0])
+
+
+def _whole(text: Text) -> str:
+    return "\0".join(part or "" for part in text)
+
+
+def _fraction(group: str) -> float:
+    digest = hashlib.sha256(group.encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
@@ -149,8 +171,14 @@ def _text(row: Row, column: str, value: Any) -> str:
     return value
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, float) for v in values)
+def _are_scores(values: Sequence[Any]) -> bool:
+    """Numbers, not all of them whole; a CSV cell of a column of one's own is text."""
+    try:
+        numbers = [math.nan if isinstance(v, bool) else float(v) for v in values]
+    except (TypeError, ValueError):
+        return False
+    whole = all(str(v).strip().removeprefix("-").isdecimal() for v in values)
+    return all(map(math.isfinite, numbers)) and not whole
 
 
 def _number(row: Row, column: str, value: Any) -> float:

@@ -4,6 +4,7 @@ Accelerate places and steps; the rest of Hugging Face's Trainer is not needed fo
 trains in minutes, and its checkpoints hold pickles.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -110,7 +111,8 @@ class Training:
         ]
         optimizer = torch.optim.AdamW(groups, lr=lr)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.state = TrainState()
+        learned, held = map(_digest, sides)
+        self.state = TrainState(data_sha256=learned, eval_sha256=held)
         self.best: dict[str, Tensor] = {}
         self.order: list[list[int]] = []
         self.each_epoch = -(-len(self.learned) // rates.batch_size)
@@ -225,6 +227,10 @@ class Training:
         figures = judged(self.kind, self._of_held(), targets, self.labels)
         told = {f"eval/{k}": v for k, v in figures.items() if k in ("loss", "accuracy", "spearman")}
         shown.log(self.state.step, told, show=True)
+        if not math.isfinite(figures["loss"]):
+            raise QvgptError(
+                f"step {self.state.step}: the held-out loss is no number any more: lower rates.lr"
+            )
         if self.state.best is not None and figures["loss"] >= self.state.best:
             self.state.bad_evals += 1
             return
@@ -256,9 +262,23 @@ class Training:
             replace_directory(staged, checkpoint)
 
     def _load(self, checkpoint: Path) -> TrainState:
+        state = TrainState(**read_json(checkpoint / "state.json"))
+        for name in ("data_sha256", "eval_sha256"):
+            if getattr(state, name) != getattr(self.state, name):
+                which = "texts to learn from" if name == "data_sha256" else "held-out texts"
+                raise QvgptError(
+                    f"{checkpoint}: the {which} are no longer those that the run began with: "
+                    "restore them, or train anew elsewhere"
+                )
         self.model.load_state_dict(load_tensors(checkpoint / "now.safetensors"))
         self.best = load_tensors(checkpoint / "best.safetensors")
         tensors = load_tensors(checkpoint / "optimizer.safetensors")
         put_optimizer_state(tensors, self.names, self.optimizer, checkpoint)
-        self.state = TrainState(**read_json(checkpoint / "state.json"))
-        return self.state
+        self.state = state
+        return state
+
+
+def _digest(examples: Examples) -> str:
+    """SHA-256 of the texts and what was thought of them."""
+    said = json.dumps([(e.texts, e.target) for e in examples.items])
+    return hashlib.sha256(said.encode()).hexdigest()

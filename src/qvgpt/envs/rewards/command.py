@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -44,24 +45,26 @@ def _judged(words: Sequence[str], seconds: float, text: str, row: Row) -> float:
     said = dict(row) | {"completion": text}
     if "completion" in row:
         said["reference"] = row["completion"]
-    with subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # so that what it started can be ended with it
-    ) as process:
-        try:
-            line = json.dumps(said, default=str) + "\n"
-            out, _ = process.communicate(line.encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile() as out:  # no pipe: what it started may keep that open
+        with subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that what it started can be ended with it
+        ) as process:
+            try:
+                line = json.dumps(said, default=str) + "\n"
+                process.communicate(line.encode(), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return 0.0
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
             return 0.0
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        return 0.0
-    lines = out.decode(errors="replace").split("\n")
+        out.seek(0)
+        lines = out.read().decode(errors="replace").split("\n")
     last = next((found for found in reversed(lines) if found.strip()), "1")
     try:
         return float(last)

@@ -69,7 +69,7 @@ def number(completion: str, row: Row) -> float:
 def _last_number(text: str) -> Decimal | None:
     found = _NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
+        return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
     except InvalidOperation:
         return None
 
@@ -83,4 +83,8 @@ def _f1(said: list[str], wanted: list[str]) -> float:
 
 _CHINESE_PUNCTUATION = "。，、；：？！（）《》〈〉【】「」『』～．"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + _CHINESE_PUNCTUATION)
-_NUMBER = re.compile(r"(?:(?<!\w)-)?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-−])?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:[eE][+-]?\d+)?"
+)
