@@ -14,6 +14,8 @@ from qvgpt.report import Section, Series, line_chart, write_report
 EQUAL_KL = ", equal KL"
 """Ends the name of a rival that goes as far from the base as the headline, on the same prompts."""
 Cells = Sequence[Mapping[str, Any]]
+_FARTHEST = 16.0
+"""Nats a text that are drawn; nobody reads what lies beyond, and the table has it."""
 
 
 def summarise(
@@ -219,7 +221,7 @@ def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
     charts = []
     for direction, every in rows.items():
         found, series = [r for r in every if "β" not in r["method"]], []  # nor its best of N
-        found = [r for r in found if not r["method"].endswith(EQUAL_KL)]
+        found = [r for r in found if not r["method"].endswith(EQUAL_KL) and r["kl"] <= _FARTHEST]
         for method in dict.fromkeys(_line_of(r["method"]) for r in found):
             of = sorted(
                 (r for r in found if _line_of(r["method"]) == method), key=lambda r: r["kl"]
@@ -230,7 +232,8 @@ def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
         charts.append(
             line_chart(
                 series, title=f"Towards {direction}", x_label="log₁₀ of the KL to the base, nats a "
-                "text (of best of N a bound)", y_label="judge's success", style="both",
+                f"text (of best of N a bound), up to {_FARTHEST:g}", y_label="judge's success",
+                style="both",
             )
         )  # fmt: skip
     section = Section("Success and distance from the base", body_html="".join(charts))
