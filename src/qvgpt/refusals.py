@@ -4,12 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
+from qvgpt.data.files import read_rows
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.fit_options import FitOptions
 from qvgpt.models.value_model import OF_THE_TRUNK, ValueModel
 from qvgpt.objectives import QSFT, Objectives, counted, discount_of
 from qvgpt.run import require_tensorboard
-from qvgpt.trajectory import Trajectory, collate, returns_to_go
+from qvgpt.trajectory import Trajectory, by_prompt, collate, returns_to_go
 
 
 def refuse(
@@ -118,6 +121,40 @@ def _refuse_return(model: ValueModel, objectives: Objectives, text: Trajectory, 
                 f"to {support.high:g}: give fitting heads.low and heads.high, or scale the rewards "
                 "by reward_scale"
             )
+
+
+def refuse_no_rewards(
+    paths: Sequence[str], data: Sequence[Trajectory], rows: int, missing: int, console: Console
+) -> None:
+    """Raise `QvgptError`, or say so, where values would learn of rewards that nobody gave."""
+    if missing and missing == rows:
+        columns = {name for path in paths for row in read_rows(path) for name in row.fields}
+        raise QvgptError(
+            f"objectives: they learn values, and none of the {rows} rows has a reward; the columns "
+            f"are {', '.join(sorted(columns))}, rewards stand in reward, rewards or token_rewards"
+        )
+    if missing:
+        console.print(f"{missing} of {rows} rows have no reward: it is read as 0")
+    if len(returns := {t.total_reward for t in data}) == 1:
+        said = f"every text has the same return, {returns.pop():g}"
+        console.print(f"{said}: there is nothing in it to learn")
+
+
+def refuse_centring(
+    centred: bool, model: ValueModel, objectives: Objectives, data: Sequence[Trajectory]
+) -> None:
+    """Raise `QvgptError` where returns and values would not be counted from the same point."""
+    learned = model.heads is not None and not model.heads.are_fresh
+    if objectives.learns_values and learned and model.info.centred != centred:
+        said = "true" if model.info.centred else "false"
+        raise QvgptError(
+            f"centred: the values to start from were learned with {said}: say the same"
+        )
+    if centred and all(len(several) == 1 for several in by_prompt(data)):
+        raise QvgptError(
+            "centred: every prompt has one text, whose return counted from their mean is 0: give "
+            "several texts a prompt, or leave it out"
+        )
 
 
 def refuse_shared_prompts(model: ValueModel, objectives: Objectives) -> None:

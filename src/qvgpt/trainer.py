@@ -29,9 +29,9 @@ from qvgpt.models.value_model import ValueModel, load_trunk, stored_heads
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
-from qvgpt.refusals import refuse, refuse_shared_prompts
+from qvgpt.refusals import refuse, refuse_centring, refuse_no_rewards, refuse_shared_prompts
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
-from qvgpt.trajectory import Trajectory, by_prompt, centred, repeated_share, scaled
+from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
 # them is trained, and what the best so far is the best of
@@ -165,8 +165,9 @@ def _train(
     model = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
-    _refuse_no_rewards(config, objectives, counts, data, console)
-    _refuse_centring(config, objectives, model, data)
+    if objectives.learns_values:
+        refuse_no_rewards(config.data, data, counts["rows"], counts["unrewarded"], console)
+    refuse_centring(config.centred, model, objectives, data)
     if config.centred:
         data, eval_data = centred(data), centred(eval_data)
     scale = _reward_scale(config, objectives, model)
@@ -340,48 +341,6 @@ def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel
             f"reward_scale: the values to start from were learned with {learned:g}; leave it out"
         )
     return learned
-
-
-def _refuse_no_rewards(
-    config: TrainConfig,
-    objectives: Objectives,
-    counts: dict[str, Any],
-    data: list[Trajectory],
-    console: Console,
-) -> None:
-    """Raise `QvgptError`, or say so, where values would learn of rewards that nobody gave."""
-    rows, missing = counts["rows"], counts["unrewarded"]
-    if not objectives.learns_values or not rows:
-        return
-    if missing == rows:
-        columns = {name for path in config.data for row in read_rows(path) for name in row.fields}
-        raise QvgptError(
-            f"objectives: they learn values, and none of the {rows} rows has a reward; the columns "
-            f"are {', '.join(sorted(columns))}, rewards stand in reward, rewards or token_rewards"
-        )
-    if missing:
-        console.print(f"{missing} of {rows} rows have no reward: it is read as 0")
-    if len(returns := {t.total_reward for t in data}) == 1:
-        console.print(
-            f"every text has the same return, {returns.pop():g}: there is nothing in it to learn"
-        )
-
-
-def _refuse_centring(
-    config: TrainConfig, objectives: Objectives, model: ValueModel, data: list[Trajectory]
-) -> None:
-    """Raise `QvgptError` where returns and values would not be counted from the same point."""
-    learned = model.heads is not None and not model.heads.are_fresh
-    if objectives.learns_values and learned and model.info.centred != config.centred:
-        said = "true" if model.info.centred else "false"
-        raise QvgptError(
-            f"centred: the values to start from were learned with {said}: say the same"
-        )
-    if config.centred and all(len(several) == 1 for several in by_prompt(data)):
-        raise QvgptError(
-            "centred: every prompt has one text, whose return counted from their mean is 0: give "
-            "several texts a prompt, or leave it out"
-        )
 
 
 def _keep_reference(config: TrainConfig, model: ValueModel) -> None:
