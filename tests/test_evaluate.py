@@ -448,6 +448,20 @@ def test_another_base_writes_the_unguided_texts_and_kl_is_to_it(task, tmp_path, 
     assert not (tmp_path / "wrong").exists()
 
 
+def test_centred_values_are_judged_on_centred_returns(task, tmp_path, capsys):
+    model = ValueModel.from_pretrained(task.model)
+    model.info.centred = True
+    model.save(tmp_path / "centred")
+    centred = replace(task, model=str(tmp_path / "centred"), samples=3)
+    for samples, name in ((3, "several"), (1, "one")):
+        found = evaluate(replace(centred, samples=samples, output=str(tmp_path / name)))["values"]
+        said = "centred values are judged by several samples" in capsys.readouterr().err
+        assert (found is None) == said == (samples == 1)
+        if found:  # what came at the prompt is 0 in the mean of each
+            actual = [tenth["actual"] for tenth in found["v_at_prompt"]["calibration"]]
+            assert sum(actual) / len(actual) == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -183,7 +183,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     judged, right = values or own_values(model), None
-    if isinstance(judged, HeadValues) and judged.model.info.level == "token":
+    if isinstance(judged, HeadValues) and judged.model.info.centred and config.samples == 1:
+        print("evaluate: centred values are judged by several samples a prompt", file=sys.stderr)
+    elif isinstance(judged, HeadValues) and judged.model.info.level == "token":
         right = value_diagnostics(judged.model, _logged(model, prompts, fields, rows, config))
     summary = {
         "metric": config.reward,

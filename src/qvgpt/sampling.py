@@ -50,9 +50,8 @@ def load_prompts(
 
 def warn_of_unknown(texts: Sequence[Sequence[int]], model: ValueModel) -> None:
     """Say on stderr where the model cannot see what it is asked."""
-    unknown = model.tokenizer.unknown if model.tokenizer else None
-    count = sum(unknown in tokens for tokens in texts)
-    if unknown is not None and count:
+    count = model.tokenizer.count_unknown(texts) if model.tokenizer else 0
+    if count:
         print(
             f"{count} of {len(texts)} texts have characters that the model's tokenizer does not "
             "know: each is read as <unk>",

@@ -125,7 +125,7 @@ def check(
         action_share=sum(sum(t.is_action) for t in trajectories) / max(sum(lengths), 1),
         rewards=_rewards([t.total_reward for t in trajectories]),
         unrewarded=unrewarded,
-        unknown=sum(tokenizer.unknown in t.tokens for t in trajectories),
+        unknown=tokenizer.count_unknown(t.tokens for t in trajectories),
         columns=tuple(sorted(columns)),
         terminated_share=sum(t.terminated for t in trajectories) / number,
         prompts=len(groups),

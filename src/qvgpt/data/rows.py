@@ -78,7 +78,7 @@ def load_trajectories(
         cut = len(kept) - (len(every) - too_long)
     return kept, LoadReport(
         rows, len(kept), longest, too_long, cut, too_long - cut, tuple(sorted(judges)), unrewarded,
-        sum(tokenizer.unknown in t.tokens for t in kept),
+        tokenizer.count_unknown(t.tokens for t in kept),
     )  # fmt: skip
 
 

@@ -69,6 +69,10 @@ class Tokenizer:
             and (token.content != unknown or i in self.template.end_ids)
         }
 
+    def count_unknown(self, texts: Iterable[Sequence[int]]) -> int:
+        """How many of some texts, as tokens, have something that the vocabulary cannot say."""
+        return 0 if self.unknown is None else sum(self.unknown in tokens for tokens in texts)
+
     @classmethod
     def train(
         cls,
