@@ -1,5 +1,16 @@
-"""One thread: the models of the tests are tiny, and threads that wait for work cost more."""
+"""Types are checked; one thread: models of tests are tiny, and threads that wait cost more."""
 
-import torch
+import pytest
+import typed
+
+typed.install("qvgpt")
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The first calls count anew."""
+    typed.Running.test += 1

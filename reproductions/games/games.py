@@ -253,7 +253,7 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             num_layers=3,
         ),
     }
-    for name, degree, steps in (("star_graph_2_5", 2, 2000), ("star_graph_5_5", 5, 2000)):
+    for name, degree, steps in (("star_graph_2_5", 2, 4000), ("star_graph_5_5", 5, 4000)):
         long = StarGraphs(degree=degree, length=5, num_labels=26)
         games[name] = replace(
             games["star_graph"],

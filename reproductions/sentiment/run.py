@@ -59,8 +59,6 @@ CANDIDATES = ("FUDGE", "CD")
 """As many as there are candidates."""
 RIVALS = (*CANDIDATES, "contrast")
 """Compared at the headline's KL."""
-SECOND = ("MonteCarlo", *BILINEAR, "contrast")
-"""What is done in the second direction too, beside base, best of N and fine-tuning."""
 MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
 """Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
 pairs of words."""
@@ -196,8 +194,6 @@ class _Seed:
         ways: dict[str, _Way] = {}
         for name in setting.values:
             method = VALUES[name]
-            if direction == "negative" and name not in SECOND:
-                continue
             model = tuned(place / name, base_dir, samples, method.objectives, setting.value_fit,
                           self.seed, method.heads, method.frozen)  # fmt: skip
             betas = method.betas[: setting.strengths]
