@@ -80,6 +80,11 @@ def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
     other = replace(setting, embed_dim=64)
     with pytest.raises(QvgptError, match="another setting"):
         games["cell"]("random_walk", other, "ILQL", 1, tmp_path, kept)
+    digests = {
+        games["digest"](games["described"](setting, f"MonteCarlo{form}"))
+        for form in ("", "_linear", "_rank4", "_mlp", "_cloned_trunk")
+    }
+    assert len(digests) == 5
 
 
 def test_figures_of_the_games_by_hand(games):
@@ -135,6 +140,25 @@ def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp
     assert written & asked[1]
     ours, theirs = (ValueModel.from_pretrained(models.work / n) for n in ("base", "fold-0/base"))
     assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
+
+
+def test_a_dialogue_that_is_reported_is_not_learned_from(monkeypatch, tmp_path):
+    script = REPRODUCTIONS / "summarization" / "run.py"
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    summaries = runpy.run_path(str(script), run_name="summaries")
+    said = [f"Ann: {i} apples?" for i in range(40)]
+    same = [text.replace("?", " ? \n") for text in said]
+    for name, texts in (("train", [*said, *same, "Bob: Hello ."]), ("dev", ["bob: hello"])):
+        rows = [{"prompt": text, "completion": "Fruit."} for text in texts]
+        (tmp_path / f"dialogsum.{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = summaries["prepare"](tmp_path, tmp_path / "data")
+    learnt, held = (
+        [summaries["dialogue"](row) for row in summaries["read"](path)]
+        for path in (files.train, files.validation)
+    )
+    assert len(learnt) + len(held) == 80
+    assert len(held) > 0
+    assert not set(learnt) & set(held)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
 FILE holds Wordle's words, one a line; without --answers the two Wordle games are left out. Every
 (game, method, seed) is trained once, one after another, under --work: started again, the script
 goes on where it stopped, in the middle of a training too. What came of each is a line of
-cells.jsonl beside this script, and no cell that stands there is made again. A seed is that of the
+cells.jsonl beside this script (but for rows of the full maze, G(2, 3) and the walks' ablation,
+which are older than that file), and no cell that stands there is made again. A seed is that of the
 game, of its logs, of the training and of the texts. games.py says how each game is set.
 
 MonteCarlo learns trunk and values together, from scratch. Where a game says so that trunk is frozen
@@ -215,6 +216,9 @@ def described(setting: Setting, method: str) -> dict[str, Any]:
     """
     said = {**asdict(replace(setting, task=None)), "objectives": objectives_of(setting, method, [])}
     said["guidance"] = asdict(guided(setting, method))
+    own = asdict(EVERY[method])
+    if own := _on({name: own[name] for name in ("heads", "joint", "on", "goes_on")}):
+        said["own"] = own
     del said["task"], said["options"], said["eta"], said["methods"]
     if not EVERY[method].searches:
         del said["beams"]

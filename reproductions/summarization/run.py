@@ -4,11 +4,14 @@
     python reproductions/summarization/run.py --quick     a toy of the same form, nothing kept
 
 DATA holds dialogsum.{train,dev}.jsonl: dev is reported, and a hash of the dialogue takes a
-twentieth of the training rows to choose on. Of a dialogue that is to be summed up (one in ten is
+twentieth of the training rows to choose on. A dialogue is told by its letters and digits alone:
+many stand there more than once, with other spaces or punctuation, and what is in dev is not
+learned from or chosen on. Of a dialogue that is to be summed up (one in ten is
 longer) the lines within the first 1,200 characters are read. Writes results.json, table.md and
 picture.html beside itself.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,13 +27,20 @@ CHARACTERS = 1200
 def prepare(data: Path, to: Path) -> Files:
     files = Files(*(to / f"{n}.jsonl" for n in ("train", "prompts", "validation", "test")))
     if not files.test.exists():
-        rows = read(data / "dialogsum.train.jsonl")
-        parts = divided(rows, {"train": 0.95, "validation": 0.05})
+        reported = read(data / "dialogsum.dev.jsonl")
+        known = set(map(dialogue, reported))
+        rows = [r for r in read(data / "dialogsum.train.jsonl") if dialogue(r) not in known]
+        parts = divided(rows, {"train": 0.95, "validation": 0.05}, dialogue)
         write(files.train, parts["train"])
         write(files.prompts, map(begun, parts["train"]))
         write(files.validation, map(begun, parts["validation"]))
-        write(files.test, map(begun, read(data / "dialogsum.dev.jsonl")))
+        write(files.test, map(begun, reported))
     return files
+
+
+def dialogue(row: Row) -> str:
+    """A row's dialogue as it is compared with others."""
+    return " ".join(re.findall(r"\w+", row["prompt"].lower()))
 
 
 def begun(row: Row) -> Row:

@@ -168,7 +168,7 @@ def relative_seconds(
     rounds: int = 10,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, object]:
-    """Seconds per written token, guided ÷ base: the median of interleaved rounds."""
+    """Seconds per token read (prompts too), guided ÷ base: the median of interleaved rounds."""
     ratios = []
     for _ in range(rounds):
         pair = []

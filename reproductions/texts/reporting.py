@@ -19,7 +19,7 @@ def _table(name: str, results: Mapping[str, Any]) -> str:
     metrics = list(results["rows"][0]["metrics"])
     lines = [
         f"**{name}**: {results['seeds']} seed{'s' * (results['seeds'] != 1)}, "
-        f"{results['test_rows']} test rows; a token takes guided "
+        f"{results['test_rows']} test rows; a token read takes guided "
         f"{results['relative_decode_time']:.2f} times the base's time.",
         "",
         f"| system | {metrics[0]} | difference to the base | {' | '.join(metrics[1:])} | words "

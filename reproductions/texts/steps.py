@@ -198,15 +198,15 @@ class Models:
         return directory
 
     def _collected(self, name: str, model: Path, said: Mapping[str, Any], prompts: Path) -> Path:
+        """Where it is finished `collect` sees whether it was made in this way."""
         output = self.work / name
-        if not (output / "summary.json").exists():
-            small: dict[str, Any] = {}
-            if self.recipe.quick:  # nothing would be right
-                small = {"limit": 12, "max_tokens": 8, "reward": "length"}
-            resume = (output / "run.json").exists()
-            where = {"model": str(model), "data": str(prompts), "output": str(output)}
-            config = {**said, **small, **where, "seed": self.seed, "resume": resume}
-            collect(CollectConfig(**config))
+        small: dict[str, Any] = {}
+        if self.recipe.quick:  # nothing would be right
+            small = {"limit": 12, "max_tokens": 8, "reward": "length"}
+        resume = (output / "run.json").exists()
+        where = {"model": str(model), "data": str(prompts), "output": str(output)}
+        config = {**said, **small, **where, "seed": self.seed, "resume": resume}
+        collect(CollectConfig(**config))
         return output / "data.jsonl"
 
 
