@@ -21,6 +21,7 @@ from qvgpt.cli import main
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import Request, row_seed, write
 from qvgpt.decode.policy import Guidance
+from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -119,12 +120,16 @@ def test_train_notes_dialogues_and_keeps_the_note(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text(
         json.dumps({"prompt": "a", "completion": "b", "reward": 1}) + "\n"
     )
+    eot = Tokenizer.train("ab", "char").template.eot  # an end that a sampled text may have
+    sampled = {"prompt": "a", "completion": "b", "completion_ids": [7, eot], "reward": 1}
+    (tmp_path / "s.jsonl").write_text(json.dumps(sampled) + "\n")
     shape = "--gpt.embed_dim 16 --gpt.num_heads 2 --gpt.num_layers 1 --gpt.seq_len 32"
     runs = [
         ("lm", f"--data {tmp_path}/d.jsonl --objectives LM --tokenizer.kind char {shape}", True),
         ("q", f"--data {tmp_path}/p.jsonl --model {tmp_path}/lm --objectives MonteCarlo", True),
         ("back", f"--data {tmp_path}/p.jsonl --model {tmp_path}/q --objectives LM", True),
         ("one", f"--data {tmp_path}/p.jsonl --objectives LM --tokenizer.kind char {shape}", False),
+        ("own", f"--data {tmp_path}/s.jsonl --model {tmp_path}/one --objectives MonteCarlo", False),
     ]
     for name, words, expected in runs:
         words += f" --fit.max_steps 1 --output {tmp_path}/{name}"
@@ -174,11 +179,11 @@ FAULTS = {
     "/": "unknown command /; see /help",
     "/beta": "/beta: expected a number, found nothing",
     "/beta much": "/beta: expected a number, found 'much'",
-    "/beta inf": "guidance: beta must be finite",
+    "/beta inf": "guidance: beta must be finite, and 1e20 at most",
     "/kl 0": "guidance: kl_budget must be above 0",
     "/top_k 2.5": "/top_k: expected a whole number, found '2.5'",
     "/top_k -1": "guidance: top_k must be at least 1",
-    "/temperature -1": "guidance: temperature must be finite, 0 (greedy) or more",
+    "/temperature -1": "guidance: temperature must be finite, and 0 (greedy) or at least 1e-6",
     "/undo": "/undo: nothing was written yet",
     "/retry": "/retry: nothing was written yet",
     "/save x.jsonl": "/save: nothing to save yet",
@@ -227,10 +232,16 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(chat):
     tokens = tokenizer.encode_messages(kept)[0]
     assert len(tokens) <= 64 - 8
     assert texts[2] == written(model, tokens, 2)
-    texts, notices = chat("a" * 90, "b", model=model)
-    assert texts[0] == ""
-    assert len(texts) == 2
+    texts, notices = chat("a" * 90, "//" + "a" * 89, "b", model=model)
+    assert texts[:2] == ["", ""]
+    assert len(texts) == 3
     assert notices[0] == ("a prompt of 98 tokens leaves no room in the context of 64: say less")
+    # a line that is refused leaves no turn out
+    session = Session(ChatConfig(model="dir", max_tokens=8), model, None)
+    session.answer("a")
+    with pytest.raises(QvgptError, match="say less"):
+        session.answer("a" * 90)
+    assert session.left_out == 0
 
 
 def test_what_is_saved_can_be_trained_on(chat, tmp_path, capsys):

@@ -11,8 +11,8 @@ from qvgpt.checkpoint import (
     optimizer_state,
     parameter_names,
     replace_directory,
+    save_best,
     save_checkpoint,
-    save_model,
 )
 from qvgpt.models.disk import load_tensors
 
@@ -198,9 +198,33 @@ def three_saved(tmp_path_factory):
 def test_as_many_as_said_are_kept(tmp_path, keep):
     model, _ = make()
     for number in range(1, 9):
-        save_model(tmp_path, model, number, keep=keep)
-        last = range(max(1, number - keep + 1), number + 1)
-        assert [p.name for p in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in last]
+        save_checkpoint(tmp_path, model, {}, TrainState(step=number), keep)
+        assert steps(tmp_path) == list(range(max(1, number - keep + 1), number + 1))
+
+
+def steps(folder):
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def test_what_a_run_did_not_go_on_from_is_not_counted_among_those_to_keep(tmp_path):
+    model, _ = make()
+    for number in (20, 40, 25):
+        save_checkpoint(tmp_path, model, {}, TrainState(step=number), keep=2)
+    assert steps(tmp_path) == [20, 25]
+
+
+def test_a_best_model_stays_as_long_as_a_checkpoint_names_it(tmp_path):
+    model, _ = make()
+    checkpoints, best = tmp_path / "checkpoints", tmp_path / "best"
+    for number, kept in ((1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4])):
+        save_best(best, model, number, checkpoints)
+        assert steps(best) == kept
+        if number == 2:
+            save_checkpoint(checkpoints, model, {}, TrainState(step=2, best=0.1, best_step=2))
+    save_checkpoint(checkpoints, model, {}, TrainState(step=5, best=0.1, best_step=4))
+    truncate(checkpoints / "step-00000005/trainer.json")
+    save_best(best, model, 6, checkpoints)
+    assert steps(best) == [6]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])

@@ -164,6 +164,11 @@ MISTYPED = [
     ("train --config YAML --batch_sise 3", "(did you mean '--fit.batch_size'?)"),
     ("train --config YAML --fit.lr much", "fit.lr: expected a number, found much"),
     ("train --config YAML --fit.epochs 0", "fit.epochs: must be more than 0"),
+    ("train --config YAML --heads.kind mpl", "heads.kind: expected 'linear' or 'low_rank' or"),
+    ("train --config YAML --heads mlp", "heads: expected keys (kind, rank, num_q"),
+    ("train --config YAML --heads.rank x", "heads.rank: expected a whole number, found x\n"),
+    ("train --config YAML --lora.rank 0", "error: lora.rank: must be at least 1, not 0\n"),
+    ("train --config YAML --gpt big", "gpt: expected keys (embed_dim, num_heads"),
     ("train --config YAML --on_too_long x", "on_too_long: expected 'error' or 'drop' or 'cut'"),
     ("train --config YAML --objectives ILQ", "unknown method 'ILQ' (did you mean 'ILQL'?)"),
     ("train --config YAML --objectives ilql", "unknown method 'ilql' (did you mean 'ILQL'?)"),
@@ -200,6 +205,8 @@ UNKNOWN_KEYS = [
     ("outptu: x", "unknown key 'outptu' (did you mean 'output'?)"),
     ("heads: {knd: mlp}", "unknown key 'heads.knd' (did you mean 'heads.kind'?)"),
     ("zzz: 1", "unknown key 'zzz'\n"),
+    ("gpt: 3", "gpt: expected keys (embed_dim, num_heads, num_layers, seq_len, dropout, tied), "),
+    ("output: x\nfit: null", "fit: expected keys (epochs, max_steps"),
     ("a: [", "broken YAML"),
     ("[]", "expected `key: value` lines"),
 ]
@@ -544,10 +551,25 @@ def test_texts_are_searched_for(call, tmp_path):
         (["--search", "{tree: {simulations: 0}}"], "simulations must be at least 1"),
         (["--search", "tree", "--n", "2"], "finds one text a prompt: n must be 1"),
         (["--search", "block", "--best_of", "2"], "both choose: give one of them"),
+        (["--search", "beam", "--temperature", "0"], "beam search has no temperature"),
+        (["--search", "tree", "--temperature", "0.5"], "tree search has no temperature"),
     ):
         code, out, err = call(*words, *wrong)
         assert (code, out) == (2, "")
         assert re.search(message, err), err
+
+
+def test_each_prompt_is_searched_as_far_as_it_has_room(call, tmp_path):
+    """In the order of the file, whatever is searched together."""
+    prompts = ["b", "b" * 20, "c"]
+    write(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in prompts))
+    long = "{beam: {length_penalty: 9}}"
+    words = ["--data", tmp_path / "prompts.jsonl", "--search", long, "--output", "OUT"]
+    code, _, err = call("generate", "MODEL", *words)
+    assert code == 0, err
+    rows = read(tmp_path / "out/completions.jsonl")
+    assert [row["prompt"] for row in rows] == prompts
+    assert [len(row["completion_ids"]) for row in rows] == [21, 2, 21]
 
 
 def test_rounds_take_the_options_of_their_parts(call, place, tmp_path):

@@ -235,6 +235,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(task):
         ({"limit": -1}, "limit"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperatures": [1.0, -1.0]}, "temperature must be finite"),
+        ({"as_chat": True}, "as_chat is for a server"),
+        ({"api_key_env": "KEY"}, "api_key_env is for a server"),
     ):
         with pytest.raises(QvgptError, match=message):
             collect(replace(task, **change))

@@ -24,8 +24,8 @@ from qvgpt.diagnostics import (
 from qvgpt.loop import fit
 from qvgpt.objectives import METHODS, Values, parse_objectives
 from qvgpt.run import read_log
-from qvgpt.trajectory import collate
-from qvgpt.value_report import learning_section, watched_section
+from qvgpt.trajectory import centred, collate
+from qvgpt.value_report import learning_section, value_charts, watched_section
 
 # two prompts of two texts each; the last one was cut short
 TEXTS = [
@@ -102,6 +102,61 @@ def test_ranks_across_and_within_prompts_are_two_things():
     assert [found["rank_across"], found["rank_within"]] == pytest.approx([-1.0, 1.0])
 
 
+def many(rewards, prompts=40, samples=4):
+    """Texts of prompts 0, 1 …, whose rewards are what `rewards(generator)` draws."""
+    generator = np.random.default_rng(0)
+    found = []
+    for prompt in range(prompts):
+        for _ in range(samples):
+            paid = [float(r) for r in rewards(generator)]
+            acts = [False] + [True] * len(paid)
+            found.append(Trajectory([prompt, *range(len(paid))], acts, [0.0, *paid], True))
+    return found
+
+
+def of_many(texts, v, gamma=1.0):
+    """`figures` where V is `v` of batch and states."""
+    batch = collate(texts)
+    f = look(Values(v=v(len(texts), batch.reward.size(1) + 1)), batch, gamma)
+    return f, figures(f, [t.prompt for t in texts])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.99, 0.9])
+def test_a_v_that_tells_no_texts_apart_has_no_rank_within(gamma):
+    """Nor where equal values are computed in batches, and rounded otherwise."""
+    texts = many(lambda generator: [0.0] * 5 + [generator.random()])
+    _, found = of_many(texts, lambda *shape: torch.full(shape, 0.12), gamma)
+    assert found["rank_within"] == 0
+    rounded = torch.tensor([0.12, 0.12 + 2e-8])
+    _, found = of_many(texts, lambda n, m: rounded[torch.arange(n) % 2, None].expand(n, m), gamma)
+    assert found["rank_within"] == 0
+
+
+def test_what_was_earned_before_is_known():
+    texts = many(lambda generator: generator.integers(5, size=6) / 4, prompts=8)
+    f, found = of_many(texts, torch.zeros, gamma=0.5)
+    for text, t in zip(f.texts(), texts, strict=True):
+        paid = 0.5 ** np.arange(6) * t.reward[1:]
+        np.testing.assert_allclose(text["earned"], np.cumsum(paid) - paid)
+    assert found["rank_within"] > 0.9  # of six rewards three are known, the greater ones
+
+
+def test_equal_returns_are_equal_however_they_were_paid():
+    def paid(generator):
+        return np.diff(np.append(np.sort(generator.random(7)) * 0.37, 0.37), prepend=0.0)
+
+    _, found = of_many(many(paid), lambda *shape: torch.rand(shape))
+    assert found["rank"] != 0
+    assert not {"rank_within", "rank_across"} & found.keys()
+
+
+def test_where_returns_are_centred_nothing_is_said_of_prompts():
+    texts = centred(many(lambda generator: generator.random(3)))
+    _, found = of_many(texts, lambda *shape: torch.rand(shape))
+    assert "rank_within" in found
+    assert "rank_across" not in found
+
+
 def test_where_v_alone_is_learned_nothing_is_said_of_q():
     found = figures(look(Values(v=V)), PROMPTS)
     of_q = {"q_rank", "q_abs", "q_spread", "advantage_rank", "overestimation", "twin_gap",
@@ -109,6 +164,13 @@ def test_where_v_alone_is_learned_nothing_is_said_of_q():
     assert not of_q & found.keys()
     # r + V′ − V: .5 0; −.25 −.25; 1 0; −1 2
     assert found["td_error"] == pytest.approx(2 / 8)
+    m = model()
+    torch.nn.init.ones_(m.heads.v.layers[-1].weight)  # and Q, which begins at 0, is 0 still
+    summary = value_diagnostics(m, texts(8))
+    assert (summary["q"]["mse"], summary["q"]["calibration"]) == (None, [])
+    assert summary["v"]["mse"] > 0
+    json.dumps(summary, allow_nan=False)
+    assert "Q of tokens" not in value_charts(summary)
 
 
 def test_what_was_cut_short_has_no_return():

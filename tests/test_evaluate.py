@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import pytest
 import sacrebleu
 import torch
 
-from qvgpt.bootstrap import calibration, corpus_bleu_ci, corpus_chrf_ci, mean_ci, ranks, spearman
+from qvgpt.bootstrap import (
+    Estimate,
+    calibration,
+    corpus_bleu_ci,
+    corpus_chrf_ci,
+    mean_ci,
+    ranks,
+    spearman,
+)
 from qvgpt.compare import CompareOptions, compare
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.blocks import BlockSearch
@@ -20,7 +29,8 @@ from qvgpt.decode.policy import Guidance
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
-from qvgpt.evaluate import EvaluateConfig, evaluate
+from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, guidances_of
+from qvgpt.evaluate_report import _texts
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -80,7 +90,7 @@ def test_corpus_metrics_are_sacrebleus(n):
 def test_corpus_bleu_counts_chinese_characters_where_asked():
     texts, wanted = ["我在这里吃饭。", "猫很大"], [["我在这里吃饭。"], ["那只猫很大"]]
     expected = sacrebleu.corpus_bleu(texts, [[r[0] for r in wanted]], tokenize="zh", force=True)
-    found = corpus_bleu_ci(texts, wanted, resamples=2, tokenize="zh").value
+    found = CORPUS_METRICS["corpus_bleu:zh"](texts, wanted, resamples=2).value
     assert found == pytest.approx(expected.score, abs=1e-9)
     assert corpus_bleu_ci(texts, wanted, resamples=2).value != pytest.approx(found)
 
@@ -285,7 +295,7 @@ def task(tmp_path, model):
         data=str(tmp_path / "data.jsonl"),
         reward="chrf",
         output=str(tmp_path / "out"),
-        metrics=["token_f1", "corpus_bleu", "corpus_chrf"],
+        metrics=["token_f1", "corpus_bleu:zh", "corpus_chrf"],
         betas=[2.0],
         temperatures=[1.0, 0.0],
         samples=3,
@@ -309,7 +319,7 @@ def test_command_writes_summary_and_report(task, tmp_path, capsys):
     assert (base["n"], base["delta"], base["delta_ci95"]) == (3, 0, [0, 0])
     assert guided["delta"] == pytest.approx(guided["mean"] - base["mean"])
     assert guided["kl_per_sequence"] > base["kl_per_sequence"]
-    assert set(guided["metrics"]) == {"token_f1", "corpus_bleu", "corpus_chrf"}
+    assert set(guided["metrics"]) == {"token_f1", "corpus_bleu:zh", "corpus_chrf"}
     assert guided["metrics"]["corpus_chrf"]["delta"] is not None
     assert summary["values"]["texts"] == 9
     page = (tmp_path / "out" / "report.html").read_text()
@@ -403,6 +413,33 @@ def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model, ca
         evaluate(replace(plain, output=str(tmp_path / "third")))
 
 
+@pytest.mark.parametrize(
+    ("best", "kept"),
+    [
+        ("base, T = 1", None),
+        ("base, greedy", {"beta": 0, "temperature": 0}),
+        ("guided, β = -2, T = 1", {"beta": -2, "temperature": 1}),
+        ("guided, β = 2, greedy", {"beta": 2, "temperature": 0}),
+    ],
+)
+def test_what_is_recommended_is_how_the_best_was_written(task, model, prompts, best, kept):
+    config, options = replace(task, betas=[2.0, -2.0]), CompareOptions(max_tokens=2, timing=0)
+    rows = compare(model, prompts[:1], share_of_a, guidances_of(config), options)
+    scored = [replace(r, score=Estimate(float(r.method == best), (0.0, 1.0))) for r in rows]
+    assert _recommend(ValueModel.from_pretrained(task.model), scored, config) == best
+    found = ValueModel.from_pretrained(task.model).info.recommended_guidance
+    assert (found and {name: found[name] for name in kept}) == kept
+
+
+def test_prompts_have_no_part_in_the_scale_of_colours(model):
+    prompt = model.tokenizer.encode_prompt("abcd" * 6)
+    options = CompareOptions(max_tokens=3, timing=0, keep_reports=1)
+    rows = compare(model, [prompt], share_of_a, {"guided": Guidance(beta=1.0)}, options)
+    greatest = max(abs(r.advantage) for r in rows[0].samples[0].written.reports)
+    [shown] = re.findall(r"A ≥ \+([\d.]+)", _texts(model, [prompt], rows, 1))
+    assert float(shown) == pytest.approx(greatest, rel=1e-3)
+
+
 def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     first = evaluate(task)
     before = (tmp_path / "out" / "summary.json").read_text()
@@ -453,10 +490,12 @@ def test_centred_values_are_judged_on_centred_returns(task, tmp_path, capsys):
     model.info.centred = True
     model.save(tmp_path / "centred")
     centred = replace(task, model=str(tmp_path / "centred"), samples=3)
-    for samples, name in ((3, "several"), (1, "one")):
-        found = evaluate(replace(centred, samples=samples, output=str(tmp_path / name)))["values"]
+    for samples, temperature in ((3, 1.0), (1, 1.0), (3, 0.0)):
+        out = str(tmp_path / f"{samples} at {temperature}")
+        change = {"samples": samples, "temperatures": [temperature], "output": out}
+        found = evaluate(replace(centred, **change))["values"]
         said = "centred values are judged by several samples" in capsys.readouterr().err
-        assert (found is None) == said == (samples == 1)
+        assert (found is None) == said == (samples == 1 or temperature == 0)
         if found:  # what came at the prompt is 0 in the mean of each
             actual = [tenth["actual"] for tenth in found["v_at_prompt"]["calibration"]]
             assert sum(actual) / len(actual) == pytest.approx(0.0, abs=1e-5)
@@ -473,6 +512,7 @@ def test_centred_values_are_judged_on_centred_returns(task, tmp_path, capsys):
         ({"temperatures": [-1.0]}, "temperature must be finite"),
         ({"temperatures": [0.0], "best_of": 4}, "choose among sampled texts"),
         ({"temperatures": [0.0], "searches": ["block"]}, "choose among sampled texts"),
+        ({"recommend": True, "base": "other"}, "leave base out to choose"),
         ({"limit": 0}, "limit"),
         ({"max_tokens": 0}, "max_tokens"),
     ],

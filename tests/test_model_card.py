@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qvgpt import RandomWalks, ValueModel
 from qvgpt.fit_options import FitOptions
-from qvgpt.model_card import files_of, write_card
+from qvgpt.model_card import _data, files_of, table, write_card
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
 ROWS = RandomWalks.draw(0).logged_walks(24, 0)
@@ -94,6 +94,16 @@ def test_centred_values_and_judges_are_told(tmp_path, monkeypatch):
     text = trained(tmp_path, centred=True)[-1].read_text()
     assert "differences to the mean" in text
     assert f"`{judge}`" in text
+
+
+def test_a_card_is_utf8_and_its_tables_hold_any_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "latin-1")
+    write_card(tmp_path, f"---\na: 1\n---\n# β\n\n{table([('a|b', '数|据')])}\n", print)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert text.endswith("# β\n\n| | |\n| --- | --- |\n| a\\|b | 数\\|据 |\n")
+    file = {"name": "a|b.jsonl", "bytes": 1, "sha256": "0"}
+    counts = {"rows": 1, "trajectories": 1, "too_long": 0, "longest": 1, "files": [file]}
+    assert "| a\\|b.jsonl | 1 | `0` |" in _data("trained on", counts)
 
 
 def test_a_readme_of_the_users_stays(tmp_path, monkeypatch):

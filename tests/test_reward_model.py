@@ -288,6 +288,11 @@ def test_faults_are_named(judge, tmp_path):
     ]:
         with pytest.raises(QvgptError, match=match):
             load(rows)
+    for name, value in (("width", 0), ("layers", 0), ("layers", -1), ("vocab_size", 2)):
+        with pytest.raises(QvgptError, match=f"size.{name}: .* not {value}"):
+            Size(**{name: value})
+    with pytest.raises(QvgptError, match="below 1, not 3"):
+        Size(dropout=3.0)
     rows = [{"prompt": "p", "completions": ["a", "b"], "rewards": [0.0, 1.0]}]
     assert [e.target for e in load(rows).items] == [0.0, 1.0]
     assert load([{"text": "a", "label": True}, {"text": "b", "label": False}]).labels == ["0", "1"]

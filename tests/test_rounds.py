@@ -1,5 +1,6 @@
 """Rounds: what one round has never seen the next one finds; and they survive being stopped."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -12,6 +13,7 @@ from word_reward import WORD
 
 from qvgpt import collect as collecting
 from qvgpt import rounds as of_rounds
+from qvgpt.collect import collect
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -162,6 +164,45 @@ def test_a_finished_run_takes_more_rounds_and_no_other_settings(quick, monkeypat
         rounds(replace(quick, beta=5.0, resume=True), QUIET)
     with alone_in(Path(quick.output)), pytest.raises(QvgptError, match="another process"):
         rounds(replace(quick, resume=True), QUIET)
+    with pytest.raises(QvgptError, match="has finished more than 1: give at least as many"):
+        rounds(replace(quick, rounds=1, resume=True), QUIET)
+    assert json.loads(Path(quick.output, "summary.json").read_text()) == summary
+
+
+def test_until_the_first_training_begins_its_options_may_change(quick):
+    short = replace(quick, rounds=1, train=replace(quick.train, centred=True, max_length=3))
+    with pytest.raises(QvgptError, match="raise max_length"):  # known when texts are there
+        rounds(short, QUIET)
+    collected = Path(quick.output, "round-1/samples/data.jsonl")
+    written = collected.stat().st_mtime_ns
+    longer = replace(short, train=replace(short.train, max_length=None), resume=True)
+    with pytest.raises(QvgptError, match=r"beta 40\.0 → 5\.0, train\.max_length 3 → None"):
+        rounds(replace(longer, beta=5.0), QUIET)
+    said = Console(file=io.StringIO())
+    model = rounds(longer, said)["model"]
+    assert "goes on with other settings: train.max_length 3 → None\n" in said.file.getvalue()
+    assert collected.stat().st_mtime_ns == written
+    with pytest.raises(QvgptError, match=r"other settings \(train.max_length None → 3\)"):
+        rounds(replace(short, resume=True), QUIET)
+    on = replace(quick, model=model, train=replace(quick.train, heads=None), output=model + "-on")
+    with pytest.raises(QvgptError, match="learned with true: say the same"):
+        rounds(on, QUIET)
+    assert not Path(on.output).exists()
+
+
+def test_what_was_collected_is_collected_from_and_gone_on_with(quick):
+    data = Path(quick.data).with_name("again.jsonl")
+    settings = {"model": quick.model, "reward": "length", "resume": True}
+    first = replace(quick.collect, data=quick.data, output=f"{quick.output}-1", **settings)
+    collect(first)
+    lines = Path(first.output, "data.jsonl").read_text().splitlines()
+    data.write_text("".join(json.dumps({**json.loads(x), "bytes": 1}) + "\n" for x in lines))
+    second = replace(first, data=str(data), output=f"{quick.output}-2", samples=2)
+    collect(second)
+    whole = Path(second.output, "data.jsonl").read_bytes()
+    assert {json.loads(line)["bytes"] for line in whole.splitlines()} == {1}
+    collect(second)
+    assert Path(second.output, "data.jsonl").read_bytes() == whole
 
 
 def test_a_training_starts_from_the_base_or_from_the_last_round(quick):
@@ -217,6 +258,15 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
         ({"reward": "bleu"}, "to compare with"),
         ({"reward": "zebra"}, "no reward 'zebra'"),
         ({"model": "nowhere"}, "no such directory"),
+        ({"train": {"fit": FitOptions(keep_best="total")}}, "keep_best: needs evaluation data"),
+        ({"train": {"fit": FitOptions(slow_trunk=True)}}, "slow_trunk: a frozen trunk does not"),
+        ({"train": {"fit": FitOptions(gradient_checkpointing=True)}}, "keeps no activations"),
+        ({"train": {"eval_data": ["nowhere.jsonl"]}}, "no such file"),
+        ({"train": {"max_length": 500}}, "not between 2 and the context of 16"),
+        ({"train": {"dtype": "bfloat16", "freeze_trunk": False}}, "too few digits"),
+        ({"train": {"reward_scale": -1.0}}, "reward_scale: must be above 0"),
+        ({"train": {"heads": HeadsConfig("categorical", 99)}}, "needs a rank below"),
+        ({"train": {"objectives": ["ReturnDistribution"]}}, "need heads of kind categorical"),
         ({"logs": ["nowhere.jsonl"]}, "no such file"),
         ({"eval_data": "nowhere.jsonl"}, "no such file"),
     ],

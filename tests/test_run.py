@@ -16,6 +16,7 @@ from qvgpt.run import (
     open_run,
     print_summary,
     read_log,
+    write_json,
 )
 
 CONFIG = {"a": 1, "fit": {"lr": 0.1, "seed": 0}, "resume": False}
@@ -78,6 +79,15 @@ def test_what_a_kill_left_before_the_first_step_is_no_run_of_others(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".run.json.staged").write_text("{")
     assert open_run(tmp_path, "train", CONFIG) == tmp_path
+
+
+def test_files_are_utf8_whatever_the_locale_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "latin-1")
+    config = {"data": "数据.jsonl", "resume": True}
+    for _ in range(2):
+        open_run(tmp_path, "train", config, resume=True)
+    write_json(tmp_path / "summary.json", config)
+    assert json.loads((tmp_path / "summary.json").read_bytes()) == config
 
 
 def test_one_process_a_directory(tmp_path):
@@ -147,6 +157,7 @@ def test_summary_lines():
         "none": None,
         "l": [1, 2],
         "rows": [{"n": "[/I] base", "m": 1}],
+        "o": [{"LM": {"on": "all"}}, {"ILQL": {}}],
     }
     shown = Console(width=60, force_terminal=False)
     with shown.capture() as captured:
@@ -155,3 +166,6 @@ def test_summary_lines():
     assert "x.y   0.1235" in text
     assert "[/I] base" in text  # texts of users, not marks for the console
     assert "none" not in text
+    assert "on all" in text
+    assert "ILQL" in text
+    assert "None" not in text

@@ -19,7 +19,7 @@ from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajecto
 from qvgpt.data.batches import Rows, batches
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.fit_options import FitOptions, step_seed
-from qvgpt.loop import fit
+from qvgpt.loop import Training, fit
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, alone_in, open_run, read_log
@@ -252,6 +252,25 @@ def test_resume_passes_over_what_is_damaged_and_refuses_other_data(tmp_path):
         run(model(), options=options, data=other, output=tmp_path / "b", resume=True)
 
 
+def test_a_resumed_run_that_finds_nothing_better_has_the_best_of_its_checkpoint(tmp_path):
+    options = replace(FIT, max_steps=8, eval_every=1, save_every=4, keep_best="LM/nll", keep=1)
+    more = {"eval_data": texts(20), "output": tmp_path}
+    with stopped_at(7), pytest.raises(Killed):
+        run(model(), options=options, **more)
+    assert (tmp_path / "best/step-00000006").exists()  # better than what the checkpoint knows
+    still = replace(options, lr=0.0)
+    assert run(model(), options=still, resume=True, **more)["best_step"] == 4
+
+
+def test_epochs_are_counted_without_their_rounding():
+    steps = {}
+    for epochs in (1.1, 1.101, 1e-15):
+        options = FitOptions(epochs=epochs, batch_size=1)
+        training = Training(model(), texts(50), parse_objectives(BOTH), options)
+        steps[epochs] = training.total_steps
+    assert steps == {1.1: 55, 1.101: 56, 1e-15: 1}
+
+
 def test_patience_stops_and_the_best_is_kept_in_memory_too():
     m = model()
     options = replace(FIT, max_steps=50, lr=0.0, eval_every=1, keep_best="total", patience=3)
@@ -466,6 +485,20 @@ def test_no_heads():
 def test_options_are_refused_by_name(bad, message):
     with pytest.raises(QvgptError, match=message):
         FitOptions(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"num_heads": 0}, "gpt.num_heads: must be at least 1, not 0"),
+        ({"embed_dim": -16}, "gpt.embed_dim: must be at least 1, not -16"),
+        ({"num_layers": 0}, "gpt.num_layers: must be at least 1, not 0"),
+        ({"dropout": 2.0}, "gpt.dropout: must be between 0 and 1, not 2"),
+    ],
+)
+def test_shapes_are_refused_by_name(bad, message):
+    with pytest.raises(QvgptError, match=message):
+        GPTShape(**bad)
 
 
 def test_batches_hold_everything_once_and_like_lengths_together():

@@ -123,6 +123,10 @@ def test_what_is_recommended_is_of_the_models_own_values(call):
     other = call("generate own --prompt a --beta 2 --value_models q")[2]
     assert "beta 2, temperature 1; values: Q, from q" in other
     assert "none (beta 0)" in call("generate own --prompt a --beta 0")[2]
+    # searches that know no temperature
+    beam = call("generate own --prompt a --search beam")[2]
+    assert "beta 1, temperature 1 (recommended by the model but for temperature)" in beam
+    assert "temperature 0.5" in call("generate own --prompt a --search block")[2]
     # one says how strongly in the place of the other
     budget = call("generate own --prompt a --kl_budget 0.1 --top_k 5")[2]
     assert "temperature 0.5, top_k 5, kl_budget 0.1" in budget
@@ -248,6 +252,9 @@ def test_score_reads_any_values(call, models, tmp_path):
     q, _, contrast, both = found.values()
     for prompt, total in both.items():
         assert total == pytest.approx(q[prompt] + 0.5 * contrast[prompt], abs=1e-4)
+    code, out, err = call("score nothing --data data.jsonl")
+    assert (code, out) == (2, "")
+    assert "know V and no Q" in err
     code, _, err = call(f"{command} --value_models short")
     assert "texts are longer than the context, 8" in err
     assert code == 2

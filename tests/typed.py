@@ -30,24 +30,44 @@ class Running:
     test = 0
 
 
+class _Choice:
+    """Which form of a function is called: as it is, or with its types checked."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.plain, self.strict = function, None
+        self.test = self.calls = 0
+
+    def __call__(self) -> Callable[..., Any]:
+        if self.test != Running.test:
+            self.test, self.calls = Running.test, 0
+        self.calls += 1
+        if self.calls > CHECKED and self.calls % EVERY:
+            return self.plain
+        if self.strict is None:  # made when it is first needed, for most never are
+            _forget_unknown(self.plain)
+            self.strict = jaxtyped(typechecker=None)(beartype(self.plain))
+        return self.strict
+
+
+def _forget_unknown(function: Callable[..., Any]) -> None:
+    """Let annotations be `Any` whose names are imported for type checkers alone."""
+    for name, hint in function.__annotations__.items():
+        if isinstance(hint, str):
+            try:
+                eval(hint, function.__globals__)
+            except NameError:
+                function.__annotations__[name] = Any
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, its types checked in the calls that count."""
-    if inspect.iscoroutinefunction(function):
-        return beartype(function)
-    test = calls = 0
-    strict: Callable[P, R] | None = None
+    """The function, its types checked in the calls that count (a generator's in all)."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return jaxtyped(typechecker=beartype)(function)
+    form = _Choice(function)
 
     @functools.wraps(function)
     def typed(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal test, calls, strict
-        if test != Running.test:
-            test, calls = Running.test, 0
-        calls += 1
-        if calls > CHECKED and calls % EVERY:
-            return function(*args, **kwargs)
-        if strict is None:  # made when it is first needed, for most never are
-            strict = jaxtyped(typechecker=None)(beartype(function))
-        return strict(*args, **kwargs)
+        return form()(*args, **kwargs)
 
     return typed
 
@@ -60,13 +80,12 @@ def checked_fields(kind: C) -> C:
 
 
 class _Decorate(ast.NodeTransformer):
-    """Every function and class gets its decorator."""
+    """Every function and class gets its decorator; coroutines have none: uvicorn calls one to see
+    whether it is a factory, and Python's own error says that it is not."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.decorator_list.append(self._of(checked, node))  # others may drop annotations
         return self.generic_visit(node)
-
-    visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         node.decorator_list.insert(0, self._of(checked_fields, node))
@@ -87,7 +106,7 @@ class _Loader(SourceFileLoader):
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
     def exec_module(self, module: ModuleType) -> None:
-        own = functools.partial(importlib.util.cache_from_source, optimization="typed1")
+        own = functools.partial(importlib.util.cache_from_source, optimization="typed2")
         with patch("importlib._bootstrap_external.cache_from_source", own):
             super().exec_module(module)
 

@@ -131,8 +131,9 @@ class Session:
         if isinstance(sys.stdin, io.TextIOWrapper):  # broken UTF-8 is a faulty line, not the end
             sys.stdin.reconfigure(errors="surrogateescape")
         while (line := self._read()) is not None:
+            commands = line.startswith("/") and not line.startswith("//")
             try:
-                if line.startswith("/") and not line.startswith("//"):
+                if commands:
                     if self.command(line):
                         return
                 elif line or not self.interactive:
@@ -146,7 +147,7 @@ class Session:
                 print()
             except QvgptError as error:
                 self.say(" ".join(str(error).partition(", not as in")[0].split()))
-                if not self.interactive and not line.startswith("/"):
+                if not self.interactive and not commands:
                     print(flush=True)  # a text for each line, be it an empty one
 
     def _read(self) -> str | None:
@@ -226,24 +227,25 @@ class Session:
 
     def _prompt(self, line: str) -> list[int]:
         """The tokens before the text; drops the oldest turns where the context is full."""
+        context, left_out = self.guide.context, self.left_out
         if not self.many:
             tokens = self.tokenizer.encode_prompt(line)
         else:
-            context, before = self.guide.context, self.left_out
             room = self.config.max_tokens or min(256, context // 4)
-            tokens = self.tokenizer.encode_history(self._messages(line, before))
-            while len(tokens) + room > context and self.left_out < len(self.turns):
-                self.left_out += 1
-                tokens = self.tokenizer.encode_history(self._messages(line, self.left_out))
-            if self.left_out > before:
-                self.say(
-                    f"the context of {context} tokens is full: the oldest "
-                    f"{self.left_out} of {len(self.turns)} turns are left out"
-                )
-        if len(tokens) >= self.guide.context:
+            tokens = self.tokenizer.encode_history(self._messages(line, left_out))
+            while len(tokens) + room > context and left_out < len(self.turns):
+                left_out += 1
+                tokens = self.tokenizer.encode_history(self._messages(line, left_out))
+        if len(tokens) >= context:
             raise QvgptError(
                 f"a prompt of {len(tokens)} tokens leaves no room in the context of "
-                f"{self.guide.context}: say less"
+                f"{context}: say less"
+            )
+        if left_out > self.left_out:
+            self.left_out = left_out
+            self.say(
+                f"the context of {context} tokens is full: the oldest "
+                f"{left_out} of {len(self.turns)} turns are left out"
             )
         return tokens
 

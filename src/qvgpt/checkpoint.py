@@ -8,7 +8,8 @@ here: every step draws its own from its number (`fit_options.step_seed`).
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `directory/step-N` in one piece (N = state.step), then drop all but the last `keep`.
 
+    Those of later steps, which the run did not go on from, are dropped too: they are damaged.
     `optimizer` is what `optimizer_state` gives, `slow` the trunk's slow copy, where there is one.
     """
 
@@ -73,7 +75,22 @@ def save_checkpoint(
             save_file(tensors, staged / _SLOW)
         (staged / "trainer.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
-    return save_model(directory, model, state.step, add, keep)
+    final = step_directory(directory, state.step)
+    earlier = sorted(path for path in directory.glob("step-*") if path < final)
+    return save_model(directory, model, state.step, earlier[::-1][: keep - 1], add)
+
+
+def save_best(directory: Path, model: ValueModel, step: int, checkpoints: Path) -> Path:
+    """Write the artefact alone as `directory/step-N`; drop those that no checkpoint names as best.
+
+    A run that is stopped goes on from a checkpoint, and may then find nothing better than it names.
+    """
+    named: list[Path] = []
+    for path in checkpoints.glob("step-*"):
+        with suppress(QvgptError, LookupError, TypeError, ValueError):  # a damaged one
+            best_step = read_json(path / "trainer.json")["best_step"]
+            named.append(step_directory(directory, best_step))
+    return save_model(directory, model, step, named)
 
 
 def parameter_names(model: ValueModel, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -103,10 +120,10 @@ def save_model(
     directory: Path,
     model: ValueModel,
     step: int,
+    keep: Collection[Path] = (),
     add: Callable[[Path], None] | None = None,
-    keep: int = 1,
 ) -> Path:
-    """Write the artefact alone as `directory/step-N` in one piece, then drop all but `keep`.
+    """Write the artefact alone as `directory/step-N` in one piece, then drop all others but `keep`.
 
     Raises `QvgptError` where the disk does not take it; those there before are then as they were.
     """
@@ -128,9 +145,9 @@ def save_model(
     except QvgptError:
         shutil.rmtree(staged, ignore_errors=True)  # what there is no room for takes none
         raise
-    others = sorted(path for path in directory.glob("step-*") if path != final)
-    for spent in [*others[: max(0, len(others) - keep + 1)], *directory.glob(".staged-step-*")]:
-        shutil.rmtree(spent)
+    spent = {*directory.glob("step-*")} - {final, *keep}
+    for path in [*spent, *directory.glob(".staged-step-*")]:
+        shutil.rmtree(path)
     return final
 
 

@@ -294,8 +294,12 @@ def _checked(
         name = prefix + str(key)
         if name not in known:
             raise QvgptError(f"{file}: unknown key {name!r}{_nearest_option(name, known)}")
-        if isinstance(value, dict) and any(other.startswith(name + ".") for other in known):
-            value = _checked(value, known, file, texts, name + ".")
+        if any(other.startswith(name + ".") for other in known):
+            if isinstance(value, dict):
+                value = _checked(value, known, file, texts, name + ".")
+            elif value is not None or type(None) not in typing.get_args(known[name]):
+                found = json.dumps(value, default=str)
+                raise QvgptError(f"{file}: {name}: expected {_words(known[name])}, found {found}")
         elif typing.get_origin(known[name]) is list and isinstance(value, str):
             value = [value]
         checked[key] = texts.hide(value, known[name])
@@ -320,17 +324,23 @@ def _one_line(message: str, known: dict[str, Any], positional: str) -> str:
         names = missing[1].split(", ")
         named = [n.upper() if n == positional else f"--{n}" for n in names]
         return f"{', '.join(named)}: missing"
-    key = re.match(r'Parser key "([^"]+)":', flat)
-    if key is None or key[1] not in known:
-        return flat
-    found = re.search(r"Got value: (.*)", flat)
-    return f"{key[1]}: expected {_words(known[key[1]])}" + (f", found {found[1]}" if found else "")
+    keys = re.findall(r'Parser key "([^"]+)":', message)  # a section, then the key in it
+    names = [name for name in (".".join(keys), keys[0] if keys else "") if name in known]
+    if not names:
+        own = re.search(r"Errors:\n\s+- (.*)", message)  # what a section itself says of its keys
+        return own[1] if own else flat
+    found = re.search(r"(?:Got|Given) value: (.*)", message)
+    return f"{names[0]}: expected {_words(known[names[0]])}" + (
+        f", found {found[1]}" if found else ""
+    )
 
 
 def _words(kind: Any) -> str:
+    if is_dataclass(kind):
+        return f"keys ({', '.join(kind.__dataclass_fields__)})"
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(map(_words, typing.get_args(kind)))
     plain = {float: "a number", int: "a whole number", str: "text", bool: "true or false",
              type(None): "null"}  # fmt: skip

@@ -39,6 +39,10 @@ from qvgpt.sampling import (
 )
 
 _BATCHES_PER_CHUNK = 8  # more would lose more when stopped, fewer idle at the ends of chunks
+_LOCAL = (
+    "beams", "best_of", "brevity", "contrast", "device_map", "dtype", "length_penalty", "shaped",
+    "value_models", "weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,9 @@ def prepare(
     Raises `QvgptError` for all that could only fail later; writes nothing.
     """
     _check_counts(config)
+    for name in ("api_key_env", "as_chat"):
+        if getattr(config, name) is not None:
+            raise QvgptError(f"collect: {name} is for a server, and no base_url names one")
     reward = get_reward(config.reward)
     model = ValueModel.from_pretrained(
         config.model, dtype=config.dtype, device_map=config.device_map
@@ -170,11 +177,10 @@ def prepare(
 def prepare_remote(config: CollectConfig) -> tuple[list[Row], Write]:
     """Rows and how a server writes to their prompts; raises `QvgptError` as `prepare` does."""
     _check_counts(config)
-    for name in ("beams", "value_models", "contrast", "weights", "shaped", "device_map"):
-        if getattr(config, name):
+    plain = CollectConfig(config.model, config.data, config.reward, config.output)
+    for name in _LOCAL:
+        if getattr(config, name) != getattr(plain, name):
             raise QvgptError(f"collect: {name} needs the model here, not at a base_url")
-    if config.best_of != 1:
-        raise QvgptError("collect: best_of needs the model here, not at a base_url")
     rows = list(islice(read_rows(config.data), config.limit))
     _check_rows(config, rows)
     guidances = [_guidance(config, temperature) for temperature in config.temperatures]

@@ -12,8 +12,11 @@ from qvgpt.errors import QvgptError
 
 
 def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt, references and metadata of a row, without what it says of its own completion."""
-    dropped = (KNOWN | {"judged_by"}) - {"prompt", "prompt_ids"}
+    """Prompt, references and metadata of a row, without what it says of its own completions.
+
+    Nor does it keep what `collect` will say under these names, the row being one of its own.
+    """
+    dropped = (KNOWN | {"judged_by", "length_limited", "sampled"}) - {"prompt", "prompt_ids"}
     kept = {k: v for k, v in fields.items() if k not in dropped}
     own = fields.get("completion")
     if fields.get("references") or isinstance(own, str):
@@ -33,13 +36,13 @@ def whole_chunks(file: Path, rows: Sequence[Row], size: int) -> int:
     if not file.exists():
         return 0
     whole = kept = length = 0
-    for number, (row, line) in enumerate(zip(rows, lines(file), strict=False), 1):
+    for number, (row, (line, size_of)) in enumerate(zip(rows, lines(file), strict=False), 1):
         for name, value in kept_fields(row.fields).items():
             if json.dumps(line.get(name)) != json.dumps(value):
                 raise QvgptError(
                     f"{file}:{number}: another {name} than now at {row.where}; collect anew"
                 )
-        length += line["bytes"]
+        length += size_of
         if number % size == 0 or number == len(rows):
             whole, kept = number, length
     with file.open("r+b") as content:
@@ -55,8 +58,8 @@ def as_line(row: dict[str, Any]) -> bytes:
         return f"{json.dumps(row)}\n".encode()
 
 
-def lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file up to the first broken one, each with its length in `bytes`."""
+def lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines of a file up to the first broken one, each with its length in bytes."""
     with file.open("rb") as whole:
         for line in whole:
             try:
@@ -65,7 +68,7 @@ def lines(file: Path) -> Iterator[dict[str, Any]]:
                 content = None
             if not isinstance(content, dict):
                 return
-            yield {**content, "bytes": len(line)}
+            yield content, len(line)
 
 
 def summary(file: Path) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def summary(file: Path) -> dict[str, Any]:
     limited: list[bool] = []
     tokens = references_added = 0
     known = True
-    for line in lines(file):
+    for line, _ in lines(file):
         n = line["sampled"]
         given = line.get("rewards") or [float(sum(r)) for r in line["token_rewards"]]
         returns.append(given[:n])

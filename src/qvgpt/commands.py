@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,9 +125,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     model, values = config.load(config.model)
     if config.values and model.heads is None and values is None:
         raise QvgptError(f"--values: {config.model} has no value heads")
+    search = _search(config, config.max_tokens or 1)
+    if not is_sampled(search):
+        config = replace(config, temperature=1.0)  # whatever the model recommends
     guidance = config.guidance(model, config.model, values)
     strengths = [guidance.beta, guidance.beta_end, guidance.kl_budget]
-    search = _search(config, config.max_tokens or 1)
     searches = [] if search is None else [search]
     check_values(model, config.model, strengths, config.best_of, values, searches)
     texts, prompts = _prompts(model, config)
@@ -139,7 +141,6 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         for i, (prompt, room) in enumerate(zip(prompts, most, strict=True))
         for k in range(config.n)
     ]
-    search = _search(config, min(most))
     output = _claim(config.output, "generate", config)
     chosen = "" if search is None else search_name(search)
     if config.best_of > 1:
@@ -181,6 +182,8 @@ def _search(config: GenerateConfig, max_tokens: int) -> Search | None:
         raise QvgptError("generate: search and best_of both choose: give one of them")
     if config.n > 1 and not is_sampled(search):
         raise QvgptError(f"generate: {search_name(search)} finds one text a prompt: n must be 1")
+    if config.temperature not in (None, 1.0) and not is_sampled(search):
+        raise QvgptError(f"generate: {search_name(search)} has no temperature: leave it out")
     return search
 
 
@@ -225,13 +228,24 @@ def _write(
     with TextProgress("generate", len(requests) * config.best_of) as progress:
         how: dict[str, Any] = {"on_step": progress.step, "values": values, "spent": spent}
         if search is not None:
-            texts = write_searched(search, model, requests, report=True, **how)
+            texts = _searched(search, model, requests, **how)
         else:
             how["max_batch"] = config.max_batch
             texts = write_best(model, requests, config.best_of, report=True, **how)
     for text in texts if config.prompt is not None or config.values else ():
         _show(model, text) if config.values else print(text.text)
     return texts
+
+
+def _searched(search: Any, model: ValueModel, requests: list[Request], **how: Any) -> list[Text]:
+    """The text of each request, those of equal room searched together."""
+    texts: dict[int, Text] = {}
+    for room in sorted({request.max_tokens for request in requests}):
+        some = {i: request for i, request in enumerate(requests) if request.max_tokens == room}
+        one = replace(search, max_tokens=room)
+        found = write_searched(one, model, [*some.values()], report=True, **how)
+        texts |= dict(zip(some, found, strict=True))
+    return [texts[i] for i in range(len(requests))]
 
 
 def _row(prompt: Any, text: Text) -> dict[str, Any]:
@@ -290,6 +304,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             f"{config.model}: has no value heads to score with; --value_models or --contrast name "
             "other values"
         )
+    guide.refuse_to_judge(whole=True)
     texts, _ = load_trajectories(config.data, model.tokenizer)
     too_long = sum(len(t.tokens) > guide.context for t in texts)
     if too_long:

@@ -27,6 +27,7 @@ from qvgpt.returns import lambda_returns
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, centred, collate
 
 BINS = 10
+_TIE = 1e-6  # of the greatest return: what differs by less is equal but for rounding
 
 Array = Float[np.ndarray, "decisions"]
 Text = dict[str, Any]
@@ -48,6 +49,8 @@ class Foretold:
     """Mean of the slow heads, as in decoding; of the token that was taken."""
     to_come: Array
     """The rewards still to come, discounted as the values are."""
+    earned: Array
+    """The rewards of the decisions before, discounted to the text's first."""
     so_far: Array
     """The discount from the text's first decision to this one."""
     td_error: Array
@@ -90,26 +93,29 @@ def foretold(
     `values` has v, and target_q where Q is learned; `texts` numbers the batch's texts.
     """
     assert values.v is not None
-    step_gamma = discount(batch, gamma, per_turn_discount)
-    nothing = torch.zeros_like(batch.reward)
-    to_come = lambda_returns(batch.reward, step_gamma, nothing, batch.mask, lambda_=1.0)
+    step_gamma, reward = discount(batch, gamma, per_turn_discount).double(), batch.reward.double()
+    to_come = lambda_returns(reward, step_gamma, torch.zeros_like(reward), batch.mask, lambda_=1.0)
     so_far = step_gamma.cumprod(1).roll(1, dims=1)
     so_far[:, 0] = 1.0
+    earned = (so_far * reward).cumsum(1).roll(1, dims=1)
+    earned[:, 0] = 0.0
     v, slow = values.v[:, :-1], values.target_q
     missing = torch.full_like(v, math.nan)
     q = missing if slow is None else slow.mean(0)
     twin_gap = missing if slow is None else slow.amax(0) - slow.amin(0)
-    td_error = batch.reward + step_gamma * values.v[:, 1:] - (v if slow is None else q)
+    td_error = reward + step_gamma * values.v[:, 1:] - (v if slow is None else q)
     number = torch.tensor(texts, device=v.device)[:, None].expand_as(v)
     among = [missing if x is None else x for x in (values.candidate_q_max, values.q_spread)]
-    in_reward = [v, q, to_come, td_error, twin_gap, *among]
-    v, q, to_come, td_error, twin_gap, best, q_spread = (x / reward_scale for x in in_reward)
+    in_reward = [v, q, to_come, earned, td_error, twin_gap, *among]
+    v, q, to_come, earned, td_error, twin_gap, best, q_spread = (
+        x / reward_scale for x in in_reward
+    )
     columns = [
         number, torch.arange(v.size(1), device=v.device).expand_as(v),
-        ended(batch)[:, None].expand_as(v), v, q, to_come, so_far, td_error, twin_gap, best,
+        ended(batch)[:, None].expand_as(v), v, q, to_come, earned, so_far, td_error, twin_gap, best,
         q_spread, missing if values.logit_spread is None else values.logit_spread,
     ]  # fmt: skip
-    # rounded to fp32, for what differs by less is a tie
+    # in fp32's precision, which values have, lest a return of fp64 differ from V that equals it
     return torch.stack([c.float()[batch.mask].double() for c in columns], dim=1)
 
 
@@ -193,7 +199,7 @@ def figures(f: Foretold, prompts: Sequence[Any]) -> dict[str, float]:
     several = [group for group in groups if len(group) > 1]
     at_prompt = [[_mean([t[k][0] for t in group]) for group in groups] for k in ("v", "to_come")]
     total_middle = _ranked(several, lambda t: _total_at(t, _middle(t)), _total)
-    across = spearman(*map(np.array, at_prompt)) if groups else math.nan
+    across = spearman(*(_places(np.array(x), _tie(texts)) for x in at_prompt))
     found = {
         "slope": slope,
         "intercept": intercept,
@@ -297,7 +303,7 @@ def _total(text: Text) -> float:
 def _total_at(text: Text, decision: int) -> float:
     """That return as foretold at a later decision: what came before is known."""
     at = range(len(text["v"]))[decision]
-    return text["to_come"][0] + text["so_far"][at] * (text["v"][at] - text["to_come"][at])
+    return text["earned"][at] + text["so_far"][at] * text["v"][at]
 
 
 def _middle_to_come(text: Text) -> float:
@@ -316,12 +322,26 @@ def _ranked(
     """Rank correlation in each group whose outcomes differ; a constant prediction counts as 0."""
     found: list[float] = []
     for group in groups:
-        actual = np.array([came(text) for text in group])
+        tie = _tie(group)
+        actual = _places(np.array([came(text) for text in group]), tie)
         predicted = np.array([foretold(text) for text in group])
-        if np.ptp(actual) > 0 and not np.isnan(predicted).any():
-            correlation = spearman(predicted, actual)
+        if actual.any() and not np.isnan(predicted).any():
+            correlation = spearman(_places(predicted, tie), actual)
             found.append(0.0 if math.isnan(correlation) else correlation)
     return found
+
+
+def _tie(texts: Sequence[Text]) -> float:
+    """What returns of these texts that are equal may differ by: they are sums, and rounded."""
+    return _TIE * max((float(np.abs(text["to_come"]).max()) for text in texts), default=0.0)
+
+
+def _places(x: Float[np.ndarray, "n"], tie: float) -> Float[np.ndarray, "n"]:
+    """Each number's place among the others, from 0; neighbours within `tie` share theirs."""
+    order = np.argsort(x)
+    places = np.zeros(len(x))
+    places[order[1:]] = np.cumsum(np.diff(x[order]) > tie)
+    return places
 
 
 def _within(
@@ -338,10 +358,11 @@ def _within(
 
 
 def _fit(predicted: Array, actual: Array) -> dict[str, Any]:
+    known = not np.isnan(predicted).any()
     return _correlations(predicted, actual) | {
-        "mse": float(np.square(predicted - actual).mean()),
+        "mse": float(np.square(predicted - actual).mean()) if known else None,
         "mse_of_mean": float(actual.var()),
-        "calibration": calibration(predicted, actual),
+        "calibration": calibration(predicted, actual) if known else [],
     }
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
@@ -37,9 +38,13 @@ from qvgpt.sampling import (
     load_prompts,
     load_values,
 )
-from qvgpt.trajectory import Trajectory
+from qvgpt.trajectory import Trajectory, by_prompt
 
-CORPUS_METRICS = {"corpus_bleu": corpus_bleu_ci, "corpus_chrf": corpus_chrf_ci}
+CORPUS_METRICS = {
+    "corpus_bleu": corpus_bleu_ci,
+    "corpus_bleu:zh": partial(corpus_bleu_ci, tokenize="zh"),
+    "corpus_chrf": corpus_chrf_ci,
+}
 """Metrics of a whole test set, 0..100, which are no mean over its prompts."""
 
 
@@ -60,7 +65,7 @@ class EvaluateConfig:
     """Directory of the language model before value learning: it writes the texts of beta 0, and KL
     is measured to it; same tokenizer. None: the model itself, unguided."""
     metrics: list[str] = field(default_factory=list)
-    """Further rewards to report; also corpus_bleu and corpus_chrf."""
+    """Further rewards to report; also corpus_bleu[:zh] and corpus_chrf."""
     betas: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0])
     """Strengths of guidance, beside the base (0)."""
     best_of: int = 1
@@ -115,7 +120,8 @@ class EvaluateConfig:
     """Prompts whose texts are shown in the report."""
     recommend: bool = False
     """Write the guidance with the best mean reward into the model, for `generate` and `export` to
-    use where nothing is said. Choose it on validation data, never on those of the final figures."""
+    use where nothing is said; not with base, which is another model. Choose it on validation data,
+    never on those of the final figures."""
     dtype: Dtype = "float32"
     """Of the language model's weights in memory; auto: as they are stored."""
     device_map: str | None = None
@@ -183,10 +189,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     judged, right = values or own_values(model), None
-    if isinstance(judged, HeadValues) and judged.model.info.centred and config.samples == 1:
-        print("evaluate: centred values are judged by several samples a prompt", file=sys.stderr)
-    elif isinstance(judged, HeadValues) and judged.model.info.level == "token":
-        right = value_diagnostics(judged.model, _logged(model, prompts, fields, rows, config))
+    if isinstance(judged, HeadValues) and judged.model.info.level == "token":
+        logged = _logged(model, prompts, fields, rows, config)
+        if judged.model.info.centred and all(len(several) == 1 for several in by_prompt(logged)):
+            said = "centred values are judged by several samples a prompt, at a temperature above 0"
+            print(f"evaluate: {said}", file=sys.stderr)
+        else:
+            right = value_diagnostics(judged.model, logged)
     summary = {
         "metric": config.reward,
         "model": config.model,
@@ -225,15 +234,21 @@ def refuse_options(config: EvaluateConfig) -> None:
             "evaluate: best_of and block search choose among sampled texts, and temperature 0 "
             "writes one: add another temperature"
         )
+    if config.recommend and config.base is not None:
+        raise QvgptError(
+            "evaluate: recommend compares the guided model with itself, unguided, and base is "
+            "another model: leave base out to choose"
+        )
     guidances_of(config)  # refuses what has no meaning
 
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
-    """Let the best method be what the model recommends: its name. The base is none to recommend."""
+    """Let the best method be what the model recommends: its name. Where that is the plain model
+    with nothing said, it recommends nothing."""
     alone = [row for row in rows if row.best_of == 1 and row.search is None]
-    best = max(alone, key=lambda row: (row.score.value, -row.guidance.beta))
-    guided = best.guidance.beta > 0 or best.guidance.kl_budget is not None
-    model.info.recommended_guidance = asdict(best.guidance) if guided else None
+    best = max(alone, key=lambda row: (row.score.value, -abs(row.guidance.beta)))
+    plain = best.guidance == Guidance()
+    model.info.recommended_guidance = None if plain else asdict(best.guidance)
     model.save_config(config.model)
     return best.method
 
@@ -242,7 +257,8 @@ def _in_words(recommended: str, model: str) -> str:
     """What became of `recommend`."""
     if recommended.startswith("guided"):
         return f"recommended from now on by {model}: {recommended}"
-    return f"{model} recommends no guidance: nothing earned more than {recommended}"
+    kept = f"nothing earned more than {recommended}, which is how it writes from now on"
+    return f"{model} recommends no guidance: {kept}"
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:

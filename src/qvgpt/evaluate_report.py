@@ -149,8 +149,10 @@ def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row],
         columns = [next(r for r in rows if r.method == best.baseline), best]
     tokens = [[_tokens(model, prompts[i], row.by_prompt()[i][0]) for row in columns]
               for i in range(shown)]  # fmt: skip
-    sizes = sorted(abs(t.advantage or 0.0) for block in tokens for text in block for t in text)
-    scale = sizes[math.ceil(0.95 * len(sizes)) - 1] or None  # one for all, to be compared
+    acted = (t.advantage for block in tokens for text in block for t in text if t.is_action)
+    sizes = sorted(abs(a) for a in acted if a is not None)
+    # one for all, to be compared
+    scale = sizes[math.ceil(0.95 * len(sizes)) - 1] or None if sizes else None
     blocks = []
     for i, block in enumerate(tokens):
         cells = []
@@ -164,7 +166,7 @@ def _texts(model: ValueModel, prompts: Sequence[Sequence[int]], rows: list[Row],
 def _tokens(model: ValueModel, prompt: Sequence[int], sample: Sample) -> list[TokenValue]:
     assert model.tokenizer is not None
     pieces = model.tokenizer.pieces([*prompt, *sample.written.tokens])
-    found = [TokenValue(piece, 0.0, is_action=False) for piece in pieces[: len(prompt)]]
+    found = [TokenValue(piece, is_action=False) for piece in pieces[: len(prompt)]]
     for piece, r in zip(pieces[len(prompt) :], sample.written.reports, strict=True):
         base, guided = math.exp(r.base_logprob), math.exp(r.logprob)
         found.append(TokenValue(piece, r.advantage, r.q, r.v, base, guided))

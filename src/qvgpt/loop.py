@@ -21,8 +21,8 @@ from qvgpt.checkpoint import (
     newest_checkpoint,
     optimizer_state,
     parameter_names,
+    save_best,
     save_checkpoint,
-    save_model,
     step_directory,
 )
 from qvgpt.data.batches import Rows
@@ -64,7 +64,8 @@ class Training:
         self.data, self.objectives, self.options = data, objectives, options
         self.rows = Rows(data, options.packed, options.share_prompts)
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
-        total = math.ceil(options.epochs * self.steps_per_epoch)
+        # less a rounding: 1.1 · 50 is 55 and a little more
+        total = math.ceil(options.epochs * self.steps_per_epoch * (1 - 1e-12))
         self.total_steps = min(total, options.max_steps or total)
         self.pad_id, self.end_ids = 0, ()
         if model.tokenizer is not None:
@@ -307,10 +308,10 @@ class Training:
             return
         self.state.best, self.state.best_step = found[name], self.state.step
         self.state.bad_evals = 0
-        if self.best_models is not None:
+        if self.best_models is not None and self.checkpoints is not None:
             plain = self.gathered()
             if plain is not None:
-                save_model(self.best_models, plain, self.state.step)
+                save_best(self.best_models, plain, self.state.step, self.checkpoints)
         else:
             self.best_weights = {k: v.clone() for k, v in self.bare.state_dict().items()}
 

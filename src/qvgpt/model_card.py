@@ -28,8 +28,13 @@ def front_matter(task: str | None = None) -> str:
 def table(rows: Iterable[tuple[str, Any]]) -> str:
     """Two columns, without a head; numbers to four digits."""
     shown = ((name, f"{x:.4g}" if isinstance(x, float) else str(x)) for name, x in rows)
-    lines = [f"| {name} | {x} |" for name, x in shown]
+    lines = [f"| {cell(name)} | {cell(x)} |" for name, x in shown]
     return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def cell(text: str) -> str:
+    """What stands in a table: `|` would end it there."""
+    return text.replace("|", "\\|")
 
 
 def write_card(directory: Path, card: str, say: Callable[[str], None]) -> None:
@@ -41,7 +46,8 @@ def write_card(directory: Path, card: str, say: Callable[[str], None]) -> None:
     head, _, rest = card.partition("\n#")
     staged = directory / f".{NAME}.staged"
     with writing(file, "go on with --resume"):
-        staged.write_text(f"{head}\n{_MARK}; keep this line, or the file is yours -->\n#{rest}")
+        text = f"{head}\n{_MARK}; keep this line, or the file is yours -->\n#{rest}"
+        staged.write_text(text, "utf-8")
         os.replace(staged, file)
 
 
@@ -105,7 +111,7 @@ def _use(model: ValueModel) -> list[str]:
 
 
 def _data(what: str, counts: Mapping[str, Any]) -> str:
-    lines = [f"| {f['name']} | {f['bytes']:,} | `{f['sha256']}` |" for f in counts["files"]]
+    lines = [f"| {cell(f['name'])} | {f['bytes']:,} | `{f['sha256']}` |" for f in counts["files"]]
     said = f"{counts['rows']:,} rows, {counts['trajectories']:,} texts {what}"
     if counts["too_long"]:
         said += f"; {counts['cut']:,} were cut and {counts['dropped']:,} dropped as too long"

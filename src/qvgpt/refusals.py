@@ -25,9 +25,7 @@ def refuse(
     """Raise `QvgptError` for what does not go together."""
     if not data:
         raise QvgptError("the data set is empty: there is nothing to train on")
-    _refuse_objectives(model, objectives)
-    _refuse_heads(model, objectives)
-    _refuse_options(model, objectives, options, eval_data)
+    refuse_options(model, objectives, options, eval_data)
     _refuse_nothing_counted(objectives, data, "texts to train on")
     if options.keep_best:
         which = options.keep_best.split("/")[0]
@@ -44,6 +42,18 @@ def refuse(
                     f"context of {model.trunk.seq_len}"
                 )
             _refuse_return(model, objectives, text, f"{name} {i + 1} of {len(texts)}")
+
+
+def refuse_options(
+    model: ValueModel,
+    objectives: Objectives,
+    options: FitOptions,
+    eval_data: Sequence[Trajectory],
+) -> None:
+    """What `refuse` says whatever the texts to train on are."""
+    _refuse_objectives(model, objectives)
+    _refuse_heads(model, objectives)
+    _refuse_fit(model, objectives, options, eval_data)
 
 
 def _refuse_objectives(model: ValueModel, objectives: Objectives) -> None:
@@ -143,14 +153,17 @@ def refuse_no_rewards(
 def refuse_centring(
     centred: bool, model: ValueModel, objectives: Objectives, data: Sequence[Trajectory]
 ) -> None:
-    """Raise `QvgptError` where returns and values would not be counted from the same point."""
+    """Raise `QvgptError` where returns and values would not be counted from the same point.
+
+    Without data only the values to start from are looked at.
+    """
     learned = model.heads is not None and not model.heads.are_fresh
     if objectives.learns_values and learned and model.info.centred != centred:
         said = "true" if model.info.centred else "false"
         raise QvgptError(
             f"centred: the values to start from were learned with {said}: say the same"
         )
-    if centred and all(len(several) == 1 for several in by_prompt(data)):
+    if centred and data and all(len(several) == 1 for several in by_prompt(data)):
         raise QvgptError(
             "centred: every prompt has one text, whose return counted from their mean is 0: give "
             "several texts a prompt, or leave it out"
@@ -172,7 +185,7 @@ def refuse_shared_prompts(model: ValueModel, objectives: Objectives) -> None:
         )
 
 
-def _refuse_options(
+def _refuse_fit(
     model: ValueModel,
     objectives: Objectives,
     options: FitOptions,

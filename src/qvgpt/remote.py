@@ -7,13 +7,14 @@ import contextlib
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from qvgpt.data.rows import Row
 from qvgpt.decode.engine import Text
@@ -26,21 +27,19 @@ LONGEST_PAUSE = 60.0
 _SECONDS = 600.0  # for one answer
 _MOST_BYTES = 64 << 20  # of one answer
 _BUSY = (408, 409, 425, 429)
+_ASKED = re.compile(r"https?://[!-~]+ [!-~]*")  # host and path, which hold no space
 
 
 class Server:
     """One that writes texts. Raises `QvgptError` where it refuses, or answers what is no answer."""
 
     def __init__(self, base_url: str, model: str, key: str | None = None, as_chat: bool = False):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise QvgptError(
-                f"base_url: expected an address such as http://127.0.0.1:8000/v1, not {base_url!r}"
-            )
-        if parts.username or parts.password:
-            raise QvgptError("base_url: leave the key out of it: api_key_env names its variable")
-        self.url, self.model, self._key, self._as_chat = base_url, model, key, as_chat
-        self._parts, self._path = parts, parts.path.rstrip("/")
+        self._parts = _address(base_url)
+        self._key = (key or "").strip()
+        if not self._key.isprintable():
+            raise QvgptError("api_key_env: the key in this variable is no line of text")
+        self.url, self.model, self._as_chat = base_url, model, as_chat
+        self._path = self._parts.path.rstrip("/")
         self._local = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
         self._ended = threading.Event()
@@ -152,11 +151,11 @@ class Server:
 
     def _once(self, method: str, path: str, content: bytes | None) -> tuple[int, bytes, str | None]:
         connection = self._connection()
-        headers = {"Accept": "application/json"}
+        headers: dict[str, str | bytes] = {"Accept": "application/json"}
         if content is not None:
             headers["Content-Type"] = "application/json"
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+            headers["Authorization"] = f"Bearer {self._key}".encode()
         connection.request(method, self._path + path, content, headers)
         answer = connection.getresponse()
         data = answer.read(_MOST_BYTES)
@@ -197,6 +196,22 @@ class Server:
         if not isinstance(answer, dict):
             raise QvgptError(f"{self.url}: its answer is no JSON object: {_short(data)}")
         return answer
+
+
+def _address(base_url: str) -> SplitResult:
+    """The parts of an address that can be asked."""
+    if "@" in base_url or "?" in base_url:
+        raise QvgptError(
+            "base_url: leave the key out of it, and any query: api_key_env names the key's variable"
+        )
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(base_url)
+        asked = f"{parts.scheme}://{(parts.hostname or '').encode('idna').decode()} {parts.path}"
+        if parts.port != 0 and base_url.isprintable() and _ASKED.fullmatch(asked):
+            return parts
+    raise QvgptError(
+        f"base_url: expected an address such as http://127.0.0.1:8000/v1, not {base_url!r}"
+    )
 
 
 def _pause(attempt: int, after: str | None) -> float:

@@ -21,9 +21,9 @@ from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate, refuse_options
 from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
-from qvgpt.run import alone_in, check_run, open_run, write_json
+from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.sampling import check_references, load_prompts
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.trainer import TrainConfig, check_training, train
 
 COLLECT, TRAIN = CollectConfig("", "", "", ""), TrainConfig([], "")
 """The options of `collect` and `train` as they are unless said otherwise."""
@@ -82,13 +82,17 @@ class RoundsConfig:
 def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, Any]:
     """Run or resume all rounds; returns what summary.json holds.
 
-    Bad input raises `QvgptError` before anything is written.
+    Bad input raises `QvgptError` before anything is written, but for what the texts to come decide:
+    until the first training begins, a resumed run may change the options of `train`.
     """
     console = console or Console(stderr=True)
     record = {k: v for k, v in vars(config).items() if k != "rounds"}
-    check_run(config.output, "rounds", record, config.resume)
+    changed = _training_changed(config, record)
+    check_run(config.output, "rounds", record, config.resume, bool(changed))
     _refuse(config)
-    output = open_run(config.output, "rounds", record, config.resume)
+    output = open_run(config.output, "rounds", record, config.resume, bool(changed))
+    if changed:
+        console.print(f"goes on with other settings: {', '.join(changed)}", soft_wrap=True)
     with alone_in(output):
         rows, summary = [], {}
         for number in range(1, config.rounds + 1):
@@ -97,6 +101,15 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
             summary = {"reward": config.reward, "rounds": rows, "model": rows[-1]["model"]}
             write_json(output / "summary.json", summary)
     return summary
+
+
+def _training_changed(config: RoundsConfig, record: dict[str, Any]) -> list[str]:
+    """The changed options of `train`, where no others changed and no training has begun."""
+    output = Path(config.output)
+    if not (output / "run.json").exists() or (_place(config, 1) / "model/run.json").exists():
+        return []
+    changed = changed_settings(output, "rounds", record)
+    return list(changed.values()) if all(name.startswith("train.") for name in changed) else []
 
 
 def _round(config: RoundsConfig, number: int, console: Console) -> dict[str, Any]:
@@ -195,6 +208,10 @@ def _refuse(config: RoundsConfig) -> None:
     """Raise `QvgptError` for what could only fail in the middle of the rounds."""
     if config.rounds < 1 or config.eval_samples < 1:
         raise QvgptError("rounds: rounds and eval_samples must be at least 1")
+    if (_place(config, config.rounds + 1) / "evaluation/summary.json").exists():
+        raise QvgptError(
+            f"rounds: {config.output} has finished more than {config.rounds}: give at least as many"
+        )
     for section, standard in (("collect", COLLECT), ("train", TRAIN)):
         for name in _OURS[section]:
             if getattr(getattr(config, section), name) != getattr(standard, name):
@@ -227,6 +244,5 @@ def _refuse_reading(config: RoundsConfig) -> None:
         check_references(read, [config.reward])
     if config.train.heads is not None and _has_values(config):
         raise QvgptError(f"train.heads: {config.model} has value heads already; leave heads out")
-    for path in config.logs:
-        if not Path(path).exists():
-            raise QvgptError(f"{path}: no such file")
+    del model
+    check_training(replace(_training(config, 1), data=config.logs))

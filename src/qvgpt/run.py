@@ -86,7 +86,7 @@ def changed_settings(path: Path, command: str, config: Any) -> dict[str, str]:
     A setting that did not exist yet was at its default.
     """
     try:
-        found = json.loads((path / "run.json").read_text())
+        found = json.loads((path / "run.json").read_text("utf-8"))
     except ValueError:
         raise QvgptError(f"{path / 'run.json'}: broken JSON; choose another output") from None
     old, new = flatten(found), flatten({"command": command, "config": _plain(config)})
@@ -149,7 +149,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece: a reader sees the old file or the new one."""
     staged = path.with_name(f".{path.name}.staged")
     with writing(path):
-        staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         os.replace(staged, path)
 
 
@@ -173,9 +173,10 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     width = max(map(len, flat), default=0)
     for name, value in flat.items():
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            table = Table(*value[0], title=name)
+            columns = dict.fromkeys(column for row in value for column in row)
+            table = Table(*columns, title=name)
             for row in value:
-                table.add_row(*(Text(_shown(row.get(column))) for column in value[0]))
+                table.add_row(*(Text(_shown(row.get(column, ""))) for column in columns))
             console.print(table)
         elif value not in (None, [], {}):
             line = f"{name:<{width}}  {_shown(value)}"
@@ -185,6 +186,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(of)}" for name, of in value.items()) or "–"
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
@@ -290,7 +293,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a `log.jsonl`, training and evaluation alike; empty where there is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
 
 
 def _forget_after(log: Path, step: int) -> None:
@@ -298,7 +301,7 @@ def _forget_after(log: Path, step: int) -> None:
     if not log.exists():
         return
     kept = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text("utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -306,7 +309,7 @@ def _forget_after(log: Path, step: int) -> None:
             continue
     staged = log.with_name(f".{log.name}.staged")
     with writing(log, "go on with --resume"):
-        staged.write_text("".join(line + "\n" for line in kept))
+        staged.write_text("".join(line + "\n" for line in kept), "utf-8")
         os.replace(staged, log)
 
 

@@ -29,7 +29,13 @@ from qvgpt.models.value_model import ValueModel, load_trunk, stored_heads
 from qvgpt.objectives import Objectives, parse_objectives
 from qvgpt.plan import plan
 from qvgpt.processes import processes
-from qvgpt.refusals import refuse, refuse_centring, refuse_no_rewards, refuse_shared_prompts
+from qvgpt.refusals import (
+    refuse,
+    refuse_centring,
+    refuse_no_rewards,
+    refuse_options,
+    refuse_shared_prompts,
+)
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
 from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
@@ -58,6 +64,14 @@ class GPTShape:
     """Share of activations dropped while training."""
     tied: bool = True
     """Let the LM head be the token embedding."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning, naming the key."""
+        for name in ("embed_dim", "num_heads", "num_layers", "seq_len"):
+            if getattr(self, name) < 1:
+                raise QvgptError(f"gpt.{name}: must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout <= 1:
+            raise QvgptError(f"gpt.dropout: must be between 0 and 1, not {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +230,23 @@ def _train(
     return summary
 
 
+def check_training(config: TrainConfig) -> None:
+    """Raise `QvgptError` for what `train` would refuse whatever more texts there will be in `data`.
+
+    What is there of them already is read; nothing is written.
+    """
+    objectives, quiet = parse_objectives(config.objectives), Console(quiet=True)
+    model = _start(config, None, quiet)
+    _load(config, config.data, model, quiet)
+    eval_data, _ = _load(config, config.eval_data, model, quiet)
+    refuse_centring(config.centred, model, objectives, [])
+    _reward_scale(config, objectives, model)
+    if config.heads is not None and not config.heads.knows_support:  # the texts will say which
+        config = replace(config, heads=replace(config.heads, low=0.0, high=1.0))
+    model = _equipped(config, model, objectives, [], None, quiet)
+    refuse_options(model, objectives, config.fit, eval_data)
+
+
 def _say_what_sharing_saves(
     config: TrainConfig,
     model: ValueModel,
@@ -319,9 +350,9 @@ def _equipped(
 
 
 def _are_dialogues(data: list[Trajectory], model: ValueModel) -> bool:
-    """Whether messages end in these texts, by our own template."""
+    """Whether messages end within these texts, by our own template."""
     eot = model.tokenizer.template.eot if model.tokenizer is not None else None
-    return eot is not None and any(eot in t.tokens for t in data)
+    return eot is not None and any(eot in t.tokens[:-1] for t in data)
 
 
 def _reward_scale(config: TrainConfig, objectives: Objectives, model: ValueModel) -> float:

@@ -68,8 +68,9 @@ def value_charts(values: Mapping[str, Any]) -> str:
     """What `value_diagnostics` found: reliability, TD errors by position, all figures."""
     series = []
     for name, key in (("V at the prompt", "v_at_prompt"), ("V", "v"), ("Q of tokens", "q")):
-        points = values[key]["calibration"]
-        series.append(Series(name, [p["predicted"] for p in points], [p["actual"] for p in points]))
+        if points := values[key]["calibration"]:
+            x, y = ([p[which] for p in points] for which in ("predicted", "actual"))
+            series.append(Series(name, x, y))
     by_position = values["td_error"]
     at = [p["position"] + 1 for p in by_position]
     errors = [

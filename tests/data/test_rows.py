@@ -161,7 +161,12 @@ FAULTS = [
     ({"prompt": "a", "completion": "b", "reward": "1"}, "'reward'", "expected a number"),
     ({"prompt": "a", "completion": "b", "reward": True}, "'reward'", "expected a number"),
     ('{"text": "a", "reward": NaN}', "'reward'", "expected a finite number"),
-    ({"text": "a", "reward": 10**400}, "'reward'", "expected a finite number, found 1000"),
+    (
+        {"text": "a", "reward": 10**400},
+        "'reward'",
+        "expected a finite number, below 3e38, found 1000",
+    ),
+    ({"text": "a", "reward": 1e39}, "'reward'", "expected a finite number, below 3e38, found 1e"),
     ({"prompt": "a", "completion": "b", "rewards": [1]}, "'rewards'", "belongs to 'completions'"),
     ({"prompt": "a", "completion": "b", "messages": []}, "'messages'", "does not go with"),
     ({"prompt": "a", "completion": "b", "label": 1}, "'label'", "expected true or false"),

@@ -193,6 +193,7 @@ def test_chat_template_is_kept_by_save_and_by_auto_tokenizer(hf_folder, tmp_path
         ),
         ("{{ raise_exception('no such role') }}", "x", "fails on 1 messages: no such role"),
         (None, "x <|im_end|>", "message 1 holds the special token '<|im_end|>' as text"),
+        (None, "\ud800", "lone surrogate"),
     ],
 )
 def test_chat_templates_that_cannot_be_used(hf_folder, template, content, expected):

@@ -1,5 +1,6 @@
 """A text must not depend on who shares its batch, and what is reported must be true."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ from qvgpt.decode.engine import Door, Engine, Request, generate, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.decode.reading import Reading
+from qvgpt.decode.sources import TokenScorer
 from qvgpt.errors import QvgptError
+from qvgpt.models.value_model import ValueModel
 
 PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2], [1, 12, 13, 2]]
 GUIDANCES = {
@@ -231,6 +234,37 @@ def test_a_stop_string_is_in_the_tokens_and_not_in_the_text(model):
     assert stopped
 
 
+def test_stop_strings_that_mean_nothing_are_refused(model):
+    without = ValueModel(model.trunk, None)
+    for to, stop, message in (
+        (model, "abc", "a list of strings was expected, not 'abc'"),
+        (model, ["a", ""], "an empty string would end every text"),
+        (without, ["a"], "no tokenizer to find strings with"),
+    ):
+        with pytest.raises(QvgptError, match=f"stop: .*{message}"):
+            Engine(to).submit(Request([1], 5, stop=stop))
+    Engine(without).submit(Request([1], 5))
+
+
+def test_after_a_step_that_failed_an_engine_goes_no_further(model):
+    """The cache has read tokens that nobody was told of."""
+    calls = []
+
+    def function(texts, tokens):
+        calls.append(texts)
+        return torch.zeros(tokens.shape) if len(calls) < 3 else 1 / 0
+
+    engine = Engine(model, values=TokenScorer(function))
+    engine.end_ids = frozenset()
+    engine.submit(Request([1], 9, Guidance(beta=1.0, top_k=5)))
+    engine.step()
+    engine.step()
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    with pytest.raises(QvgptError, match="begin the texts anew in another engine"):
+        engine.step()
+
+
 def test_an_engine_without_room_is_refused(model):
     with pytest.raises(QvgptError, match="max_batch must be at least 1"):
         Engine(model, max_batch=0)
@@ -245,6 +279,12 @@ def test_what_cannot_be_served_is_refused(model, plain):
         Engine(model).submit(Request([], 9))
     with pytest.raises(QvgptError, match="no value heads"):
         Engine(plain).submit(Request([1], 9, Guidance(beta=1.0)))
+    with pytest.raises(QvgptError, match="max_tokens must be at least 1, not 0"):
+        Engine(model).submit(Request([1], 0))
+    untyped = inspect.unwrap(Guide.refuse)
+    for prompt in (torch.tensor([1, 2]), torch.tensor([1, 2]).numpy(), "ab", 7):
+        with pytest.raises(QvgptError, match="a prompt is a list of token ids, not "):
+            untyped(Guide.of(model), prompt, 5, Guidance())
     (whole,) = generate(model, [[1] * 40], max_tokens=8)  # fits to the last token
     assert 1 <= len(whole.tokens) <= 8
 

@@ -105,7 +105,8 @@ def test_senseless_guidance_is_refused():
     for options in (
         {"temperature": -1.0}, {"temperature": float("inf")}, {"temperature": float("nan")},
         {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2.0},
-        {"beta": float("inf")}, {"beta": float("nan")},
+        {"beta": float("inf")}, {"beta": float("nan")}, {"temperature": 1e-38}, {"beta": -1e38},
+        {"beta_end": 1e38, "beta_tokens": 2}, {"kl_budget": 0.1, "top_k": 5, "beta_max": 1e38},
     ):  # fmt: skip
         with pytest.raises(QvgptError, match="guidance: "):
             Guidance(**options)

@@ -556,6 +556,22 @@ def test_searches_are_written_as_the_engine_writes(models):
     assert write_searched(SEARCHES["tree"], model, []) == []
 
 
+@EACH
+@pytest.mark.parametrize("values", ["own heads", "contrast"])
+def test_what_a_search_wrote_is_reported_as_guided(models, name, values):
+    """By the values that guided, at the temperature that the search has."""
+    model, guidance = models["gpt"], Guidance(beta=2.0, temperature=0.7)
+    source, search = make(values, model)[0], SEARCHES[name]
+    requests = [Request(p, 6, guidance, seed=i) for i, p in enumerate(SOME)]
+    texts = write_searched(search, model, requests, report=True, values=source)
+    found = search(model, SOME, guidance, source, range(len(SOME))).best
+    for text, h in zip(texts, found, strict=True):
+        assert text.tokens == h.tokens
+        assert sum(r.logprob for r in text.reports) == pytest.approx(h.logprob, abs=1e-3)
+        assert abs(sum(r.base_logprob for r in text.reports) - h.logprob) > 0.1
+        assert all((r.v == 0) == (values == "contrast") for r in text.reports)
+
+
 def test_searches_have_names():
     assert parse_search("tree", 9, 33) == TreeSearch(max_tokens=9, max_batch=33)
     said = {"block": {"keep": 1, "samples": 4, "per_token": True}}
@@ -577,7 +593,11 @@ def test_searches_have_names():
         ({"block": {"width": 0}}, "width must be at least 1"),
         ({"tree": {"top_k": 0}}, "top_k must be at least 1"),
         ({"tree": {"c_puct": -1.0}}, "c_puct must be at least 0"),
+        ({"tree": {"c_puct": math.nan}}, "c_puct must be at least 0"),
+        ({"tree": {"c_puct": math.inf}}, "c_puct must be at least 0"),
         ({"beam": {"value_weight": math.nan}}, "value_weight must be finite"),
+        ({"beam": {"length_penalty": math.nan}}, "length_penalty must be finite"),
+        ({"beam": {"length_penalty": -math.inf}}, "length_penalty must be finite"),
     ):
         with pytest.raises(QvgptError, match=message):
             parse_search(wrong, 9, 33)

@@ -12,6 +12,7 @@ from qvgpt.decode.engine import Engine, Request, generate, row_seed, write
 from qvgpt.decode.guide import Guide
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.reading import Reading, States
+from qvgpt.decode.score import score
 from qvgpt.decode.sources import (
     Contrast,
     HeadValues,
@@ -25,6 +26,7 @@ from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
+from qvgpt.trajectory import Trajectory
 
 PROMPTS = [[1], [1, 9, 2], [1, 30, 8, 8, 8, 17, 21, 25, 2], [1, 2], [1, 7, 7, 2], [1, 12, 13, 2]]
 SIZE = TOKENIZER.vocab_size
@@ -415,6 +417,54 @@ def test_what_does_not_go_together_is_refused(guided, make_model):
     soft, means = Guidance(beta=1.0, functional="soft"), PrefixValues(small(4, HeadsConfig()))
     with pytest.raises(QvgptError, match="reads a distribution"):
         generate(model, [[1]], soft, max_tokens=3, values=means)
+
+
+@pytest.mark.parametrize("name", ["fudge", "contrast", "function"])
+def test_functionals_are_refused_where_nothing_reads_them(guided, name):
+    model, guidance = guided["gpt"], Guidance(beta=1.0, functional="cvar", top_k=5)
+    source, reader = make(name, model)[0], make("soft", model)[0]
+    for values in (source, WeightedSum(((2.0, source),))):
+        with pytest.raises(QvgptError, match="functional 'cvar' reads a distribution of returns"):
+            Engine(model, values=values).submit(Request([1], 5, guidance))
+    both = WeightedSum(((1.0, source), (1.0, reader)))
+    Engine(model, values=both).submit(Request([1], 5, guidance))
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_function_of_the_whole_vocabulary_gives_a_value_for_each_text_and_token(guided, summed):
+    model = ValueModel(guided["gpt"].trunk, None, guided["gpt"].tokenizer)
+    wide = small(7, None, GPT(SIZE + 5, 16, 2, 1, seq_len=48))
+
+    def write(of, shape):
+        source = TokenScorer(lambda texts, tokens: torch.ones(shape), None)
+        if summed:
+            source = WeightedSum(((1.0, source), (1.0, make("contrast", of)[0])))
+        return generate(of, PROMPTS[:3], Guidance(beta=1.0), max_tokens=1, values=source)
+
+    for shape in ((3, 10), (1, SIZE), (3, 100), (SIZE,), (3, SIZE, 1)):
+        with pytest.raises(QvgptError, match="values of "):
+            write(model, shape)
+    write(model, (3, SIZE))
+    for size in (SIZE, SIZE + 5):  # with what pads the vocabulary, or without
+        write(wide, (3, size))
+
+
+@pytest.mark.parametrize("alternatives", [None, 3])
+def test_heads_that_know_v_alone_report_no_q(alternatives):
+    model = small(5, FUDGE)
+    with torch.no_grad():
+        for head in (*model.heads.q, *model.heads.target_q):
+            head.weight.zero_()
+    [text] = write(model, [Request([1, 9], 5, alternatives=alternatives)], report=True)
+    tokens = [1, 9, *text.tokens]
+    read = Trajectory(tokens, [i > 1 for i in range(len(tokens))], [0.0] * len(tokens), False)
+    [found] = score(model, [read], alternatives=alternatives)
+    for report in (*text.reports, *found.reports):
+        assert report.v is not None
+        assert (report.q, report.advantage) == (None, None)
+        assert all(other.q is None for other in report.alternatives)
+        assert len(report.alternatives) == (alternatives or 0)
+    assert found.advantage is None
 
 
 @torch.no_grad()

@@ -374,3 +374,10 @@ def test_the_page_holds_what_it_is_given():
     assert data["texts"][0]["tokens"] == tokens
     assert page.count("<script") == 2
     assert page.count("<img") == 0
+
+
+def test_characters_of_several_tokens_are_whole_without_the_script():
+    first, last = list("你".encode()[:2]), list("你".encode()[2:])
+    split = [{"token": "�", "bytes": first}, {"token": "�", "bytes": last}]
+    page = lens_page([LensText([*split, {"token": "<eos>", "bytes": []}], title="t")])
+    assert "<pre>t\n你&lt;eos&gt;</pre>" in page

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from qvgpt.decode.engine import generate
+from qvgpt.decode.engine import Engine, Request, generate
 from qvgpt.decode.policy import Guidance
 from qvgpt.models import laid_out, native
 from qvgpt.models.blocked import Blocked, product
@@ -78,6 +78,47 @@ def test_learned_weights_are_laid_out_anew(trunk, fused):
         exact = trunk.hidden(tokens)
         with laid_out.laid_out(trunk):
             torch.testing.assert_close(trunk.hidden(tokens), exact, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_row_that_is_written_to_unseen_is_laid_out_anew(trunk):
+    lay_out(trunk)
+    trunk.output_weight.data[9] *= -30
+    lay_out(trunk)
+    states = torch.randn(5, 256)
+    exact = states @ trunk.output_weight.T
+    torch.testing.assert_close(product(states, head_of(trunk)), exact, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("what", ["trunk", "heads"])
+def test_an_engine_follows_weights_that_change_between_its_texts(trunk, beta, what):
+    """With β the LM head is a folded one, which is made anew too."""
+    model = ValueModel(trunk, HeadsConfig("linear", num_q=1))
+    for parameter in model.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    requests = [Request([1, i], 3, Guidance(beta), seed=i) for i in range(8)]
+
+    def write(engine):
+        ids = [engine.submit(request) for request in requests]
+        written = {i: [] for i in ids}
+        while engine.busy:
+            for event in engine.step():
+                written[event.request_id].append(event.token)
+        return [*written.values()]
+
+    kept = Engine(model)
+    before = write(kept)
+    assert write(kept) == before
+    folded = kept.guide._fold(1.0)
+    assert write(kept) == before
+    assert kept.guide._fold(1.0) is folded
+    model.train()
+    with torch.no_grad():
+        for parameter in (model.trunk if what == "trunk" else model.heads.target_q).parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    assert write(kept) == write(Engine(model))
+    assert (write(kept) == before) == (what == "heads" and beta == 0)
 
 
 def test_what_did_not_change_is_kept(trunk):

@@ -13,7 +13,7 @@ from qvgpt.models import vocab
 from qvgpt.models.decision_time import used_states
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
-from qvgpt.models.value_model import ValueModel
+from qvgpt.models.value_model import AMONG_CANDIDATES, ValueModel
 from qvgpt.objectives import NEEDS, Candidates
 from qvgpt.trajectory import Trajectory, collate
 
@@ -104,6 +104,13 @@ def test_the_best_is_never_a_row_that_only_pads_the_vocabulary(candidates):
     found = model(BATCH, frozenset({"q_max", "target_q_at_argmax"}))
     assert found.q_max[0, 0] == pytest.approx(q[5].item(), abs=1e-5)
     assert found.target_q_at_argmax[0, 0, 0] == pytest.approx(q[5].item(), abs=1e-5)
+    model.trunk.output_weight[size] = 9.0 * hidden  # and what the language model is sure of
+    likely = (model.trunk.output_weight[:size] @ hidden).topk(20)
+    found = model(BATCH, AMONG_CANDIDATES)
+    assert found.candidate_q_max[0, 0] == pytest.approx(q[likely.indices].max().item(), abs=1e-5)
+    spread = (likely.values.softmax(0) * likely.values.square()).sum()
+    spread -= (likely.values.softmax(0) * likely.values).sum().square()
+    assert found.logit_spread[0, 0] == pytest.approx(spread.sqrt().item(), rel=1e-3)
 
 
 @torch.no_grad()
@@ -223,6 +230,20 @@ def test_a_batch_without_decisions_gives_zeros():
     values = make()(batch)
     assert values.q.eq(0).all()
     assert values.logprob.eq(0).all()
+
+
+def test_values_are_said_anew_in_one_piece(tmp_path, monkeypatch):
+    def cut(path, text, *_):
+        path.write_bytes(text.encode()[:20])
+        raise OSError("no space left")
+
+    model = make()
+    model.save(tmp_path)
+    model.info.recommended_guidance = {"beta": 2.0}
+    monkeypatch.setattr("pathlib.Path.write_text", cut)
+    with pytest.raises(QvgptError, match=r"value_config.json: cannot be written \(no space left"):
+        model.save_config(tmp_path)
+    assert ValueModel.from_pretrained(tmp_path).info.recommended_guidance is None
 
 
 @torch.no_grad()

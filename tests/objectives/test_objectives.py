@@ -524,6 +524,7 @@ def test_objectives_agree_on_what_a_decision_is_and_where_the_best_is_sought():
 def test_the_names_of_loss_parts_are_known_before_any_data():
     found = parse_objectives(["LM", {"ILQL": {"cql_weight": 0.0}}, "AWR", "AWAC"])
     assert found.parts == ["total", "LM/nll", "ILQL/q", "ILQL/v", "AWR/nll", "AWAC/nll"]
+    assert parse_objectives([{"LM": {True: "all"}}]) == parse_objectives([{"LM": {"on": "all"}}])
     twice = parse_objectives(["LM", {"LM": {"on": "all"}}])
     assert twice.parts == ["total", "LM/nll", "LM 2/nll"]
 

@@ -12,6 +12,7 @@ from qvgpt.data.rows import row_to_trajectories
 from qvgpt.decode.engine import Request, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import score
+from qvgpt.serve.service import Service
 
 PROMPT = "今天天气"
 
@@ -83,6 +84,20 @@ def test_chat_is_the_engines_answer_to_the_dialogue(client, model):
         max_completion_tokens=24,
     )  # fmt: skip
     assert same.choices[0].message.content == text.text
+
+
+@pytest.mark.parametrize("said", [lambda answer: answer, lambda answer: answer.model_dump()])
+def test_an_answer_is_a_message_of_the_next_request(client, model, said):
+    messages = [{"role": "user", "content": PROMPT}]
+    first = client.chat.completions.create(model="tiny", messages=messages, seed=1, max_tokens=9)
+    answer = first.choices[0].message
+    last = {"role": "user", "content": "hello"}
+    second = client.chat.completions.create(
+        model="tiny", messages=[*messages, said(answer), last], seed=1, max_tokens=9
+    )
+    plain = [*messages, {"role": "assistant", "content": answer.content}, last]
+    [text] = texts(model, TOKENIZER.encode_history(plain), GUIDANCE, 1, max_tokens=9)
+    assert second.choices[0].message.content == text.text
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -280,6 +295,27 @@ def test_logprobs(client, model):
     assert spelled.decode("utf-8", "replace") == chat.message.content
 
 
+def test_offsets_are_those_of_the_text(server):
+    """Much of what this model writes are halves of characters."""
+    for seed in range(3):
+        ask = {"prompt": "a", "max_tokens": 60, "seed": seed, "logprobs": 0}
+        [choice] = server.post(**ask, guidance={"beta": 0}).json()["choices"]
+        told = choice["logprobs"]
+        assert "\ufffd" in choice["text"]
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            if "\ufffd" not in token and token not in ("<pad>", "<bos>", "<sep>"):
+                assert choice["text"].startswith(token, offset)
+
+
+def test_what_is_no_number_is_an_error(server, monkeypatch):
+    monkeypatch.setattr("qvgpt.serve.shown._finite", lambda _: float("nan"))
+    ask = {"prompt": "a", "max_tokens": 3, "logprobs": 1}
+    assert server.post(**ask).json()["error"]["code"] == "internal_error"
+    with server.http.stream("POST", "/v1/completions", json={**ask, "stream": True}) as answer:
+        [event] = [line for line in answer.iter_lines() if line]
+    assert json.loads(event[6:])["error"]["code"] == "internal_error"
+
+
 def test_greedy_texts_have_the_logprobs_of_temperature_1(server, model):
     guidance = {"beta": 1.0, "temperature": 0.0}
     ask = {"prompt": PROMPT, "max_tokens": 6, "guidance": guidance}
@@ -339,6 +375,7 @@ FAULTY = {
     "echo": ({"prompt": "a", "echo": True}, "echo"),
     "temperature": ({"prompt": "a", "temperature": -1}, "temperature"),
     "text as number": ({"prompt": "a", "max_tokens": "5"}, "max_tokens"),
+    "stream_options": ({"prompt": "a", "stream_options": {}}, "stream_options"),
 }
 
 
@@ -353,6 +390,36 @@ def test_faults_are_named(server, body, param):
     assert error["type"] == "invalid_request_error"
     assert error["param"].startswith(param)
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": ["a"] * 9}, "stop: List should have at most 8 items"),
+        ({"stop": ["a", ""]}, "stop.1: String should have at least 1 character"),
+        ({"stop": 5}, "stop: Input should be a valid string"),
+        ({"values": 21}, "values: Input should be less than or equal to 20"),
+        ({"prompt": []}, "prompt: List should have at least 1 item"),
+        ({"prompt": [1, 2, -1]}, "prompt.2: Input should be greater than or equal to 0"),
+        ({"prompt": [["a"]]}, "prompt.0.0: Input should be a valid integer"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+         "messages.0.content.0.text: Field required"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
+         "messages.0.tool_calls: List should have at most 0 items"),
+    ],
+)  # fmt: skip
+def test_faults_of_fields_of_several_types_are_those_of_the_type_meant(server, body, message):
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    error = server.post(path, **({"prompt": "a"} if "stop" in body else {}), **body).json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"] == message.partition(":")[0]
+
+
+def test_more_texts_than_there_can_be_room_for_are_no_matter_of_waiting(model):
+    with serving(Service(model, "tiny", max_batch=2, max_waiting=1)) as small:
+        answer = small.post(prompt="a", n=4)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "4 texts of one request, at most 3 here"
 
 
 def test_what_is_told_has_a_bound(server, monkeypatch):
@@ -397,3 +464,8 @@ def test_metrics_count(server):
     added = server.metric("qvgpt_prompt_tokens_total") - before["qvgpt_prompt_tokens_total"]
     assert added == len(TOKENIZER.encode_prompt("hello"))
     assert server.metric("qvgpt_at_work") == 0
+    counted = [server.metric("qvgpt_first_token_seconds_count")]
+    for streams in (False, True):  # only a stream tells its first token before the last
+        server.post(prompt="hello", max_tokens=2, stream=streams)
+        counted.append(server.metric("qvgpt_first_token_seconds_count"))
+    assert counted[2] == counted[1] + 1 == counted[0] + 1

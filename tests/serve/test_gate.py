@@ -140,6 +140,14 @@ def test_beyond_this_machine_only_with_a_key(monkeypatch, host, capsys):
         check(ServeConfig(model="m", host=host))
 
 
+def test_space_around_a_key_is_none_of_it(monkeypatch):
+    monkeypatch.setenv("QVGPT_API_KEY", f" {KEY}\n")
+    assert check(ServeConfig(model="m"))[0] == KEY
+    monkeypatch.setenv("QVGPT_API_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(QvgptError, match="no line of text"):
+        check(ServeConfig(model="m"))
+
+
 # ── whose page ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -322,6 +330,39 @@ def test_who_takes_nothing_is_cut_off(monkeypatch):
             assert server.metric("qvgpt_cancelled_total") > 0
 
 
+def sipped(server, connection, values, most):
+    """How much of an answer is taken until all is over, and how much was announced."""
+    body = {"prompt": "a", "max_tokens": 80, "guidance": {"beta": 0}, "seed": 1, "values": values}
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(posted(body).replace(b": close", b": " + connection))
+        found = b""
+        while len(found) < most and (part := sock.recv(4096)):
+            found += part
+            time.sleep(0.01)
+        deadline = time.monotonic() + 10
+        while server.server.server_state.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not server.server.server_state.connections
+    head, _, content = found.partition(b"\r\n\r\n")
+    return len(content), int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+
+
+def test_who_takes_an_answer_slowly_gets_all_of_it(model, monkeypatch):
+    monkeypatch.setattr(servers, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(servers, "HEAD_SECONDS", 0.1)
+    with serving(Service(model, "tiny"), buffer=4096) as server:
+        server.server.config.timeout_keep_alive = 0.05
+        for connection in (b"close", b"keep-alive"):
+            started = time.monotonic()
+            found, announced = sipped(server, connection, values=20, most=1 << 30)
+            assert found == announced > 90_000
+            assert time.monotonic() - started > 0.4
+        found, announced = sipped(server, b"close", values=4, most=1000)  # pauses no writing
+        assert found < announced < 1 << 16
+
+
 def test_connections_have_a_bound(model):
     with serving(Service(model, "tiny"), limits=Limits(connections=3)) as server:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
@@ -412,6 +453,9 @@ def test_sigterm_ends_the_program_in_order(tmp_path):
             assert process.stderr is not None
             line = process.stderr.readline()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])  # type: ignore[index]
+            assert process.stderr.readline() == (
+                "guidance: none (beta 0), temperature 1, where a request says no other\n"
+            )
             body = {"prompt": "a", "max_tokens": 400, "stream": True, "guidance": {"beta": 0}}
             with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
                 sock.sendall(posted(body))

@@ -85,6 +85,11 @@ def test_messages_and_references(task, model, tmp_path):
     assert (line["sampled"], line["rewards"][1]) == (1, pytest.approx(1.0))
 
 
+NO_ADDRESSES = [
+    "a:80000", "a:abc", "a:0", "[::1/v1", "a/v 1", "a/v1\n", "a/ü", "a b/v1", "a..b/v1", ":80/v1",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,25 +97,35 @@ def test_messages_and_references(task, model, tmp_path):
         ({"best_of": 2}, "best_of needs the model here"),
         ({"shaped": True}, "shaped needs the model here"),
         ({"value_models": ["x"]}, "value_models needs the model here"),
+        ({"dtype": "bfloat16"}, "dtype needs the model here"),
+        ({"length_penalty": 0.5}, "length_penalty needs the model here"),
+        ({"brevity": False}, "brevity needs the model here"),
         ({"base_url": "127.0.0.1:8000"}, "expected an address"),
         ({"base_url": "file:///etc/passwd"}, "expected an address"),
+        *(({"base_url": f"http://{rest}"}, "expected an address") for rest in NO_ADDRESSES),
         ({"base_url": "http://me:key@localhost/v1"}, "leave the key out"),
+        ({"base_url": "http://localhost/v1?key=key"}, "leave the key out"),
         ({"model": "other"}, "answers 404: the model served here is 'tiny'"),
         ({"max_tokens": 500}, "answers 400: .*do not fit the context"),
         ({"samples": 0}, "samples"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(task, change, message):
-    with pytest.raises(QvgptError, match=message):
+    with pytest.raises(QvgptError, match=message) as caught:
         collect(replace(task, **change))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_key_comes_from_the_environment(task, model, monkeypatch):
-    with serving(Service(model, "tiny", guidance=GUIDANCE), key="sesame", hosts=None) as locked:
+    with serving(Service(model, "tiny", guidance=GUIDANCE), key="sésame", hosts=None) as locked:
         config = replace(task, base_url=locked.url + "/v1", api_key_env="SESAME")
         with pytest.raises(QvgptError, match="answers 401"):
             collect(config)
-        monkeypatch.setenv("SESAME", "sesame")
+        monkeypatch.setenv("SESAME", "open\nsésame")
+        with pytest.raises(QvgptError, match="no line of text") as caught:
+            collect(config)
+        assert "sésame" not in str(caught.value)
+        monkeypatch.setenv("SESAME", " sésame\n")
         assert collect(config)["samples"] == 10
 
 

@@ -4,10 +4,11 @@ User text can never become a special token here: `<eos>` typed by a user is five
 Special tokens enter a sequence only through the `Template`.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -292,7 +293,8 @@ class Tokenizer:
             raise QvgptError(f"the chat template fails on {len(messages)} messages: {error}") from (
                 error
             )
-        return self._transformers(text, add_special_tokens=False)["input_ids"]
+        with _whole_characters():
+            return self._transformers(text, add_special_tokens=False)["input_ids"]
 
     @cached_property
     def _transformers(self) -> Any:
@@ -308,10 +310,8 @@ class Tokenizer:
         )
 
     def _encode_part(self, text: str) -> list[int]:
-        try:
+        with _whole_characters():
             return self._hf.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise QvgptError("text with a lone surrogate (half a character) has no ids") from error
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -321,6 +321,14 @@ class Tokenizer:
     def _special_pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self._special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+@contextlib.contextmanager
+def _whole_characters() -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise QvgptError("text with a lone surrogate (half a character) has no ids") from error
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

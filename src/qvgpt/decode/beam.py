@@ -62,8 +62,9 @@ class BeamSearch:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         at_least(self, beams=1, max_tokens=1, max_batch=1)
-        if not abs(self.value_weight) < float("inf"):
-            raise QvgptError(f"BeamSearch: value_weight must be finite, not as in {self}")
+        for name in ("length_penalty", "value_weight"):
+            if not abs(getattr(self, name)) < float("inf"):
+                raise QvgptError(f"BeamSearch: {name} must be finite, not as in {self}")
 
     @torch.no_grad()
     def __call__(

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qvgpt.decode.guide import Alternative, Guide
+from qvgpt.decode.guide import Guide, TokenReport
 from qvgpt.decode.next_token import NextToken
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.reading import Reading, States
@@ -46,34 +46,6 @@ class Request:
     alternatives: int | None = None
     """Report on every token, so many of the likeliest beside it. At temperature 0 reports are of
     the distribution at temperature 1, whose mode is written. None: as the engine does."""
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """What the model thought of a token it wrote."""
-
-    base_logprob: float
-    """log π₀, over the whole vocabulary at temperature 1."""
-    logprob: float
-    """log π of the distribution sampled from; greedy is one on a single token."""
-    kl: float
-    """KL(π ‖ π₀) of the step, in nats, exact; π₀ is the plain model, untruncated, at
-    temperature 1."""
-    q: float | None
-    """Expected return of the text continued with this token."""
-    v: float | None
-    """Expected return of the text so far."""
-    beta: float | None = None
-    """β of this token, where guidance has not one for all."""
-    spent: float | None = None
-    """What it took of the `kl_budget`: KL(π ‖ π₀) over the candidates at temperature 1, in nats."""
-    alternatives: tuple[Alternative, ...] = ()
-    """The likeliest tokens by log π, this one perhaps among them, where they were asked for."""
-
-    @property
-    def advantage(self) -> float | None:
-        """Q − V."""
-        return None if self.q is None or self.v is None else self.q - self.v
 
 
 @dataclass(frozen=True)
@@ -162,6 +134,7 @@ class Engine:
         self._slots: list[_Row | None] = []
         self._reading: Reading | None = None
         self._next_id = 0
+        self._failed = False
 
     @property
     def forward_tokens(self) -> int:
@@ -174,8 +147,14 @@ class Engine:
         return bool(self._waiting) or any(self._slots)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. Raises `QvgptError` if it cannot be served."""
+        """Queue a request and return its id. Raises `QvgptError` if it cannot be served.
+
+        Weights may have changed while nothing was at work.
+        """
+        if not self.busy:
+            self.guide.look()
         self.guide.refuse(request.tokens, request.max_tokens, request.guidance)
+        self.guide.refuse_stops(request.stop)
         self._next_id += 1
         self._waiting.append((self._next_id, request))
         return self._next_id
@@ -187,7 +166,18 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
-        """Let waiting requests in, then write one token of every request at work."""
+        """Let waiting requests in, then write one token of every request at work.
+
+        Raises `QvgptError` after a step that failed: what it has read of the texts is unknown.
+        """
+        if self._failed:
+            raise QvgptError("a step of this engine failed: begin the texts anew in another engine")
+        self._failed = True  # until it is over
+        events = self._step()
+        self._failed = False
+        return events
+
+    def _step(self) -> list[TokenEvent]:
         self._admit()
         if not any(self._slots):
             return []
@@ -261,7 +251,8 @@ class Engine:
     def _finished(self, row: _Row, token: int) -> Literal["end", "length", "stop"] | None:
         if token in self.end_ids:
             return "end"
-        if row.request.stop and self.model.tokenizer is not None:
+        if row.request.stop:
+            assert self.model.tokenizer is not None
             text = self.model.tokenizer.decode(row.written)
             if any(stop in text for stop in row.request.stop):
                 return "stop"

@@ -22,9 +22,12 @@ from qvgpt.decode.policy import (
 )
 from qvgpt.decode.reading import States
 from qvgpt.decode.sources import (
+    Contrast,
     HeadValues,
     PrefixValues,
+    TokenScorer,
     ValueSource,
+    describe,
     heads_of,
     leaves,
     own_values,
@@ -32,7 +35,7 @@ from qvgpt.decode.sources import (
 from qvgpt.errors import QvgptError
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.heads import ValueHeads
-from qvgpt.models.laid_out import head_of, lay_out
+from qvgpt.models.laid_out import head_of, lay_out, mark
 from qvgpt.models.value_model import ValueModel
 
 
@@ -47,6 +50,34 @@ class Alternative:
     """log π₀, over the whole vocabulary at temperature 1."""
     q: float | None
     """Expected return of the text continued with this token; None: unknown."""
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What the model thought of a token it wrote."""
+
+    base_logprob: float
+    """log π₀, over the whole vocabulary at temperature 1."""
+    logprob: float
+    """log π of the distribution sampled from; greedy is one on a single token."""
+    kl: float
+    """KL(π ‖ π₀) of the step, in nats, exact; π₀ is the plain model, untruncated, at
+    temperature 1."""
+    q: float | None
+    """Expected return of the text continued with this token."""
+    v: float | None
+    """Expected return of the text so far."""
+    beta: float | None = None
+    """β of this token, where guidance has not one for all."""
+    spent: float | None = None
+    """What it took of the `kl_budget`: KL(π ‖ π₀) over the candidates at temperature 1, in nats."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The likeliest tokens by log π, this one perhaps among them, where they were asked for."""
+
+    @property
+    def advantage(self) -> float | None:
+        """Q − V."""
+        return None if self.q is None or self.v is None else self.q - self.v
 
 
 @dataclass(frozen=True)
@@ -66,12 +97,24 @@ class Guide:
             refuse_other_tokenizer(model, other)
             other.eval()
         guide = cls(model.eval(), own_values(model) if source is None else source)
-        for trunk in guide.trunks:
-            lay_out(trunk)
-        for other in guide.source.models if guide.source else ():
-            if other.heads:
-                lay_out(other.heads, other.trunk.output_weight.dtype)
+        guide.look()
         return guide
+
+    def look(self) -> None:
+        """Lay out what weights there are now, and forget what was made of others."""
+        others = () if self.source is None else self.source.models
+        for model in (self.model, *others):
+            if model.training:
+                model.eval()
+        for trunk in self.trunks:
+            lay_out(trunk)
+        for model in others:
+            if model.heads:
+                lay_out(model.heads, model.trunk.output_weight.dtype)
+        made = vars(self)
+        made.pop("_knows_q", None)
+        if "_folded" in made and self._folded[0] != self._folded_weights:
+            del made["_folded"]
 
     @property
     def trunks(self) -> list[Any]:
@@ -122,15 +165,24 @@ class Guide:
 
     def _fold(self, beta: float) -> Tensor | Blocked:
         """LM head and β·Q as one matrix, made once."""
-        if beta not in self._folded:
+        _, matrices = self._folded
+        if beta not in matrices:
             assert self.heads is not None
             matrix = fold(self.model.trunk.output_weight, self.heads, beta)
-            self._folded[beta] = Blocked(matrix) if Blocked.suits(matrix) else matrix
-        return self._folded[beta]
+            matrices[beta] = Blocked(matrix) if Blocked.suits(matrix) else matrix
+        return matrices[beta]
 
     @cached_property
-    def _folded(self) -> dict[float, Tensor | Blocked]:
-        return {}
+    def _folded(self) -> tuple[list[Any], dict[float, Tensor | Blocked]]:
+        """Of which weights, and the matrices by their β."""
+        return self._folded_weights, {}
+
+    @property
+    def _folded_weights(self) -> list[Any]:
+        assert self.heads is not None
+        slow = [p for p in self.heads.target_q.parameters() if p.dim() == 2]
+        marks = [mark(weight) for weight in (self.model.trunk.output_weight, *slow)]
+        return [self.heads.reward_scale, *marks]
 
     def values(
         self,
@@ -154,6 +206,8 @@ class Guide:
             found = self.source(states, asked, guidance).to(self.model.device)
         if tokens is None:  # there 0 does
             size = self.model.trunk.vocab_size
+            if found.size(1) < self.known:
+                raise QvgptError(f"values of {found.size(1)} tokens where there are {self.known}")
             found = F.pad(found[:, :size], (0, max(0, size - found.size(1))))
         return found
 
@@ -161,11 +215,14 @@ class Guide:
         self, states: States, token: Int[Tensor, "rows"], twins: Literal["mean", "min"]
     ) -> tuple[list[float | None], list[float | None]]:
         """q of the given tokens and v of the states, None where they are unknown."""
+        unknown: list[float | None] = [None] * len(states)
         if self.source is None:
-            return [None] * len(states), [None] * len(states)
-        q = self.source(states, token[:, None], Guidance(twins=twins))[:, 0].tolist()
+            return unknown, unknown
         v = self.source.state_value(states)
-        return q, [None] * len(states) if v is None else v.tolist()
+        q = unknown
+        if self._knows_q:
+            q = self.source(states, token[:, None], Guidance(twins=twins))[:, 0].tolist()
+        return q, unknown if v is None else v.tolist()
 
     def alternatives(
         self, states: States, picked: NextToken, count: int, twins: Literal["mean", "min"]
@@ -175,9 +232,10 @@ class Guide:
             return [()] * len(states)
         logprob, place = picked.logprob.topk(min(count, picked.logprob.size(1)), dim=-1)
         tokens, base = (x.gather(1, place) for x in (picked.tokens, picked.base_logprob))
-        unknown = [[None] * tokens.size(1)] * len(states)
-        asked = tokens.clamp(max=self.known - 1)
-        q = self.source(states, asked, Guidance(twins=twins)).tolist() if self.source else unknown
+        q = [[None] * tokens.size(1)] * len(states)
+        if self.source is not None and self._knows_q:
+            asked = tokens.clamp(max=self.known - 1)
+            q = self.source(states, asked, Guidance(twins=twins)).tolist()
         rows = zip(tokens.tolist(), logprob.tolist(), base.tolist(), q, strict=True)
         return [
             tuple(Alternative(*each) for each in zip(*row, strict=True) if each[1] > NEG_INF)
@@ -193,15 +251,18 @@ class Guide:
     def refuse(self, tokens: Sequence[int], max_tokens: int, guidance: Guidance) -> None:
         """Raise `QvgptError` for what cannot be written: no room, no prompt, no values."""
         limit, size = self.context, self.model.trunk.vocab_size
-        if isinstance(tokens, str | int):
+        if isinstance(tokens, str) or not isinstance(tokens, Sequence):
             raise QvgptError(
-                f"a prompt is token ids, not {tokens!r}: tokenizer.encode_prompt(text) makes them"
+                f"a prompt is a list of token ids, not {tokens!r}: tokenizer.encode_prompt(text) "
+                "makes one of a text, .tolist() of a tensor"
             )
         if not tokens:
             raise QvgptError("an empty prompt: a token must stand before the first action")
         if not 0 <= min(tokens) <= max(tokens) < size:
             raise QvgptError(f"a prompt has tokens that are not of the model's {size}: {tokens}")
-        if max_tokens < 1 or len(tokens) + max_tokens > limit:
+        if max_tokens < 1:
+            raise QvgptError(f"max_tokens must be at least 1, not {max_tokens}")
+        if len(tokens) + max_tokens > limit:
             whose = "" if limit == self.model.trunk.seq_len else " of the model of the values"
             raise QvgptError(
                 f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens} "
@@ -209,6 +270,15 @@ class Guide:
             )
         if guidance.guides:
             self.refuse_values(guidance)
+
+    def refuse_stops(self, stop: Sequence[str]) -> None:
+        """Raise `QvgptError` for strings that could not end a text, or would end any."""
+        if isinstance(stop, str):
+            raise QvgptError(f"stop: a list of strings was expected, not {stop!r}")
+        if "" in stop:
+            raise QvgptError("stop: an empty string would end every text: leave it out")
+        if stop and self.model.tokenizer is None:
+            raise QvgptError("stop: the model has no tokenizer to find strings with: leave it out")
 
     def refuse_values(self, guidance: Guidance) -> None:
         """Raise `QvgptError` where no value can be had of each of the guidance's candidates."""
@@ -224,6 +294,11 @@ class Guide:
         for leaf in leaves(self.source):
             if isinstance(leaf, HeadValues | PrefixValues):
                 functional_options(heads_of(leaf.model), guidance)
+        if guidance.functional != "mean" and all(map(_ignores_functionals, leaves(self.source))):
+            raise QvgptError(
+                f"guidance: functional {guidance.functional!r} reads a distribution of returns, "
+                f"and {describe(self.source)} is none: leave it out"
+            )
         most, candidates = self.source.most_candidates, self.known
         if guidance.top_k is not None and guidance.candidates == "base":
             candidates = min(candidates, guidance.top_k)
@@ -247,6 +322,11 @@ class Guide:
     def _of_turns(self) -> bool:
         asked = [s.model for s in leaves(self.source) if isinstance(s, HeadValues)]
         return any(model.info.level == "turn" for model in asked)
+
+
+def _ignores_functionals(source: ValueSource) -> bool:
+    log = isinstance(source, PrefixValues) and source.log
+    return log or isinstance(source, Contrast | TokenScorer)
 
 
 def refuse_other_tokenizer(model: ValueModel, other: ValueModel, what: str = "") -> None:

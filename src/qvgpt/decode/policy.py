@@ -27,6 +27,7 @@ from qvgpt.models.heads import ValueHeads
 from qvgpt.models.value_model import ValueInfo, ValueModel
 
 NEG_INF = float("-inf")
+_MOST_BETA = 1e20  # with it and the lowest temperature values of 1e12 do not overflow
 V_ALONE = (
     "these value heads know V and no Q: they cannot guide here (while writing, V is read after "
     "each candidate where FUDGE or ControlledDecoding taught it; a model of PathConsistency is the "
@@ -74,7 +75,9 @@ class Guidance:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         checks = {
-            "temperature must be finite, 0 (greedy) or more": 0 <= self.temperature < float("inf"),
+            "temperature must be finite, and 0 (greedy) or at least 1e-6": (
+                self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
+            ),
             "top_k must be at least 1": self.top_k is None or self.top_k >= 1,
             "top_p must lie in (0, 1]": self.top_p is None or 0 < self.top_p <= 1,
             "min_p must lie in [0, 1]": self.min_p is None or 0 <= self.min_p <= 1,
@@ -82,13 +85,13 @@ class Guidance:
             "twins is 'mean' or 'min'": self.twins in ("mean", "min"),
             "functional is 'mean', 'soft' or 'cvar'": self.functional in ("mean", "soft", "cvar"),
             "alpha must lie in (0, 1]": 0 < self.alpha <= 1,
-            "beta must be finite": abs(self.beta) < float("inf"),
-            "beta_end must be finite": abs(self.beta_end or 0.0) < float("inf"),
+            "beta must be finite, and 1e20 at most": abs(self.beta) <= _MOST_BETA,
+            "beta_end must be finite, and 1e20 at most": abs(self.beta_end or 0) <= _MOST_BETA,
             "beta_end and beta_tokens (1 or more) belong together": (
                 self.beta_tokens >= 1 if self.beta_end is not None else self.beta_tokens == 0
             ),
             "kl_budget must be above 0": self.kl_budget is None or self.kl_budget > 0,
-            "beta_max must be above 0 and finite": 0 < self.beta_max < float("inf"),
+            "beta_max must be above 0, and 1e20 at most": 0 < self.beta_max <= _MOST_BETA,
             "kl_budget finds beta: leave beta and beta_end out": (
                 self.kl_budget is None or (self.beta == 0 and self.beta_end is None)
             ),

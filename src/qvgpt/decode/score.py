@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qvgpt.decode.engine import TokenReport
-from qvgpt.decode.guide import Guide
+from qvgpt.decode.guide import Guide, TokenReport
 from qvgpt.decode.next_token import NextToken
 from qvgpt.decode.policy import NEG_INF, Guidance, next_token
 from qvgpt.decode.reading import Reading, States

@@ -186,8 +186,8 @@ def in_parts(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 
 def at_least(search: object, **least: int) -> None:
-    """Raise `QvgptError` for the first option below its least value."""
+    """Raise `QvgptError` for the first option below its least value, NaN or infinite."""
     for name, bound in least.items():
-        if getattr(search, name) < bound:
+        if not bound <= getattr(search, name) < float("inf"):
             kind = type(search).__name__
             raise QvgptError(f"{kind}: {name} must be at least {bound}, not as in {search}")

@@ -6,9 +6,9 @@ from typing import Any
 
 from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.blocks import BlockSearch
-from qvgpt.decode.engine import OnStep, Request, Text, TokenEvent, TokenReport
+from qvgpt.decode.engine import OnStep, Request, Text, TokenEvent
 from qvgpt.decode.score import score
-from qvgpt.decode.search import Hypothesis, Search
+from qvgpt.decode.search import Search, at_one
 from qvgpt.decode.sources import ValueSource
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.errors import QvgptError, nearest
@@ -92,7 +92,7 @@ def write_searched(
     """One text per request, the best that the search found; they all share one guidance.
 
     Options as of `engine.write`. With `report` the texts are read once more: the reports are those
-    of the plain model, with its own values where no others were given. `Text.kl` then is −log π₀
+    of the guided model, at temperature 1 where the search knows no other. `Text.kl` then is −log π₀
     of the text where nothing was left to chance; else log π − log π₀ and what choosing adds at
     most, whose mean bounds the KL. Raises `QvgptError` for what cannot be searched.
     """
@@ -101,7 +101,8 @@ def write_searched(
     if any(request.stop for request in requests):
         raise QvgptError("search: stop strings are not known to searches")
     seeds, prompts = [r.seed for r in requests], [r.tokens for r in requests]
-    found = search(model, prompts, requests[0].guidance, values, seeds)
+    guidance = requests[0].guidance if is_sampled(search) else at_one(requests[0].guidance)
+    found = search(model, prompts, guidance, values, seeds)
     if spent is not None:
         spent.append(found.forward_tokens)
     texts = [Text(h.tokens, terminated=h.terminated) for h in found.best]
@@ -109,7 +110,13 @@ def write_searched(
         for text in texts:
             text.text = model.tokenizer.decode_completion(text.tokens)
     if report:
-        _report(model, prompts, texts, found.best, keep_reports, values)
+        read = [_read(p, text) for p, text in zip(prompts, texts, strict=True)]
+        scores = score(model, read, guidance, values=values)
+        for i, (text, h, scored) in enumerate(zip(texts, found.best, scores, strict=True)):
+            sampled = 0.0 if h.choice_kl is None else h.logprob + h.choice_kl
+            text.kl = sampled - scored.base_logprob
+            if keep_reports is None or i in keep_reports:
+                text.reports = scored.reports
     if on_step is not None:
         on_step([event for i, text in enumerate(texts) for event in _events(i, text)])
     return texts
@@ -120,30 +127,7 @@ def _events(index: int, text: Text) -> list[TokenEvent]:
     return [*found[:-1], replace(found[-1], finished="end" if text.terminated else "length")]
 
 
-def _report(
-    model: ValueModel,
-    prompts: Sequence[Sequence[int]],
-    texts: list[Text],
-    found: Sequence[Hypothesis],
-    keep: Collection[int] | None,
-    values: ValueSource | None,
-) -> None:
-    """Fill in `reports` and `kl`."""
-    read = [
-        Trajectory(
-            [*prompt, *text.tokens],
-            [False] * len(prompt) + [True] * len(text.tokens),
-            [0.0] * (len(prompt) + len(text.tokens)),
-            text.terminated,
-        )
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    for i, (text, known, scored) in enumerate(zip(texts, found, score(model, read), strict=True)):
-        sampled = 0.0 if known.choice_kl is None else known.logprob + known.choice_kl
-        text.kl = sampled - scored.base_logprob
-        if keep is None or i in keep:
-            text.reports = [r if values is None else _without_values(r) for r in scored.reports]
-
-
-def _without_values(report: TokenReport) -> TokenReport:
-    return replace(report, q=None, v=None)
+def _read(prompt: Sequence[int], text: Text) -> Trajectory:
+    tokens = [*prompt, *text.tokens]
+    is_action = [i >= len(prompt) for i in range(len(tokens))]
+    return Trajectory(tokens, is_action, [0.0] * len(tokens), text.terminated)

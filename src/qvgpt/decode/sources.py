@@ -231,7 +231,8 @@ class Contrast:
 class TokenScorer:
     """Values by a function: (texts, candidates [rows, candidates]) → [rows, candidates].
 
-    A text is the list of its token ids so far, prompt included.
+    A text is the list of its token ids so far, prompt included. Where `most_candidates` is None
+    candidates may be None: every token, [rows, vocab].
     """
 
     function: Callable[[list[list[int]], Tensor], Tensor]
@@ -242,11 +243,16 @@ class TokenScorer:
     def __call__(
         self, states: States, tokens: Int[Tensor, "rows candidates"] | None, guidance: Guidance
     ) -> Float[Tensor, "rows candidates"]:
-        """What the function says. Raises `QvgptError` for another shape, NaN and infinity."""
+        """What the function says. Raises `QvgptError` for another shape, NaN and infinity.
+
+        Of every token it may leave out those that pad the vocabulary.
+        """
         found = torch.as_tensor(self.function(states.texts, tokens), dtype=torch.float32)  # type: ignore[arg-type]
-        if tokens is not None and found.shape != tokens.shape:
-            shape = tuple(tokens.shape)
-            raise QvgptError(f"values of shape {tuple(found.shape)} for candidates of {shape}")
+        every = (len(states), states.reading.trunks[0].vocab_size)
+        shape, wanted = tuple(found.shape), every if tokens is None else tuple(tokens.shape)
+        fewer = tokens is None and len(shape) == 2 and shape[0] == every[0] and shape[1] < every[1]
+        if shape != wanted and not fewer:
+            raise QvgptError(f"values of shape {shape} for candidates of {wanted}")
         if not found.isfinite().all():
             raise QvgptError("the function of values gave NaN or infinity")
         return found

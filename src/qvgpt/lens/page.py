@@ -91,7 +91,9 @@ def _text(text: LensText) -> dict[str, Any]:
 
 
 def _plain(text: LensText) -> str:
-    return f"{text.title}\n{''.join(record['token'] for record in text.tokens)}"
+    """Characters may be spread over tokens; special ones have a name and no bytes."""
+    spelled = (bytes(record["bytes"]) or record["token"].encode() for record in text.tokens)
+    return f"{text.title}\n{b''.join(spelled).decode(errors='replace')}"
 
 
 def _json(data: Any) -> str:

@@ -8,6 +8,7 @@ The directory is the trunk in its own Hugging Face format, so that
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Set
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
-from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json
+from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json, writing
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import ValueHeads, exact
 from qvgpt.models.heads_config import HeadsConfig
@@ -291,10 +292,11 @@ class ValueModel(nn.Module):
         assert self.heads is not None
         slow: Any = self.heads.target_q
         size, embed = self.trunk.vocab_size, taken.size(-1)
-        kept, found = min(_CANDIDATES, size), []
+        known = size if self.tokenizer is None else self.tokenizer.vocab_size
+        kept, found = min(_CANDIDATES, known), []
         for h in taken.split(chunk_rows(max(size, 2 * kept * embed), tensors=3)):
-            logprob = logits(h, self.trunk.output_weight, self.trunk.softcap).log_softmax(-1)
-            logprob, tokens = logprob.topk(kept)
+            said = logits(h, self.trunk.output_weight, self.trunk.softcap)[:, :known]
+            logprob, tokens = said.log_softmax(-1).topk(kept)
             with exact(h):
                 q = torch.stack([head.of_many(wide(h), tokens) for head in slow]).mean(0)
             both, pi = torch.stack([q, logprob]), logprob.softmax(-1)
@@ -347,7 +349,7 @@ class ValueModel(nn.Module):
         self.save_config(path)
 
     def save_config(self, path: str | Path) -> None:
-        """Write `value_config.json` alone: the tensors stay."""
+        """Write `value_config.json` alone, in one piece: the tensors stay."""
         assert self.heads is not None
         config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -360,7 +362,11 @@ class ValueModel(nn.Module):
             config["template"] = asdict(self.tokenizer.template)
             config["end_ids"] = sorted(self.tokenizer.template.end_ids)
             config["tokenizer_sha256"] = self.tokenizer.sha256
-        (Path(path) / "value_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        file = Path(path) / "value_config.json"
+        staged = file.with_name(f".{file.name}.staged")
+        with writing(file):
+            staged.write_text(json.dumps(config, indent=2) + "\n")
+            os.replace(staged, file)
 
     @classmethod
     def from_pretrained(

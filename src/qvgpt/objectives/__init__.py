@@ -241,9 +241,11 @@ def _parse_objective(entry: Any) -> tuple[float, Objective]:
     method = METHODS[name]
     known = {f.name: f for f in fields(method)}  # type: ignore[arg-type]
     given = {}
-    for option, value in (options or {}).items():
+    for key, value in (options or {}).items():
+        # YAML makes `on` true
+        option = "on" if key in (True, "true") and "on" in known else str(key)
         if option != "weight" and option not in known:
-            hint = nearest(str(option), [*known, "weight"])
+            hint = nearest(option, [*known, "weight"])
             raise QvgptError(f"objectives: {name} has no option {option!r}{hint}")
         default = 1.0 if option == "weight" else known[option].default
         if default is None and value is not None:  # unless given

@@ -36,16 +36,27 @@ class Size:
     dropout: float = 0.1
     """Share of activations dropped while training."""
 
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning, naming the key."""
+        if self.width is not None and (self.width < 32 or self.width % 32):
+            raise QvgptError(f"size.width: a multiple of 32 was expected, not {self.width}")
+        for name, least in (("layers", 1), ("vocab_size", 100)):
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise QvgptError(f"size.{name}: must be at least {least}, not {given}")
+        if not 0 <= self.dropout < 1:
+            raise QvgptError(f"size.dropout: must be 0 or more and below 1, not {self.dropout}")
+
     def fitted_to(self, examples: int) -> "Size":
-        """With nothing left open. Raises `QvgptError` for a width that no heads divide."""
+        """With nothing left open."""
         width, layers = next(((w, d) for n, w, d in _SIZES if examples < n), _LARGEST)
         vocab = min(8000, max(2000, examples // 4))
-        found = Size(
-            self.width or width, self.layers or layers, self.vocab_size or vocab, self.dropout
+        return Size(
+            width if self.width is None else self.width,
+            layers if self.layers is None else self.layers,
+            vocab if self.vocab_size is None else self.vocab_size,
+            self.dropout,
         )
-        if found.width is None or found.width % 32 or found.width < 32:
-            raise QvgptError(f"size.width: a multiple of 32 was expected, not {found.width}")
-        return found
 
 
 def new_tokenizer(texts: Sequence[str], family: Family, vocab_size: int) -> Any:

@@ -167,15 +167,32 @@ async def _refusal(_: Request, error: Exception) -> Response:
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """The first fault, by the name of its field."""
+    """The first fault, by the name of its field; of its types the one that fits the most."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    found = [(_place(each, error.body), each) for each in error.errors()]
+    field = found[0][0]
+    place, first = min(
+        (each for each in found if each[0][: len(field)] == field),
+        key=lambda each: (each[1]["type"].endswith("_type"), -len(each[0])),
+    )
     name = printable(".".join(place), 100) or None
     message = first["msg"] if name is None else f"{name}: {first['msg']}"
     if first["type"] == "json_invalid":
         name, message = None, "the body is no JSON"
     return _respond(400, fault(400, printable(message), name))
+
+
+def _place(found: dict[str, Any], body: Any) -> list[str]:
+    """Where in the body a fault is, without the names of types, which pydantic puts between."""
+    place, path = [], found["loc"][1:]
+    for part in path:
+        try:
+            body = body[part]
+        except (LookupError, TypeError):
+            if found["type"] != "missing" or part != path[-1]:
+                continue
+        place.append(str(part))
+    return place
 
 
 async def _http(_: Request, error: Exception) -> Response:

@@ -62,6 +62,7 @@ def _serve(
     config: ServeConfig, key: str | None, hosts: frozenset[str] | None, threads: int
 ) -> None:
     from qvgpt.decode.policy import recommended
+    from qvgpt.guidance_options import GuidanceOptions
     from qvgpt.serve.server import Limits, LogFormatter, make_server
     from qvgpt.serve.service import Service
 
@@ -81,7 +82,10 @@ def _serve(
     with _listening(config.host, config.port) as listener, _logging(LogFormatter()):
         place = listener.getsockname()
         shown = f"[{place[0]}]" if ":" in place[0] else place[0]
-        print(f"serving {service.name} at http://{shown}:{place[1]}", file=sys.stderr, flush=True)
+        print(f"serving {service.name} at http://{shown}:{place[1]}", file=sys.stderr)
+        options = GuidanceOptions(value_models=config.value_models, contrast=config.contrast)
+        words = options.in_words(model, service.guidance, values).partition("; the model has")[0]
+        print(f"{words}, where a request says no other", file=sys.stderr, flush=True)
         make_server(service, key, hosts, limits).run(sockets=[listener])
 
 
@@ -122,8 +126,11 @@ def check(config: ServeConfig) -> tuple[str | None, frozenset[str] | None]:
     if config.max_waiting < 0 or config.drain_seconds < 0 or not 0 <= config.port < 65536:
         raise QvgptError("serve: max_waiting, drain_seconds, port: 0 or more, port below 65536")
     key = os.environ.get(config.api_key_env)
-    if key is not None and not key.strip():
-        raise QvgptError(f"serve: the key in {config.api_key_env} is empty: set or unset it")
+    key = None if key is None else key.strip()
+    if key is not None and not (key and key.isprintable()):
+        raise QvgptError(
+            f"serve: the key in {config.api_key_env} is empty or no line of text: set or unset it"
+        )
     if not _is_loopback(config.host) and key is None:
         raise QvgptError(
             f"serve: {config.host} is reached from other machines: put a key into the environment "

@@ -31,7 +31,7 @@ class Metrics:
             registry=registry, buckets=(0.001, 0.002, *_SECONDS),
         )  # fmt: skip
         self.first_token_seconds = Histogram(
-            "qvgpt_first_token_seconds", "From the request to its first token",
+            "qvgpt_first_token_seconds", "From a request that streams to its first token",
             registry=registry, buckets=_SECONDS,
         )  # fmt: skip
         self.request_seconds = Histogram(

@@ -118,12 +118,20 @@ class Part(Strict):
     text: Text
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(Strict):
-    """A message of a dialogue."""
+    """A message of a dialogue; what answers hold besides is taken where it says nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(max_length=1024)]
-    name: Annotated[str, Field(max_length=256)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Not read.")
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
 
     def as_row(self) -> dict[str, Any]:
         """As templates read it."""
@@ -143,7 +151,7 @@ class ChatRequest(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = False
     top_logprobs: Few | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
 
 

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from qvgpt.serve.gate import LOOPBACK, Gate
 from qvgpt.serve.service import Service
 
 HEAD_SECONDS = 10.0
-"""For the head of a request, from the connection's beginning or the last answer's end."""
+"""For the head of a request, once the connection stands or the last answer is taken."""
 STALL_SECONDS = 30.0
-"""A client that takes nothing for so long is cut off."""
+"""A client that takes nothing of what is to be sent for so long is cut off."""
 _FULL = fault(503, "too many connections")
 _ANSWER_FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
@@ -56,11 +56,12 @@ def protocol(most_connections: int) -> type[H11Protocol]:
             self._head_came()
 
         def timeout_keep_alive_handler(self) -> None:
-            self.transport.abort()  # closing would wait for a client that takes nothing
+            if not self.transport.get_write_buffer_size():  # else the last answer is on its way
+                self.transport.abort()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+            self._expect_taking()
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -73,7 +74,23 @@ def protocol(most_connections: int) -> type[H11Protocol]:
 
         def _expect_head(self) -> None:
             self._disarm(self._head)
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+            seconds = STALL_SECONDS if self.transport.get_write_buffer_size() else HEAD_SECONDS
+            self._head = self._cut_off_after(seconds, self._expect_head)
+
+        def _expect_taking(self) -> None:
+            self._stall = self._cut_off_after(STALL_SECONDS, self._expect_taking)
+
+        def _cut_off_after(self, seconds: float, again: Callable[[], None]) -> asyncio.TimerHandle:
+            """Unless the client takes something meanwhile: then `again`."""
+            before = self.transport.get_write_buffer_size()
+
+            def late() -> None:
+                if self.transport.get_write_buffer_size() < before:
+                    again()
+                else:
+                    self.transport.abort()  # closing would wait for a client that takes nothing
+
+            return self.loop.call_later(seconds, late)
 
         def _head_came(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:

@@ -167,6 +167,8 @@ class Service:
         self, asked: Sampled, prompts: list[list[int]], logprobs: int | None, chat: bool
     ) -> Writing:
         self._check_name(asked.model)
+        if asked.stream_options is not None and not asked.stream:
+            raise Refusal(400, "stream_options needs stream: true", "stream_options")
         count, n = len(prompts) * (asked.n or 1), asked.n or 1
         if count > MOST_CHOICES:
             raise Refusal(400, f"{count} texts of one request, at most {MOST_CHOICES}", "n")
@@ -250,7 +252,10 @@ class Service:
     def _admit(self, count: int) -> None:
         if self.draining:
             raise Refusal(503, "the server is about to end", headers={"Retry-After": "5"})
-        if len(self.live) + self.calls + count > self.max_batch + self.max_waiting:
+        room = self.max_batch + self.max_waiting
+        if count > room:
+            raise Refusal(400, f"{count} texts of one request, at most {room} here", "n")
+        if len(self.live) + self.calls + count > room:
             after = min(60, max(1, round(self._seconds * self.waiting / self.max_batch)))
             raise Refusal(
                 429,
@@ -282,7 +287,7 @@ class Service:
             await sink.wake.wait()
             sink.wake.clear()
             found, sink.pieces = sink.pieces, []
-            if first and found:
+            if first and found and found[0][0].streams:
                 self.metrics.first_token_seconds.observe(time.monotonic() - writing.started)
                 first = False
             left -= sum(piece.finished is not None for _, piece in found)

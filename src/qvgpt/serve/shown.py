@@ -100,8 +100,11 @@ class Form:
             return {"content": [self._likely(t, r) for t, r in kept], "refusal": None}
         offsets = []
         for token, _ in kept:
-            offsets.append(choice.length)
-            choice.length += len(choice.decoder.decode(self.shown[token]))
+            half = choice.decoder.getstate()[0]
+            text = choice.decoder.decode(self.shown[token])
+            broken = half and text[:1] == "\ufffd"  # what came before is no character any more
+            offsets.append(choice.length + bool(broken))
+            choice.length += len(text)
         assert self.logprobs is not None
         return {
             "tokens": [self.shown.name(token) for token, _ in kept],

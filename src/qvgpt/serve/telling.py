@@ -46,7 +46,7 @@ async def whole(writing: Writing, pieces: Pieces) -> bytes:
     form = writing.form
     answer = form.frame([form.choice(c, c.whole(), False) for c in choices], False)
     answer["usage"] = usage(writing.prompt_tokens, written)
-    return json.dumps(answer).encode()
+    return _json(answer)
 
 
 async def stream(writing: Writing, pieces: Pieces) -> AsyncIterator[bytes]:
@@ -79,4 +79,13 @@ def _event(
     frame = writing.form.frame(choices, True)
     if writing.include_usage:
         frame["usage"] = total
-    return b"data: " + json.dumps(frame).encode() + b"\n\n"
+    return b"data: " + _json(frame) + b"\n\n"
+
+
+def _json(answer: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(answer, allow_nan=False).encode()
+    except ValueError:
+        raise Refusal(500, "the text has values that are no numbers", code="internal_error") from (
+            None
+        )
