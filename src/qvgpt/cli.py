@@ -276,7 +276,7 @@ def _read_config(file: str, known: dict[str, Any], texts: _Texts) -> str:
     from jsonargparse import get_loader
 
     try:
-        content = get_loader("yaml")(Path(file).read_text())
+        content = get_loader("yaml")(Path(file).read_text("utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise QvgptError(f"{file}: no such file") from None
     except Exception as error:

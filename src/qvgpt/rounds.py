@@ -135,7 +135,7 @@ def _round(config: RoundsConfig, number: int, console: Console) -> dict[str, Any
 def _once(place: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The summary of a part, which is run, or gone on with, unless it is there."""
     done = place / "summary.json"
-    return json.loads(done.read_text()) if done.exists() else run()
+    return json.loads(done.read_text("utf-8")) if done.exists() else run()
 
 
 def _place(config: RoundsConfig, number: int) -> Path:

@@ -174,7 +174,7 @@ def _train(
             console.print(f"{output}: this run is finished")
             if state.is_main_process and not config.dry_run:
                 _clear(output)
-            return json.loads((output / "summary.json").read_text())
+            return json.loads((output / "summary.json").read_text("utf-8"))
     newest = newest_checkpoint(output / "checkpoints")
     model = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)

@@ -21,7 +21,7 @@ _AT_HAND = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `QvgptError` that names it."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise QvgptError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # numbers and nesting too long for Python too

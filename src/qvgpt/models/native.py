@@ -349,7 +349,7 @@ def _compiled(compiler: str, name: str) -> Path:
     """The library of a dtype, from the user's cache directory if it was compiled before."""
     openmp = _openmp()
     command = [compiler, *_FLAGS, *([f"-D{name}"] if name else ())]
-    said = [_SOURCE.read_text(), *command, str(openmp), _processor()]
+    said = [_SOURCE.read_text("utf-8"), *command, str(openmp), _processor()]
     digest = hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvgpt"
     library = base / f"native-{digest}.so"

@@ -77,7 +77,7 @@ def train_reward_model(config: RewardModelConfig, console: Console | None = None
     goes_on = check_run(output, "reward-model", config, config.resume)
     if goes_on and (output / "summary.json").exists():
         console.print(f"{output}: this run is finished")
-        return json.loads((output / "summary.json").read_text())
+        return json.loads((output / "summary.json").read_text("utf-8"))
     learned, held = _examples(config)
     torch.manual_seed(step_seed(config.seed, 0, 0))
     model, tokenizer = _start(config, learned)
