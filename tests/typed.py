@@ -17,11 +17,12 @@ from types import CodeType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
-from beartype import beartype
-from jaxtyping import jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
 P, R, C = ParamSpec("P"), TypeVar("R"), TypeVar("C", bound=type)
 CHECKED, EVERY = 10, 64
+types = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
 class Running:
@@ -45,7 +46,7 @@ class _Choice:
             return self.plain
         if self.strict is None:  # made when it is first needed, for most never are
             _forget_unknown(self.plain)
-            self.strict = jaxtyped(typechecker=None)(beartype(self.plain))
+            self.strict = jaxtyped(typechecker=None)(types(self.plain))
         return self.strict
 
 
@@ -62,7 +63,7 @@ def _forget_unknown(function: Callable[..., Any]) -> None:
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, its types checked in the calls that count (a generator's in all)."""
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        return jaxtyped(typechecker=beartype)(function)
+        return jaxtyped(typechecker=types)(function)
     form = _Choice(function)
 
     @functools.wraps(function)
