@@ -340,7 +340,7 @@ def sipped(server, connection, values, most):
         found = b""
         while len(found) < most and (part := sock.recv(4096)):
             found += part
-            time.sleep(0.01)
+            time.sleep(0.02)
         deadline = time.monotonic() + 10
         while server.server.server_state.connections and time.monotonic() < deadline:
             time.sleep(0.01)
