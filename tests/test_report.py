@@ -275,3 +275,10 @@ def test_columns_choose_order_and_headings_and_the_best_is_bold():
     assert cells(page) == ["<b>2 [1, 3]</b>", "1", "–", "<b>3</b>", "–", "<b>3</b>"]
     assert '<td class="end"><b>3</b>' in page
     parse(table([]))
+
+
+def test_a_chart_of_many_series_takes_a_whole_row():
+    plain, wide = (line_chart([Series("a", [0.0], [1.0])], **AXES, wide=w) for w in (False, True))
+    assert 'class="chart"' in plain
+    assert 'class="chart wide"' in wide
+    assert 'viewBox="0 0 1200 640"' in wide

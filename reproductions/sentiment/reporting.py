@@ -233,7 +233,7 @@ def picture(path: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
             line_chart(
                 series, title=f"Towards {direction}", x_label="log₁₀ of the KL to the base, nats a "
                 f"text (of best of N a bound), up to {_FARTHEST:g}", y_label="judge's success",
-                style="both",
+                style="both", wide=True,
             )
         )  # fmt: skip
     section = Section("Success and distance from the base", body_html="".join(charts))

@@ -234,17 +234,19 @@ def line_chart(
     y_label: str,
     style: Literal["line", "points", "both"] = "line",
     diagonal: bool = False,
+    wide: bool = False,
 ) -> str:
     """An SVG figure of the series on common axes, with legend, grid and hover texts.
 
     Intervals become bands under `style="line"` and error bars otherwise. With `diagonal` both axes
-    share one range and y = x is drawn: for calibration, predicted against actual.
+    share one range and y = x is drawn: for calibration, predicted against actual. `wide` is for
+    many series.
     """
     data = [_points(one) for one in series]
     drawn = [p for points in data for run in _runs(points, "x", "y") for p in run]
     xs, ys = [p.x for p in drawn], [y for p in drawn for y in (p.y, p.low, p.high)]
     x_ticks, y_ticks = (_ticks(xs + ys),) * 2 if diagonal else (_ticks(xs, 6), _ticks(ys))
-    width, height = (470, 430) if diagonal else (600, 370)
+    width, height = (470, 430) if diagonal else (1200, 640) if wide else (600, 370)
     frame = _Frame(x_ticks, y_ticks, 62, 32, width - 20, height - 60)
     parts = [_draw_axes(frame, x_label, y_label)]
     if diagonal:
@@ -261,7 +263,7 @@ def line_chart(
         parts.append(f'<text x="{width / 2}" y="{height / 2}" class="mid">no data</text>')
     legend = _legend([one.name for one in series], style, diagonal)
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<figure class="chart{" wide" * wide}"><figcaption>{escape(title)}</figcaption>'
         f'<div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-label="{escape(title)}">'

@@ -41,6 +41,7 @@ section{border-top:1px solid var(--rule);padding:20px 0 12px}
 .lead{max-width:72ch;margin:0 0 .8em;color:var(--soft)}
 .body{display:flex;flex-wrap:wrap;gap:16px 28px}.body>*{flex:1 1 100%;min-width:0}
 .body>.chart{flex:1 1 min(420px,100%);max-width:640px;margin:8px 0;container-type:inline-size}
+.body>.wide{flex-basis:100%;max-width:none}
 figcaption{font-weight:600;margin-bottom:2px}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.82rem;margin-bottom:6px}
 .legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{width:26px;height:14px}
