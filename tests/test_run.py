@@ -157,15 +157,14 @@ def test_summary_lines():
         "none": None,
         "l": [1, 2],
         "rows": [{"n": "[/I] base", "m": 1}],
-        "o": [{"LM": {"on": "all"}}, {"ILQL": {}}],
+        "o": [{"LM": {"on": "all", "top_share": None}}, {"ILQL": {"tau": 0.9}}],
     }
     shown = Console(width=60, force_terminal=False)
     with shown.capture() as captured:
         print_summary(json.loads(json.dumps(summary)), shown)
     text = captured.get()
-    assert "x.y   0.1235" in text
+    assert "x.y     0.1235" in text
     assert "[/I] base" in text  # texts of users, not marks for the console
     assert "none" not in text
-    assert "on all" in text
-    assert "ILQL" in text
-    assert "None" not in text
+    assert "o.LM    on all\n" in text
+    assert "o.ILQL  tau 0.9\n" in text

@@ -169,25 +169,36 @@ def output_console() -> Console:
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """The figures of a `summary.json`, one a line; a list of rows as a table."""
-    flat = flatten(summary)
-    width = max(map(len, flat), default=0)
-    for name, value in flat.items():
+    told = _named(summary)
+    width = max((len(name) for name, _ in told), default=0)
+    for name, value in told:
         if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            columns = dict.fromkeys(column for row in value for column in row)
-            table = Table(*columns, title=name)
+            table = Table(*value[0], title=name)
             for row in value:
-                table.add_row(*(Text(_shown(row.get(column, ""))) for column in columns))
+                table.add_row(*(Text(_shown(row.get(column))) for column in value[0]))
             console.print(table)
         elif value not in (None, [], {}):
             line = f"{name:<{width}}  {_shown(value)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _named(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted names and values; in a list of `{name: value}` each has its own."""
+    found: list[tuple[str, Any]] = []
+    for name, value in flatten(summary).items():
+        rows = value if isinstance(value, list) else []
+        if rows and all(isinstance(row, Mapping) and len(row) == 1 for row in rows):
+            found += [(f"{name}.{key}", of) for row in rows for key, of in row.items()]
+        else:
+            found.append((name, value))
+    return found
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(of)}" for name, of in value.items()) or "–"
+        return ", ".join(f"{name} {_shown(of)}" for name, of in value.items() if of is not None)
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
