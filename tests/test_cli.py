@@ -207,6 +207,7 @@ UNKNOWN_KEYS = [
     ("zzz: 1", "unknown key 'zzz'\n"),
     ("gpt: 3", "gpt: expected keys (embed_dim, num_heads, num_layers, seq_len, dropout, tied), "),
     ("output: x\nfit: null", "fit: expected keys (epochs, max_steps"),
+    ("output: x\nheads: mlp", "heads: expected keys (kind, rank"),
     ("a: [", "broken YAML"),
     ("[]", "expected `key: value` lines"),
 ]

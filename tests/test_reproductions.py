@@ -159,6 +159,9 @@ def test_a_dialogue_that_is_reported_is_not_learned_from(monkeypatch, tmp_path):
     assert len(learnt) + len(held) == 80
     assert len(held) > 0
     assert not set(learnt) & set(held)
+    files.train.write_text(files.test.read_text())
+    with pytest.raises(QvgptError, match="give another --work"):
+        summaries["prepare"](tmp_path, tmp_path / "data")
 
 
 @pytest.fixture

@@ -176,6 +176,10 @@ def test_until_the_first_training_begins_its_options_may_change(quick):
     collected = Path(quick.output, "round-1/samples/data.jsonl")
     written = collected.stat().st_mtime_ns
     longer = replace(short, train=replace(short.train, max_length=None), resume=True)
+    record = Path(quick.output, "run.json").read_bytes()
+    with alone_in(Path(quick.output)), pytest.raises(QvgptError, match="another process"):
+        rounds(longer, QUIET)
+    assert Path(quick.output, "run.json").read_bytes() == record
     with pytest.raises(QvgptError, match=r"beta 40\.0 → 5\.0, train\.max_length 3 → None"):
         rounds(replace(longer, beta=5.0), QUIET)
     said = Console(file=io.StringIO())

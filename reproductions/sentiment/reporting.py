@@ -81,6 +81,7 @@ def _second(cells: Cells, rivals: Sequence[str]) -> dict[str, Any]:
         "delta": found.delta,
         "delta_ci95": found.delta_ci95,
         "headline": [[c["negative"]["headline"], c["negative"]["beta"]] for c in cells],
+        "time": [c["negative"]["time"] for c in cells],
         "against_others": _against(cells, "negative", rivals),
     }
 

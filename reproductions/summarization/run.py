@@ -21,6 +21,8 @@ sys.path.append(str(HERE.parent))
 from texts.program import Task, main  # noqa: E402
 from texts.steps import Files, Row, divided, read, write  # noqa: E402
 
+from qvgpt.errors import QvgptError  # noqa: E402
+
 CHARACTERS = 1200
 
 
@@ -35,6 +37,8 @@ def prepare(data: Path, to: Path) -> Files:
         write(files.prompts, map(begun, parts["train"]))
         write(files.validation, map(begun, parts["validation"]))
         write(files.test, map(begun, reported))
+    if set(map(dialogue, read(files.train))) & set(map(dialogue, read(files.test))):
+        raise QvgptError(f"{to}: what is reported stands in training there: give another --work")
     return files
 
 

@@ -29,7 +29,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from qvgpt.collect import CollectConfig, collect
-from qvgpt.run import write_json
+from qvgpt.run import check_run, write_json
 from qvgpt.trainer import TrainConfig, train
 
 Row = dict[str, Any]
@@ -198,15 +198,20 @@ class Models:
         return directory
 
     def _collected(self, name: str, model: Path, said: Mapping[str, Any], prompts: Path) -> Path:
-        """Where it is finished `collect` sees whether it was made in this way."""
+        """Where it is finished it must have been made in this way."""
         output = self.work / name
         small: dict[str, Any] = {}
         if self.recipe.quick:  # nothing would be right
             small = {"limit": 12, "max_tokens": 8, "reward": "length"}
         resume = (output / "run.json").exists()
         where = {"model": str(model), "data": str(prompts), "output": str(output)}
-        config = {**said, **small, **where, "seed": self.seed, "resume": resume}
-        collect(CollectConfig(**config))
+        config = CollectConfig(
+            **{**said, **small, **where, "seed": self.seed, "resume": resume},
+        )
+        if (output / "summary.json").exists():
+            check_run(output, "collect", config, resume)
+        else:
+            collect(config)
         return output / "data.jsonl"
 
 

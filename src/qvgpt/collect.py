@@ -156,7 +156,7 @@ def prepare(
     """
     _check_counts(config)
     for name in ("api_key_env", "as_chat"):
-        if getattr(config, name) is not None:
+        if getattr(config, name):
             raise QvgptError(f"collect: {name} is for a server, and no base_url names one")
     reward = get_reward(config.reward)
     model = ValueModel.from_pretrained(

@@ -258,7 +258,7 @@ def _in_words(recommended: str, model: str) -> str:
     if recommended.startswith("guided"):
         return f"recommended from now on by {model}: {recommended}"
     kept = f"nothing earned more than {recommended}, which is how it writes from now on"
-    return f"{model} recommends no guidance: {kept}"
+    return f"{model} recommends no values: {kept}"
 
 
 def guidances_of(config: EvaluateConfig) -> dict[str, Guidance]:

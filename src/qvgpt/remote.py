@@ -200,7 +200,7 @@ class Server:
 
 def _address(base_url: str) -> SplitResult:
     """The parts of an address that can be asked."""
-    if "@" in base_url or "?" in base_url:
+    if "@" in re.split("[/?#]", base_url.partition("://")[2])[0] or "?" in base_url:
         raise QvgptError(
             "base_url: leave the key out of it, and any query: api_key_env names the key's variable"
         )

@@ -10,6 +10,7 @@ each in a directory of its own: a stopped run goes on where it was, and what is 
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,13 +88,18 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
     """
     console = console or Console(stderr=True)
     record = {k: v for k, v in vars(config).items() if k != "rounds"}
-    changed = _training_changed(config, record)
-    check_run(config.output, "rounds", record, config.resume, bool(changed))
-    _refuse(config)
-    output = open_run(config.output, "rounds", record, config.resume, bool(changed))
-    if changed:
-        console.print(f"goes on with other settings: {', '.join(changed)}", soft_wrap=True)
-    with alone_in(output):
+    goes_on = (Path(config.output) / "run.json").exists()
+    with ExitStack() as lock:
+        if goes_on and config.resume:  # before what is there changes
+            lock.enter_context(alone_in(Path(config.output)))
+        changed = _training_changed(config, record)
+        check_run(config.output, "rounds", record, config.resume, bool(changed))
+        _refuse(config)
+        output = open_run(config.output, "rounds", record, config.resume, bool(changed))
+        if not goes_on:
+            lock.enter_context(alone_in(output))
+        if changed:
+            console.print(f"goes on with other settings: {', '.join(changed)}", soft_wrap=True)
         rows, summary = [], {}
         for number in range(1, config.rounds + 1):
             console.print(f"round {number} of {config.rounds}", highlight=False)
@@ -106,10 +112,14 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
 def _training_changed(config: RoundsConfig, record: dict[str, Any]) -> list[str]:
     """The changed options of `train`, where no others changed and no training has begun."""
     output = Path(config.output)
-    if not (output / "run.json").exists() or (_place(config, 1) / "model/run.json").exists():
+    if not (output / "run.json").exists() or _has_trained(config):
         return []
     changed = changed_settings(output, "rounds", record)
     return list(changed.values()) if all(name.startswith("train.") for name in changed) else []
+
+
+def _has_trained(config: RoundsConfig) -> bool:
+    return (_place(config, 1) / "model/run.json").exists()
 
 
 def _round(config: RoundsConfig, number: int, console: Console) -> dict[str, Any]:
@@ -245,4 +255,5 @@ def _refuse_reading(config: RoundsConfig) -> None:
     if config.train.heads is not None and _has_values(config):
         raise QvgptError(f"train.heads: {config.model} has value heads already; leave heads out")
     del model
-    check_training(replace(_training(config, 1), data=config.logs))
+    if not _has_trained(config):
+        check_training(replace(_training(config, 1), data=config.logs))

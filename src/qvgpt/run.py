@@ -183,12 +183,13 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _named(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Dotted names and values; in a list of `{name: value}` each has its own."""
+    """Dotted names and values; in a list of `{name: options}` each has its own."""
     found: list[tuple[str, Any]] = []
     for name, value in flatten(summary).items():
         rows = value if isinstance(value, list) else []
-        if rows and all(isinstance(row, Mapping) and len(row) == 1 for row in rows):
-            found += [(f"{name}.{key}", of) for row in rows for key, of in row.items()]
+        pairs = [pair for row in rows if isinstance(row, Mapping) for pair in row.items()]
+        if rows and len(pairs) == len(rows) and all(isinstance(of, Mapping) for _, of in pairs):
+            found += [(f"{name}.{key}", of) for key, of in pairs]
         else:
             found.append((name, value))
     return found

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qvgpt.checkpoint import newest_checkpoint
 from qvgpt.data.files import read_rows, row_texts
-from qvgpt.data.rows import load_trajectories
+from qvgpt.data.rows import LoadReport, load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -237,8 +237,8 @@ def check_training(config: TrainConfig) -> None:
     """
     objectives, quiet = parse_objectives(config.objectives), Console(quiet=True)
     model = _start(config, None, quiet)
-    _load(config, config.data, model, quiet)
     eval_data, _ = _load(config, config.eval_data, model, quiet)
+    _read(config, config.data, model)
     refuse_centring(config.centred, model, objectives, [])
     _reward_scale(config, objectives, model)
     if config.heads is not None and not config.heads.knows_support:  # the texts will say which
@@ -438,14 +438,7 @@ def _load(
     config: TrainConfig, paths: list[str], model: ValueModel, console: Console
 ) -> tuple[list[Trajectory], dict[str, Any]]:
     """The texts of some files, and their counts; says what was cut or dropped."""
-    assert model.tokenizer is not None
-    context = model.trunk.seq_len
-    limit = context if config.max_length is None else config.max_length
-    if not 2 <= limit <= context:
-        raise QvgptError(f"max_length: {limit} is not between 2 and the context of {context}")
-    texts, report = load_trajectories(
-        paths, model.tokenizer, max_length=limit, on_too_long=config.on_too_long
-    )
+    texts, report, limit = _read(config, paths, model)
     if paths and not texts:
         raise QvgptError(f"{', '.join(paths)}: none of {report.too_long} texts fits {limit} tokens")
     if report.too_long:
@@ -460,3 +453,18 @@ def _load(
         )
     counts = {**asdict(report), "judged_by": [*report.judged_by], "files": files_of(paths)}
     return texts, counts
+
+
+def _read(
+    config: TrainConfig, paths: list[str], model: ValueModel
+) -> tuple[list[Trajectory], LoadReport, int]:
+    """The texts of some files, what came of them, and how long they may be."""
+    assert model.tokenizer is not None
+    context = model.trunk.seq_len
+    limit = context if config.max_length is None else config.max_length
+    if not 2 <= limit <= context:
+        raise QvgptError(f"max_length: {limit} is not between 2 and the context of {context}")
+    texts, report = load_trajectories(
+        paths, model.tokenizer, max_length=limit, on_too_long=config.on_too_long
+    )
+    return texts, report, limit

@@ -164,9 +164,9 @@ FAULTS = [
     (
         {"text": "a", "reward": 10**400},
         "'reward'",
-        "expected a finite number, below 3e38, found 1000",
+        "expected a finite number, below 3.4e38, found 1000",
     ),
-    ({"text": "a", "reward": 1e39}, "'reward'", "expected a finite number, below 3e38, found 1e"),
+    ({"text": "a", "reward": 1e39}, "'reward'", "expected a finite number, below 3.4e38, found 1e"),
     ({"prompt": "a", "completion": "b", "rewards": [1]}, "'rewards'", "belongs to 'completions'"),
     ({"prompt": "a", "completion": "b", "messages": []}, "'messages'", "does not go with"),
     ({"prompt": "a", "completion": "b", "label": 1}, "'label'", "expected true or false"),

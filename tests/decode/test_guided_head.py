@@ -10,7 +10,7 @@ from qvgpt.decode.guided_head import GuidedHead, guide, load_guided, unguide
 from qvgpt.decode.policy import Guidance, fold, folds, next_token
 from qvgpt.decode.sources import Contrast, HeadValues, PrefixValues, TokenScorer, WeightedSum
 from qvgpt.errors import QvgptError
-from qvgpt.export import export_hf
+from qvgpt.export import export_hf, export_model
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.models.heads import ValueHeads
 from qvgpt.models.heads_config import HeadsConfig
@@ -143,8 +143,13 @@ def test_guiding_is_undone_and_breaks_no_tie(saved):
 def test_recommended_guidance_is_the_default(make_model, tmp_path):
     model = make_model()
     model.save(tmp_path)
-    with pytest.raises(QvgptError, match="recommends no guidance"):
-        load_guided(tmp_path)
+    for said in (None, {"beta": 0.0, "min_p": 0.05}):
+        model.info.recommended_guidance = said
+        model.save(tmp_path)
+        with pytest.raises(QvgptError, match="recommends no guidance"):
+            load_guided(tmp_path)
+        with pytest.raises(QvgptError, match="recommends no beta"):
+            export_model(tmp_path, tmp_path / "out")
     model.info.recommended_guidance = {"beta": 1.5, "top_k": 3}
     model.save(tmp_path)
     assert load_guided(tmp_path).lm_head.guidance == Guidance(beta=1.5, top_k=3)

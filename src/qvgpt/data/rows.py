@@ -378,8 +378,8 @@ def _number(row: Row, column: str, value: Any) -> float:
         number = float(value)
     except OverflowError:  # a whole number of hundreds of digits
         number = math.inf
-    if not abs(number) < 3e38:  # what fp32 holds
-        raise row.fault(column, f"expected a finite number, below 3e38, found {kind_of(value)}")
+    if not abs(number) < 3.4e38:  # what fp32 holds
+        raise row.fault(column, f"expected a finite number, below 3.4e38, found {kind_of(value)}")
     return number
 
 

@@ -149,7 +149,8 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request and return its id. Raises `QvgptError` if it cannot be served.
 
-        Weights may have changed while nothing was at work.
+        Weights may have changed while nothing was at work; a model that was put into training mode
+        meanwhile is put back into that of evaluation.
         """
         if not self.busy:
             self.guide.look()

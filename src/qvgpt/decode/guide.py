@@ -275,7 +275,7 @@ class Guide:
         """Raise `QvgptError` for strings that could not end a text, or would end any."""
         if isinstance(stop, str):
             raise QvgptError(f"stop: a list of strings was expected, not {stop!r}")
-        if "" in stop:
+        if stop and "" in stop:
             raise QvgptError("stop: an empty string would end every text: leave it out")
         if stop and self.model.tokenizer is None:
             raise QvgptError("stop: the model has no tokenizer to find strings with: leave it out")

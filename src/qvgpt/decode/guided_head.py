@@ -197,6 +197,6 @@ def load_guided(
     values = ValueModel.from_pretrained(path, as_causal_lm=True, dtype=dtype, device_map=device_map)
     if guidance is None:
         guidance = recommended(values.info, path)
-    if guidance is None:
-        raise QvgptError(f"{path}: recommends no guidance; say which, at least its beta")
+        if guidance is None or not guidance.guides:
+            raise QvgptError(f"{path}: recommends no guidance; say which, at least its beta")
     return guide(values.trunk.released(), values, guidance)

@@ -109,7 +109,7 @@ def _guidance(
             f"{model_dir}: recommends a beta of each token (kl_budget or beta_end), which weights "
             "cannot hold; say which beta to export"
         )
-    if beta is None and (said is None or "beta" not in (model.info.recommended_guidance or {})):
+    if beta is None and (said is None or not said.guides):
         raise QvgptError(f"{model_dir}: recommends no beta; say which one to export")
     said = said or Guidance()
     own = {"beta": said.beta if beta is None else beta, "twins": twins or said.twins}

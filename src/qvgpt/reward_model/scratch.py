@@ -40,7 +40,7 @@ class Size:
         """Refuse what has no meaning, naming the key."""
         if self.width is not None and (self.width < 32 or self.width % 32):
             raise QvgptError(f"size.width: a multiple of 32 was expected, not {self.width}")
-        for name, least in (("layers", 1), ("vocab_size", 100)):
+        for name, least in (("layers", 1), ("vocab_size", 10)):
             given = getattr(self, name)
             if given is not None and given < least:
                 raise QvgptError(f"size.{name}: must be at least {least}, not {given}")
