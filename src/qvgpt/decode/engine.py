@@ -123,7 +123,7 @@ class Engine:
     ):
         if max_batch < 1:
             raise QvgptError(f"max_batch must be at least 1, not {max_batch}")
-        self.model, self.guide = model, Guide.of(model, values)
+        self.model, self.guide = model, Guide.of(model, values, look=False)  # `submit` does
         self.max_batch, self.report = max_batch, report
         tokenizer = model.tokenizer
         self.end_ids = frozenset(tokenizer.template.end_ids) if tokenizer else frozenset()

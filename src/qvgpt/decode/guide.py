@@ -91,13 +91,17 @@ class Guide:
     comes from strangers there is no end of them."""
 
     @classmethod
-    def of(cls, model: ValueModel, source: ValueSource | None = None) -> "Guide":
-        """None: the model's own values. Raises `QvgptError` for a source of another tokenizer."""
+    def of(cls, model: ValueModel, source: ValueSource | None = None, look: bool = True) -> "Guide":
+        """None: the model's own values. Raises `QvgptError` for a source of another tokenizer.
+
+        Without `look` the caller does that before anything is read.
+        """
         for other in () if source is None else source.models:
             refuse_other_tokenizer(model, other)
             other.eval()
         guide = cls(model.eval(), own_values(model) if source is None else source)
-        guide.look()
+        if look:
+            guide.look()
         return guide
 
     def look(self) -> None:
