@@ -223,6 +223,13 @@ def test_a_yaml_key_nobody_knows(text, message, call, tmp_path):
     assert message in err
 
 
+def test_a_section_may_be_a_file_of_its_own(call, tmp_path):
+    (tmp_path / "fit.yaml").write_text("epochs: 0\n")
+    (tmp_path / "x.yaml").write_text(f"data: [d]\noutput: o\nfit: {tmp_path}/fit.yaml\n")
+    _, _, err = call("train", "--config", tmp_path / "x.yaml")
+    assert "fit.epochs: must be more than 0" in err
+
+
 def unknown(fields):
     return [{"prompt": "b", "completion": "c", **fields}]
 

@@ -138,6 +138,9 @@ def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp
     written = {row["prompt"] for row in read(samples)}
     assert written & asked[0]
     assert written & asked[1]
+    more = replace(recipe, folds=2, collect={**recipe.collect, "samples": 3})
+    with pytest.raises(QvgptError, match="other settings"):
+        replace(models, recipe=more).samples()
     ours, theirs = (ValueModel.from_pretrained(models.work / n) for n in ("base", "fold-0/base"))
     assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
 

@@ -194,6 +194,15 @@ def test_until_the_first_training_begins_its_options_may_change(quick):
     assert not Path(on.output).exists()
 
 
+def test_logs_of_which_no_text_fits_are_left_to_the_training(quick, tmp_path):
+    (tmp_path / "logs.jsonl").write_text(json.dumps({"text": "abcd" * 9, "reward": 1}) + "\n")
+    train = replace(quick.train, on_too_long="drop")
+    found = rounds(
+        replace(quick, rounds=1, logs=[str(tmp_path / "logs.jsonl")], train=train), QUIET
+    )
+    assert Path(found["model"]).exists()
+
+
 def test_what_was_collected_is_collected_from_and_gone_on_with(quick):
     data = Path(quick.data).with_name("again.jsonl")
     settings = {"model": quick.model, "reward": "length", "resume": True}

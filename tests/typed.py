@@ -107,6 +107,7 @@ class _Loader(SourceFileLoader):
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
     def exec_module(self, module: ModuleType) -> None:
+        # another name where `_Decorate` makes something else of a file
         own = functools.partial(importlib.util.cache_from_source, optimization="typed2")
         with patch("importlib._bootstrap_external.cache_from_source", own):
             super().exec_module(module)

@@ -116,8 +116,9 @@ class Models:
             prompts = self.files.prompts
             return self._collected("samples", self.base(), self.recipe.collect, prompts)
         samples = self.work / "samples.jsonl"
+        parts = [self._fold(i) for i in range(self.recipe.folds)]  # each as the recipe says
         if not samples.exists():
-            write(samples, [row for i in range(self.recipe.folds) for row in read(self._fold(i))])
+            write(samples, [row for part in parts for row in read(part)])
         return samples
 
     def _fold(self, fold: int) -> Path:

@@ -297,9 +297,8 @@ def _checked(
         if any(other.startswith(name + ".") for other in known):
             if isinstance(value, dict):
                 value = _checked(value, known, file, texts, name + ".")
-            elif isinstance(value, str) and is_dataclass(known[name]):
-                pass  # another file that holds them
-            elif value is not None or type(None) not in typing.get_args(known[name]):
+            elif not (isinstance(value, str) if is_dataclass(known[name]) else value is None):
+                # a text names another file that holds them; only an optional section may be null
                 found = json.dumps(value, default=str)
                 raise QvgptError(f"{file}: {name}: expected {_words(known[name])}, found {found}")
         elif typing.get_origin(known[name]) is list and isinstance(value, str):

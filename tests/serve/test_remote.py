@@ -116,6 +116,10 @@ def test_what_makes_no_sense_is_one_line(task, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_address_may_have_an_at_in_its_path():
+    assert remote.Server("http://localhost/v1/@me/", "m")._path == "/v1/@me"
+
+
 def test_the_key_comes_from_the_environment(task, model, monkeypatch):
     with serving(Service(model, "tiny", guidance=GUIDANCE), key="sésame", hosts=None) as locked:
         config = replace(task, base_url=locked.url + "/v1", api_key_env="SESAME")
