@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,12 @@ def test_links_between_pages_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tables_of_results_are_those_that_the_scripts_left():
+    overview = runpy.run_path(str(TESTS.parent / "reproductions" / "overview.py"))
+    lines = (TESTS.parent / "README.md").read_text().splitlines()
+    for table in (overview["texts"](), overview["games"]()):
+        first = lines.index(table[0])
+        assert lines[first : first + len(table)] == table
+        assert not lines[first + len(table)].startswith("|")
