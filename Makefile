@@ -32,8 +32,6 @@ quick: setup  # every reproduction and benchmark in its reduced form
 	$(BIN)/python reproductions/search/run.py --quick
 	$(BIN)/python reproductions/games/run.py --quick
 	$(BIN)/python reproductions/translation/run.py --quick
-	$(BIN)/python reproductions/translation_en_fr/run.py --quick
-	$(BIN)/python reproductions/translation_en_zh/run.py --quick
 	$(BIN)/python reproductions/summarization/run.py --quick
 	$(BIN)/python reproductions/qa/run.py --quick
 	$(BIN)/python reproductions/sentiment/run.py --quick

@@ -19,9 +19,11 @@ METRICS = {
     "exact_match": ("exact match", 1),
 }
 TASKS = {
-    "translation": {"": "English → German, Multi30k"},
-    "translation_en_fr": {"en-fr": "English → French, Multi30k"},
-    "translation_en_zh": {"en-zh": "English → Chinese, Tatoeba"},
+    "translation": {
+        "en-de": "English → German, Multi30k",
+        "en-fr": "English → French, Multi30k",
+        "en-zh": "English → Chinese, Tatoeba",
+    },
     "summarization": {"DialogSum": "Summaries of dialogues, DialogSum"},
     "qa": {
         "two facts": "Questions, two facts",
@@ -40,7 +42,6 @@ GAMES = {
 HEADINGS = (
     "measured by", "base", "guided", "guided less base", "fine-tuned less base", "time", "seeds",
 )  # fmt: skip
-RIVALS = ("rival: best of K", "best-of-K fine-tuned, greedy")
 METHODS = ("BC", "filtered_BC", "MonteCarlo", "SARSA", "ILQL", "CQL")
 
 
@@ -61,10 +62,10 @@ def _texts() -> Iterator[str]:
     for folder, names in TASKS.items():
         results = _results(folder)
         for key, name in names.items():
-            found = results["tasks"][key] if key else results
+            found = results["tasks"][key]
             measured, places = METRICS[found["metric"]]
-            rival = next(r for r in found["rows"] if r["system"] in RIVALS)
-            rival = rival.get("metrics", {}).get(found["metric"], rival)
+            rival = next(r for r in found["rows"] if r["system"] == "rival: best of K")
+            rival = rival["metrics"][found["metric"]]
             yield _row(name, folder, measured, found, rival, places, results)
     results = _results("sentiment")
     for way, found in (("positive", results), ("negative", results["negative"])):

@@ -36,16 +36,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
         ("export", {"rows"}),
         ("dialogue", {"base", "guided", "why_not_guided", "seeds", "fqe", "rows"}),
-        *(
-            (row, TEXTS)
-            for row in (
-                "translation",
-                "qa",
-                "summarization",
-                "translation_en_fr",
-                "translation_en_zh",
-            )
-        ),
+        *((row, TEXTS) for row in ("translation", "qa", "summarization")),
     ],
 )
 def test_quick_form_runs_and_leaves_the_results_alone(name, figures, monkeypatch, capsys):
@@ -127,7 +118,7 @@ def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp
 
     rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(24)]
     files = Files(*(write(tmp_path / f"{n}.jsonl", rows) for n in ("a", "b", "c", "d")))
-    recipe = Recipe.read(REPRODUCTIONS / "translation_en_zh" / "recipe.yaml", quick=True)
+    recipe = Recipe.read(REPRODUCTIONS / "translation" / "en_zh.yaml", quick=True)
     models = Models(tmp_path / "work", files, replace(recipe, folds=2), 0)
     samples = models.samples()
     asked = [{r["prompt"] for r in read(models.work / f"fold-{i}/prompts.jsonl")} for i in (0, 1)]

@@ -1,10 +1,11 @@
 """How faithful is each form of an export? Every form and precision of two trained models.
 
-    python reproductions/export/run.py runs/demo runs/translation/values_1 DATA.jsonl --beta 2
+    python reproductions/export/run.py runs/demo MODEL DATA.jsonl --beta 2
     python reproductions/export/run.py --quick         a demo cut short, nothing written
 
-The first directory is that of `qvgpt demo`, the second one of reproductions/translation/run.py,
-which says how it is made, as β is chosen there; DATA.jsonl are rows with held-out prompts. KL and
+The first directory is that of `qvgpt demo`, MODEL a model with values of
+reproductions/translation/run.py (`en-de/seed-0/values-…` of its --work), as β is chosen there;
+DATA.jsonl are rows with held-out prompts. KL and
 greedy agreement are those of `export.json`. Beside them stand the greedy texts of engines, and how
 many of them are ours by exact guidance: `transformers` writes those of hf and lora in float32 by
 its `generate`; else an engine (llama.cpp, where llama-cpp-python is installed) is asked for its

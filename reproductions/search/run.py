@@ -7,7 +7,7 @@
 
 Walks: each seed's model is the demo's, the contrast that of two language models of the best and
 the worst fifth of its logs. Translation: the models of reproductions/translation/run.py (`--model`:
-with values, `--plus`: best-of-K fine-tuned, contrasted with the model's own trunk), the first
+with values, `--plus`: "rival: best of K", contrasted with the model's own trunk), the first
 `--rows` pairs of FILE, reward: sentence BLEU. Sentiment: the models that
 reproductions/sentiment/run.py left in its --work (of the first seed values by Monte Carlo, base and
 experts of both labels), the first `--rows` test prompts, reward: P(positive) by the judge, which no

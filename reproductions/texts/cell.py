@@ -50,7 +50,16 @@ class Cell:
             "base": self._penalty(self._base, rows, 0.0),
             "guided": self._penalty(model, rows, best["beta"]),
         }
-        return {**best, "length_penalty": penalties, "greedy": greedy}
+        sampled = {str(t): self._sharpest(model, rows, t) for t in decode.temperatures}
+        return {**best, "length_penalty": penalties, "sampled": sampled, "greedy": greedy}
+
+    def _sharpest(self, model: ValueModel, rows: Sequence[Row], temperature: float) -> float:
+        """The best β for samples at a temperature."""
+
+        def score(beta: float) -> float:
+            return self._score(model, rows, Guidance(beta=beta, temperature=temperature))
+
+        return max(self.models.recipe.decode.betas, key=score)
 
     def _score(self, model: ValueModel, rows: Sequence[Row], guidance: Guidance = GREEDY) -> float:
         limit = self.models.recipe.decode.max_tokens
@@ -87,18 +96,18 @@ class Cell:
             texts = [t if isinstance(t, str) else t[0] for t in found[0]]
             systems[name] = {"texts": texts, **found[1], "kl": kl}
 
-        def greedy(name: str, model: ValueModel, guidance: Guidance = GREEDY) -> None:
+        def once(name: str, model: ValueModel, guidance: Guidance = GREEDY) -> None:
             found = decoding.write(model, prompts, guidance, max_tokens=decode.max_tokens)
             texts = [t[0] for t in found[0]]
             add(name, found, decoding.mean_kl(model, guidance, base, prompts, texts))
 
-        greedy("base", base)
+        once("base", base)
         for name in recipe.rivals:
             where = self.models.distilled if name == "distilled" else None
             path = where(chosen["values"], beta) if where else self.models.rival(name)
-            greedy(f"rival: {name}", ValueModel.from_pretrained(path))
-        greedy("values, unguided", guided)
-        greedy("guided", guided, by_beta)
+            once(f"rival: {name}", ValueModel.from_pretrained(path))
+        once("values, unguided", guided)
+        once("guided", guided, by_beta)
         for name in recipe.values:
             if name != chosen["values"]:
                 own = max(
@@ -106,7 +115,11 @@ class Cell:
                     key=lambda g: g["score"],
                 )
                 model = ValueModel.from_pretrained(self.models.values(name))
-                greedy(f"guided, {name}", model, replace(GREEDY, beta=own["beta"]))
+                once(f"guided, {name}", model, replace(GREEDY, beta=own["beta"]))
+        for t, sharpest in chosen["sampled"].items():
+            plain = Guidance(temperature=float(t))
+            once(f"base, T = {t}", base, plain)
+            once(f"guided, T = {t}", guided, replace(plain, beta=sharpest))
         for name, model, b in (("base", base, 0.0), ("guided", guided, beta)):
             how, n = Guidance(beta=b, temperature=decode.temperature), decode.samples
             many, cost = decoding.write(

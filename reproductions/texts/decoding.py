@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-import sacrebleu
 import torch
 
 from qvgpt.decode import engine
@@ -13,12 +12,11 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import sequence_kl
-from qvgpt.envs.rewards import bleu_prefixes
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 
 MAX_TOKENS = 80
-"""Of a translation."""
+"""Of a text, where nobody says."""
 MAX_BATCH = 128
 
 
@@ -70,12 +68,8 @@ def beam(
     return texts, {"seconds": seconds, "forward_tokens": found.forward_tokens}
 
 
-def _sentence_bleu(text: str, row: dict) -> float:
-    return bleu_prefixes([text], row)[0]
-
-
 def minimum_bayes_risk(
-    candidates: Sequence[Sequence[str]], reward: Callable[[str, dict], float] = _sentence_bleu
+    candidates: Sequence[Sequence[str]], reward: Callable[[str, dict], float]
 ) -> list[str]:
     """Of each prompt's samples, the one that earns most with the others as references."""
     chosen = []
@@ -179,10 +173,3 @@ def relative_seconds(
     drawn = np.random.default_rng(0).choice(ratios, size=(2000, rounds))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
-
-
-def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU, its brevity penalty, and chrF, by sacreBLEU's defaults."""
-    bleu = sacrebleu.corpus_bleu(list(hypotheses), [list(references)])
-    chrf = sacrebleu.corpus_chrf(list(hypotheses), [list(references)])
-    return {"bleu": bleu.score, "brevity_penalty": bleu.bp, "chrf": chrf.score}

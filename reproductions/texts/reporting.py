@@ -39,7 +39,8 @@ def _table(name: str, results: Mapping[str, Any]) -> str:
     lines += ["", "Guided less others:", ""]
     for name, figures in results["guided_against"].items():
         low, high = figures["delta_ci95"]
-        lines.append(f"- {name}: {figures['delta']:+.2f} [{low:+.2f}, {high:+.2f}]")
+        way = " (guided in that way too)" if name.startswith("base") else ""
+        lines.append(f"- {name}{way}: {figures['delta']:+.2f} [{low:+.2f}, {high:+.2f}]")
     return "\n".join(lines) + "\n"
 
 
