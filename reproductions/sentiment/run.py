@@ -13,6 +13,7 @@ results.json, table.md and frontier.html beside itself.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -222,7 +223,7 @@ class _Seed:
             samples = max(1, samples // 2)
         said = {
             "guidances": {str(k): asdict(g) for k, g in way.guidances.items()},
-            "prompts": len(rows),
+            "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
             "samples": samples,
             "max_tokens": self.setting.max_tokens,
         }
