@@ -33,7 +33,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("random_walk", {"optimality_mean", "optimality_min", "seeds", "seconds_per_seed"}),
         ("games", GAMES),
         ("search", {"base", "best of 8", "guided, β = 64", "contrast, α = 1"}),
-        ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
+        ("sentiment", TEXTS | {"against_best_of_n", "negative"}),
         ("export", {"rows"}),
         ("dialogue", {"base", "guided", "why_not_guided", "seeds", "fqe", "rows"}),
         *(
