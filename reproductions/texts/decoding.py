@@ -45,8 +45,9 @@ def write(
     for j, text in enumerate(written):
         texts[order[j // samples]][j % samples] = text.text
     read = {tuple(r.tokens) for r in requests}  # samples of one prompt read it once
-    forward_tokens = sum(map(len, read)) + sum(len(t.tokens) for t in written)
-    return texts, {"seconds": seconds, "forward_tokens": forward_tokens}
+    tokens = sum(len(t.tokens) for t in written)
+    cost = {"forward_tokens": sum(map(len, read)) + tokens, "written_tokens": tokens}
+    return texts, {"seconds": seconds, **cost}
 
 
 def beam(
@@ -162,14 +163,19 @@ def relative_seconds(
     rounds: int = 10,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, object]:
-    """Seconds per token read (prompts too), guided ÷ base: the median of interleaved rounds."""
-    ratios = []
+    """Seconds, guided ÷ base: of a token that is read (prompts too) the median of interleaved
+    rounds with its interval, of a token that is written and of a text the median."""
+    units = {"median": "forward_tokens", "per_token_written": "written_tokens", "per_text": None}
+    ratios: dict[str, list[float]] = {name: [] for name in units}
     for _ in range(rounds):
-        pair = []
-        for model, guidance in ((base, plain), (guided_model, guided)):
-            _, cost = write(model, prompts, guidance, max_tokens=max_tokens)
-            pair.append(cost["seconds"] / cost["forward_tokens"])
-        ratios.append(pair[1] / pair[0])
-    drawn = np.random.default_rng(0).choice(ratios, size=(2000, rounds))
+        pair = [
+            write(model, prompts, guidance, max_tokens=max_tokens)[1]
+            for model, guidance in ((base, plain), (guided_model, guided))
+        ]
+        for name, unit in units.items():
+            theirs, ours = (cost["seconds"] / (cost[unit] if unit else 1.0) for cost in pair)
+            ratios[name].append(ours / theirs)
+    drawn = np.random.default_rng(0).choice(ratios["median"], size=(2000, rounds))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
+    medians = {name: float(np.median(several)) for name, several in ratios.items()}
+    return {**medians, "ci95": [float(low), float(high)]}
