@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.policy import Guidance
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
@@ -134,6 +135,27 @@ def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp
         replace(models, recipe=more).samples()
     ours, theirs = (ValueModel.from_pretrained(models.work / n) for n in ("base", "fold-0/base"))
     assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
+
+
+def test_an_end_bias_makes_texts_shorter_or_longer(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from texts import decoding
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train("abcdef", "char")
+    model = ValueModel(
+        GPT(tokenizer.vocab_size, embed_dim=16, num_heads=2, num_layers=1, seq_len=64),
+        HeadsConfig("linear"),
+        tokenizer,
+    )
+    values = decoding.end_bias(model)
+    longest, plain, shortest = (
+        decoding.write(model, ["ab"] * 60, Guidance(beta=nats), max_tokens=12, values=values)[1]
+        for nats in (-30.0, 0.0, 30.0)
+    )
+    assert longest["written_tokens"] == 60 * 12
+    assert shortest["written_tokens"] == 60  # the end
+    assert 60 < plain["written_tokens"] < 60 * 12
 
 
 def test_a_dialogue_that_is_reported_is_not_learned_from(monkeypatch, tmp_path):

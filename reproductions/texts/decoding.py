@@ -12,6 +12,7 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import sequence_kl
+from qvgpt.decode.sources import TokenScorer, ValueSource
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 
@@ -27,8 +28,9 @@ def write(
     seed: int = 0,
     samples: int = 1,
     max_tokens: int = MAX_TOKENS,
+    values: ValueSource | None = None,
 ) -> tuple[list[list[str]], dict[str, float]]:
-    """`samples` texts per prompt, and what they cost."""
+    """`samples` texts per prompt, and what they cost; `values` guide instead of the model's own."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -39,7 +41,7 @@ def write(
         for k in range(samples)
     ]
     started = time.perf_counter()
-    written = engine.write(model, requests, max_batch=MAX_BATCH)
+    written = engine.write(model, requests, max_batch=MAX_BATCH, values=values)
     seconds = time.perf_counter() - started
     texts = [[""] * samples for _ in prompts]
     for j, text in enumerate(written):
@@ -48,6 +50,18 @@ def write(
     tokens = sum(len(t.tokens) for t in written)
     cost = {"forward_tokens": sum(map(len, read)) + tokens, "written_tokens": tokens}
     return texts, {"seconds": seconds, **cost}
+
+
+def end_bias(model: ValueModel) -> ValueSource:
+    """A nat for what ends a text: β of it make texts shorter, or longer where β is below 0."""
+    assert model.tokenizer is not None
+    ends = torch.tensor(model.tokenizer.template.end_ids)
+    end = torch.isin(torch.arange(model.trunk.vocab_size), ends)
+
+    def value(texts: list[list[int]], tokens: torch.Tensor | None) -> torch.Tensor:
+        return (end.expand(len(texts), -1) if tokens is None else end[tokens]).float()
+
+    return TokenScorer(value, most_candidates=None)
 
 
 def beam(

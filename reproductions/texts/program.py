@@ -124,7 +124,12 @@ def summary(cells: Sequence[dict[str, Any]], rows: Sequence[Row], judge: Judge) 
         "delta": guided["delta"],
         "delta_ci95": guided["delta_ci95"],
         "relative_decode_time": float(np.mean([c["time"]["median"] for c in cells])),
+        "relative_time": {
+            key: float(np.mean([c["time"][key] for c in cells]))
+            for key in ("per_token_written", "per_text")
+        },
         "seeds": len(cells),
+        "seconds_per_seed": float(np.mean([c["made_in"] for c in cells])),
         "test_rows": len(rows),
         "chosen": [{k: v for k, v in c["chosen"].items() if k != "greedy"} for c in cells],
         "validation": [c["chosen"]["greedy"] for c in cells],
