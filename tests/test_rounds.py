@@ -15,12 +15,14 @@ from qvgpt import collect as collecting
 from qvgpt import rounds as of_rounds
 from qvgpt.collect import collect
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
+from qvgpt.reward_model.scratch import Size, new_model, new_tokenizer
 from qvgpt.rounds import RoundsConfig, rounds
 from qvgpt.run import alone_in
 
@@ -250,6 +252,52 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
     assert said["values"] is None
     assert summary["rounds"][1]["kl_per_sequence"] == pytest.approx(math.log(4) - 3 / 4)
     assert ValueModel.from_pretrained(summary["model"]).info.level == "turn"
+
+
+@pytest.fixture
+def judges(tmp_path):
+    """Two classifiers, and the first one's SHA-256."""
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        tokenizer = new_tokenizer(["abcd"], "bert", 30)
+        labels = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}}
+        size = Size(width=32, layers=1, vocab_size=30)
+        place = tmp_path / f"judge-{seed}"
+        new_model("bert", size, tokenizer, 64, labels).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        made.append(f"classifier:{place}#yes")
+    [sha256] = get_reward(made[0]).models
+    return *made, sha256
+
+
+def test_who_trains_does_not_judge(quick, judges, tmp_path):
+    first, second, sha256 = judges
+    logs = tmp_path / "logs.jsonl"
+    row = {"prompt": "a", "completion": "bd", "reward": 0.5, "judged_by": [sha256]}
+    logs.write_text(json.dumps(row) + "\n")
+    for change in (
+        {"reward": first},
+        {"reward": f"0.5*length:3 + 0.5*{first}"},
+        {"reward": second, "judge": f"1*{first} + 1*{second}"},
+        {"reward": "length", "judge": first, "logs": [str(logs)]},
+    ):
+        with pytest.raises(QvgptError, match=r"judge: .* Name another one"):
+            rounds(replace(quick, **change), QUIET)
+        assert not Path(quick.output).exists()
+    config = replace(quick, reward=first, judge=second, rounds=1)
+    summary = rounds(config, QUIET)
+    found = json.loads(Path(config.output, "round-1/evaluation/summary.json").read_text())
+    assert (summary["reward"], summary["judge"], found["metric"]) == (first, second, second)
+    assert found["judges_trained_on"] == []
+    card = Path(summary["model"], "README.md").read_text()
+    assert f"which are no judges of it: `{sha256}`" in card
+    row = found["rows"][1]
+    assert f"| {row['method']} | {row['mean']:.4g} [" in card
+    assert "classifier:judge-1#yes" in card
+    # what compares needs something to compare with, whoever trains
+    with pytest.raises(QvgptError, match="to compare with"):
+        rounds(replace(config, judge="bleu", output=quick.output + "-2"), QUIET)
 
 
 @pytest.mark.parametrize(
