@@ -17,7 +17,12 @@ from qvgpt.models.value_model import ValueModel
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes `folders` for all
 HELPER = two_processes.__file__
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-OF_ONE_BATCH = {"value.overestimation", "value.overestimation_return", "value.advantage_to_logits"}
+OF_ONE_BATCH = {
+    "value.overestimation",
+    "value.overestimation_any",
+    "value.overestimation_return",
+    "value.advantage_to_logits",
+}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
