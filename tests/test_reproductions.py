@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.decode.policy import Guidance
 from qvgpt.envs.games import score
 from qvgpt.errors import QvgptError
 from qvgpt.models.gpt import GPT
@@ -143,6 +144,27 @@ def test_each_fold_is_answered_by_a_model_that_did_not_learn_it(monkeypatch, tmp
         replace(models, recipe=more).samples()
     ours, theirs = (ValueModel.from_pretrained(models.work / n) for n in ("base", "fold-0/base"))
     assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
+
+
+def test_an_end_bias_makes_texts_shorter_or_longer(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from texts import decoding
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train("abcdef", "char")
+    model = ValueModel(
+        GPT(tokenizer.vocab_size, embed_dim=16, num_heads=2, num_layers=1, seq_len=64),
+        HeadsConfig("linear"),
+        tokenizer,
+    )
+    values = decoding.end_bias(model)
+    longest, plain, shortest = (
+        decoding.write(model, ["ab"] * 60, Guidance(beta=nats), max_tokens=12, values=values)[1]
+        for nats in (-30.0, 0.0, 30.0)
+    )
+    assert longest["written_tokens"] == 60 * 12
+    assert shortest["written_tokens"] == 60  # the end
+    assert 60 < plain["written_tokens"] < 60 * 12
 
 
 def test_a_dialogue_that_is_reported_is_not_learned_from(monkeypatch, tmp_path):
@@ -333,16 +355,29 @@ def test_figures_of_a_text_task_are_paired_and_of_all_seeds(qa):
     cells = [
         {
             "chosen": {"values": "v", "beta": 1.0, "greedy": []},
-            "time": {"median": 1.05},
-            "systems": {"base": system("yes", "no", "no", last), "guided": system(*["yes"] * 4)},
+            "time": {"median": 1.05, "per_token_written": 1.1, "per_text": 1.2},
+            "made_in": made_in,
+            "systems": {
+                "base": system("yes", "no", "no", last),
+                "guided": system(*["yes"] * 4),
+                "base, beam 5": system("no", "no", "yes", "yes"),
+                "guided, beam 5": system("yes", "no", "yes", "yes"),
+            },
         }
-        for last in ("no", "yes")
+        for last, made_in in (("no", 10.0), ("yes", 20.0))
     ]
     found = names.summary(cells, rows, names.Judge(("exact_match", "token_f1")))
     assert (found["base"], found["guided"], found["delta"]) == (37.5, 100.0, 62.5)
     assert found["seeds"] == 2
+    assert found["seconds_per_seed"] == 15
+    assert found["relative_time"] == {"per_token_written": pytest.approx(1.1), "per_text": 1.2}
     low, high = found["delta_ci95"]
     assert 0 <= low < 62.5 < high <= 100
+    assert found["guided_against"]["base, beam 5"]["delta"] == 25
+    table = sys.modules["texts.reporting"].table
+    assert "Target" in table({"toy": found})
+    assert "met" in table({"toy": found})
+    assert "missed" in table({"toy": {**found, "relative_decode_time": 1.2}})
 
 
 def test_dialogue_figures_by_hand(monkeypatch):

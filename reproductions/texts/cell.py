@@ -1,5 +1,6 @@
 """One seed of a task: models made, the choice on validation, what every system writes to test."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from texts.judging import Judge
 from texts.steps import Models, Row, kept, read
 
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.sources import ValueSource
 from qvgpt.models.value_model import ValueModel
 
 GREEDY = Guidance(temperature=0.0)
@@ -23,7 +25,8 @@ class Cell:
     judge: Judge
 
     def found(self) -> dict[str, Any]:
-        """`chosen`, `time` and `systems`: texts, tokens read, seconds, KL to the base."""
+        """`chosen`, `time`, `made_in` (seconds of trainings and collections) and `systems`: texts,
+        tokens read, seconds, KL to the base."""
         work, said = self.models.work, [asdict(self.models.recipe), self.judge.metrics]
         chosen = kept(work / "chosen.json", said, self._choose)
         return kept(work / "cell.json", [*said, chosen], lambda: self._compare(chosen))
@@ -50,11 +53,41 @@ class Cell:
             "base": self._penalty(self._base, rows, 0.0),
             "guided": self._penalty(model, rows, best["beta"]),
         }
-        return {**best, "length_penalty": penalties, "greedy": greedy}
+        sampled = {str(t): self._sharpest(model, rows, t) for t in decode.temperatures}
+        return {
+            **best,
+            "end_bias": self._end_bias(rows, greedy[0]["score"]),
+            "length_penalty": penalties,
+            "sampled": sampled,
+            "greedy": greedy,
+        }
 
-    def _score(self, model: ValueModel, rows: Sequence[Row], guidance: Guidance = GREEDY) -> float:
-        limit = self.models.recipe.decode.max_tokens
-        texts, _ = decoding.write(model, [r["prompt"] for r in rows], guidance, max_tokens=limit)
+    def _end_bias(self, rows: Sequence[Row], unbiased: float) -> float:
+        """What tunes the length of the base's greedy texts; 0: they are best as they are."""
+        values = decoding.end_bias(self._base)
+        found = {0.0: unbiased}
+        for bias in self.models.recipe.decode.end_biases:
+            how = replace(GREEDY, beta=bias)
+            found[bias] = self._score(self._base, rows, how, values)
+        return max(found, key=found.__getitem__)
+
+    def _sharpest(self, model: ValueModel, rows: Sequence[Row], temperature: float) -> float:
+        """The best β for samples at a temperature."""
+
+        def score(beta: float) -> float:
+            return self._score(model, rows, Guidance(beta=beta, temperature=temperature))
+
+        return max(self.models.recipe.decode.betas, key=score)
+
+    def _score(
+        self,
+        model: ValueModel,
+        rows: Sequence[Row],
+        guidance: Guidance = GREEDY,
+        values: ValueSource | None = None,
+    ) -> float:
+        limit, prompts = self.models.recipe.decode.max_tokens, [r["prompt"] for r in rows]
+        texts, _ = decoding.write(model, prompts, guidance, max_tokens=limit, values=values)
         return self.judge.value(texts, rows)
 
     def _penalty(self, model: ValueModel, rows: Sequence[Row], beta: float) -> float:
@@ -87,18 +120,23 @@ class Cell:
             texts = [t if isinstance(t, str) else t[0] for t in found[0]]
             systems[name] = {"texts": texts, **found[1], "kl": kl}
 
-        def greedy(name: str, model: ValueModel, guidance: Guidance = GREEDY) -> None:
+        def once(name: str, model: ValueModel, guidance: Guidance = GREEDY) -> None:
             found = decoding.write(model, prompts, guidance, max_tokens=decode.max_tokens)
             texts = [t[0] for t in found[0]]
             add(name, found, decoding.mean_kl(model, guidance, base, prompts, texts))
 
-        greedy("base", base)
+        bias = chosen["end_bias"]
+        if bias:
+            how, values = replace(GREEDY, beta=bias), decoding.end_bias(base)
+            limit = decode.max_tokens
+            add("base", decoding.write(base, prompts, how, max_tokens=limit, values=values))
+        once("base, its length not tuned" if bias else "base", base)
         for name in recipe.rivals:
             where = self.models.distilled if name == "distilled" else None
             path = where(chosen["values"], beta) if where else self.models.rival(name)
-            greedy(f"rival: {name}", ValueModel.from_pretrained(path))
-        greedy("values, unguided", guided)
-        greedy("guided", guided, by_beta)
+            once(f"rival: {name}", ValueModel.from_pretrained(path))
+        once("values, unguided", guided)
+        once("guided", guided, by_beta)
         for name in recipe.values:
             if name != chosen["values"]:
                 own = max(
@@ -106,7 +144,11 @@ class Cell:
                     key=lambda g: g["score"],
                 )
                 model = ValueModel.from_pretrained(self.models.values(name))
-                greedy(f"guided, {name}", model, replace(GREEDY, beta=own["beta"]))
+                once(f"guided, {name}", model, replace(GREEDY, beta=own["beta"]))
+        for t, sharpest in chosen["sampled"].items():
+            plain = Guidance(temperature=float(t))
+            once(f"base, T = {t}", base, plain)
+            once(f"guided, T = {t}", guided, replace(plain, beta=sharpest))
         for name, model, b in (("base", base, 0.0), ("guided", guided, beta)):
             how, n = Guidance(beta=b, temperature=decode.temperature), decode.samples
             many, cost = decoding.write(
@@ -124,4 +166,8 @@ class Cell:
         time = decoding.relative_seconds(
             base, GREEDY, guided, by_beta, prompts[:256], decode.rounds, decode.max_tokens
         )
-        return {"chosen": chosen, "time": time, "systems": systems}
+        seconds = sum(
+            json.loads(summary.read_text())["seconds"]
+            for summary in self.models.work.glob("**/summary.json")
+        )
+        return {"chosen": chosen, "time": time, "made_in": seconds, "systems": systems}

@@ -13,12 +13,13 @@ from qvgpt.decode.beam import BeamSearch
 from qvgpt.decode.engine import Request, row_seed
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.score import sequence_kl
+from qvgpt.decode.sources import TokenScorer, ValueSource
 from qvgpt.envs.rewards import bleu_prefixes
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 
 MAX_TOKENS = 80
-"""Of a translation."""
+"""Of a text, where nobody says."""
 MAX_BATCH = 128
 
 
@@ -29,8 +30,9 @@ def write(
     seed: int = 0,
     samples: int = 1,
     max_tokens: int = MAX_TOKENS,
+    values: ValueSource | None = None,
 ) -> tuple[list[list[str]], dict[str, float]]:
-    """`samples` texts per prompt, and what they cost."""
+    """`samples` texts per prompt, and what they cost; `values` guide instead of the model's own."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -41,14 +43,27 @@ def write(
         for k in range(samples)
     ]
     started = time.perf_counter()
-    written = engine.write(model, requests, max_batch=MAX_BATCH)
+    written = engine.write(model, requests, max_batch=MAX_BATCH, values=values)
     seconds = time.perf_counter() - started
     texts = [[""] * samples for _ in prompts]
     for j, text in enumerate(written):
         texts[order[j // samples]][j % samples] = text.text
     read = {tuple(r.tokens) for r in requests}  # samples of one prompt read it once
-    forward_tokens = sum(map(len, read)) + sum(len(t.tokens) for t in written)
-    return texts, {"seconds": seconds, "forward_tokens": forward_tokens}
+    tokens = sum(len(t.tokens) for t in written)
+    cost = {"forward_tokens": sum(map(len, read)) + tokens, "written_tokens": tokens}
+    return texts, {"seconds": seconds, **cost}
+
+
+def end_bias(model: ValueModel) -> ValueSource:
+    """A nat for what ends a text: β of it make texts shorter, or longer where β is below 0."""
+    assert model.tokenizer is not None
+    ends = torch.tensor(model.tokenizer.template.end_ids)
+    end = torch.isin(torch.arange(model.trunk.vocab_size), ends)
+
+    def value(texts: list[list[int]], tokens: torch.Tensor | None) -> torch.Tensor:
+        return (end.expand(len(texts), -1) if tokens is None else end[tokens]).float()
+
+    return TokenScorer(value, most_candidates=None)
 
 
 def beam(
@@ -168,17 +183,22 @@ def relative_seconds(
     rounds: int = 10,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, object]:
-    """Seconds per token read (prompts too), guided ÷ base: the median of interleaved rounds."""
-    ratios = []
+    """Seconds, guided ÷ base: of a token that is read (prompts too) the median of interleaved
+    rounds with its interval, of a token that is written and of a text the median."""
+    units = {"median": "forward_tokens", "per_token_written": "written_tokens", "per_text": None}
+    ratios: dict[str, list[float]] = {name: [] for name in units}
     for _ in range(rounds):
-        pair = []
-        for model, guidance in ((base, plain), (guided_model, guided)):
-            _, cost = write(model, prompts, guidance, max_tokens=max_tokens)
-            pair.append(cost["seconds"] / cost["forward_tokens"])
-        ratios.append(pair[1] / pair[0])
-    drawn = np.random.default_rng(0).choice(ratios, size=(2000, rounds))
+        pair = [
+            write(model, prompts, guidance, max_tokens=max_tokens)[1]
+            for model, guidance in ((base, plain), (guided_model, guided))
+        ]
+        for name, unit in units.items():
+            theirs, ours = (cost["seconds"] / (cost[unit] if unit else 1.0) for cost in pair)
+            ratios[name].append(ours / theirs)
+    drawn = np.random.default_rng(0).choice(ratios["median"], size=(2000, rounds))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "ci95": [float(low), float(high)]}
+    medians = {name: float(np.median(several)) for name, several in ratios.items()}
+    return {**medians, "ci95": [float(low), float(high)]}
 
 
 def corpus(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The program that summarisation, question answering and two translations share.
+"""The program that summaries, question answering and translations share.
 
 A row is a directory with `run.py`, which says how its splits are made, and a recipe (steps.py).
 Every seed is a cell: a base, what it wrote, values, rivals, and what all of them write to the test
@@ -108,11 +108,15 @@ def summary(cells: Sequence[dict[str, Any]], rows: Sequence[Row], judge: Judge) 
         })  # fmt: skip
     by_name = {row["system"]: row["metrics"][judge.metrics[0]] for row in found}
     base, guided = by_name["base"], by_name["guided"]
-    against = {
-        name: _figures(judge.estimates(texts["guided"], rows, texts[name])[judge.metrics[0]])
-        for name in names
-        if name.startswith(("rival", "values"))
-    }
+
+    def less(name: str, other: str) -> dict[str, Any]:
+        return _figures(judge.estimates(texts[name], rows, texts[other])[judge.metrics[0]])
+
+    against = {n: less("guided", n) for n in names if n.startswith(("rival", "values"))}
+    for name in names:  # what is written in the same way, by the base
+        twin = name.replace("guided", "base", 1)
+        if name.startswith("guided,") and twin in names:
+            against[twin] = less(name, twin)
     return {
         "metric": judge.metrics[0],
         "base": base["value"],
@@ -120,7 +124,12 @@ def summary(cells: Sequence[dict[str, Any]], rows: Sequence[Row], judge: Judge) 
         "delta": guided["delta"],
         "delta_ci95": guided["delta_ci95"],
         "relative_decode_time": float(np.mean([c["time"]["median"] for c in cells])),
+        "relative_time": {
+            key: float(np.mean([c["time"][key] for c in cells]))
+            for key in ("per_token_written", "per_text")
+        },
         "seeds": len(cells),
+        "seconds_per_seed": float(np.mean([c["made_in"] for c in cells])),
         "test_rows": len(rows),
         "chosen": [{k: v for k, v in c["chosen"].items() if k != "greedy"} for c in cells],
         "validation": [c["chosen"]["greedy"] for c in cells],

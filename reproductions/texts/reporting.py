@@ -7,6 +7,8 @@ from typing import Any
 
 from qvgpt.report import Section, Series, line_chart, write_report
 
+MOST_TIME = 1.1
+"""Of a guided token that is read, in terms of the base's."""
 KINDS = ("base", "rival", "values", "guided")
 
 
@@ -17,10 +19,13 @@ def table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _table(name: str, results: Mapping[str, Any]) -> str:
     metrics = list(results["rows"][0]["metrics"])
+    time = results["relative_decode_time"]
+    met = results["delta_ci95"][0] > 0 and time <= MOST_TIME
     lines = [
         f"**{name}**: {results['seeds']} seed{'s' * (results['seeds'] != 1)}, "
-        f"{results['test_rows']} test rows; a token read takes guided "
-        f"{results['relative_decode_time']:.2f} times the base's time.",
+        f"{results['test_rows']} test rows; a token read takes guided {time:.2f} times the base's "
+        f"time. Target (guided above the base for certain, in at most {MOST_TIME:g} times the "
+        f"time): {'met' if met else 'missed (LOG.md)'}.",
         "",
         f"| system | {metrics[0]} | difference to the base | {' | '.join(metrics[1:])} | words "
         "| KL to base | cost |",
@@ -39,7 +44,8 @@ def _table(name: str, results: Mapping[str, Any]) -> str:
     lines += ["", "Guided less others:", ""]
     for name, figures in results["guided_against"].items():
         low, high = figures["delta_ci95"]
-        lines.append(f"- {name}: {figures['delta']:+.2f} [{low:+.2f}, {high:+.2f}]")
+        way = " (guided in that way too)" if name.startswith("base") else ""
+        lines.append(f"- {name}{way}: {figures['delta']:+.2f} [{low:+.2f}, {high:+.2f}]")
     return "\n".join(lines) + "\n"
 
 

@@ -62,6 +62,11 @@ class Decode:
     """Of best-of-N and of minimum Bayes risk."""
     temperature: float = 0.6
     """Of those samples."""
+    temperatures: tuple[float, ...] = ()
+    """At which base and guided texts are sampled too, once, with a β chosen for each."""
+    end_biases: tuple[float, ...] = ()
+    """Nats for the end token, one of which tunes the length of the base's greedy texts, if any does
+    them good: guided ones are held against those."""
     beams: int = 5
     length_penalties: tuple[float, ...] = (0.6, 1.0, 1.4)
     rounds: int = 6
@@ -89,6 +94,7 @@ class Recipe:
         decode = {k: tuple(v) if isinstance(v, list) else v for k, v in said["decode"].items()}
         if quick:
             few = {"betas": (1.0,), "samples": 2, "length_penalties": (1.0,), "rounds": 1}
+            few |= {key: decode.get(key, ())[:1] for key in ("temperatures", "end_biases")}
             decode |= few | {"beams": 2, "max_tokens": min(8, decode["max_tokens"])}
         return cls(**said | {"decode": Decode(**decode), "quick": quick})
 
