@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
         ("lora-reference", 1e-3),
     ],
 )
-def test_losses_gradients_and_weights_are_those_of_one_process(folders, way, case, tolerance):
+def test_p19_losses_gradients_and_weights_are_those_of_one_process(folders, way, case, tolerance):
     one = load_file(folders[1] / f"plain-{case}.safetensors")
     two = load_file(folders[2] / f"{way}-{case}.safetensors")
     assert one.keys() == two.keys()

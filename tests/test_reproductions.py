@@ -88,7 +88,7 @@ def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
     assert len(digests) == 5
 
 
-def test_figures_of_the_games_by_hand(games):
+def test_p29_figures_of_the_games_by_hand(games):
     cells = [{"mean": m, "score": m, "invalid_rate": 0.0, "seconds": 1.0} for m in (0.0, 1.0)]
     found = games["summary"](cells)
     half = 12.706 * 0.5  # t of one degree of freedom, times the standard error

@@ -80,7 +80,7 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 
 
-def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
+def test_p01_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
     m = model()
     found = []
     step = RunProgress.step
@@ -210,7 +210,7 @@ def stopped_at(last):
         yield
 
 
-def test_resume_is_bit_identical(tmp_path):
+def test_p02_resume_is_bit_identical(tmp_path):
     """20 steps straight == a checkpoint at 10, a kill at 13, and the rest."""
     options = replace(
         FIT, max_steps=20, save_every=5, eval_every=3, keep_best="total", patience=5, lr=0.1
@@ -999,7 +999,7 @@ def test_train_refuses_before_it_writes(config, tmp_path, monkeypatch):
         assert not Path(config.output).exists()
 
 
-def test_long_texts_are_cut_only_when_told_to(config):
+def test_p25_long_texts_are_cut_only_when_told_to(config):
     console = Console(record=True, quiet=True)
     summary = train(replace(config, max_length=8, on_too_long="cut"), console)
     assert summary["data"]["cut"] > 0

@@ -116,7 +116,7 @@ def test_the_best_is_never_a_row_that_only_pads_the_vocabulary(candidates):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp"])
-def test_values_are_read_at_the_states_of_the_decisions(kind):
+def test_p04_values_are_read_at_the_states_of_the_decisions(kind):
     model = make(kind)
     values = model(BATCH)
     for row, steps in ((0, [(2, 10), (3, 11), (4, 3)]), (1, [(0, 12), (2, 13)])):
