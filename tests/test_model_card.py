@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qvgpt import RandomWalks, ValueModel
 from qvgpt.fit_options import FitOptions
-from qvgpt.model_card import _data, evaluation, files_of, table, write_card
+from qvgpt.model_card import _data, add_evaluation, evaluation, files_of, table, write_card
 from qvgpt.models.lora import LoraConfig
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
@@ -171,6 +171,8 @@ def test_an_adapter_says_whose_it_is_and_how_it_is_read(tmp_path):
         ),
         ("classifier:judge/#plus", "classifier:judge/#plus"),
         ("regex:a/b", "regex:a/b"),
+        ("command:/home/me/judge.sh --by /x/y", "command:judge.sh --by /x/y"),
+        ("json:/home/me/schema.json", "json:schema.json"),
     ],
 )
 def test_a_card_names_no_place(given, shown):
@@ -185,6 +187,22 @@ def test_a_card_names_no_place(given, shown):
     assert lines[:2] == ["## Evaluation", "How."]
     assert lines[3] == f"| method | {shown} | difference |"
     assert lines[5] == "| base | 1 [0.5, 1.5] | 0 [0, 0] |"
+
+
+def test_an_evaluation_replaces_the_one_before_and_nothing_else(tmp_path):
+    write_card(tmp_path, "---\n# Title\n\n## Evaluation\nMine.\n\n## Limits\n- some\n", print)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## Appendix\nMine too.\n")
+    add_evaluation(tmp_path, "## Evaluation\nfirst")
+    once = card.read_text()
+    add_evaluation(tmp_path, "## Evaluation\nsecond")
+    twice = card.read_text()
+    assert once.replace("first", "second") == twice
+    for kept in ("## Evaluation\nMine.", "## Appendix\nMine too.", "## Limits\n- some"):
+        assert kept in twice
+    card.write_bytes(card.read_bytes() + b"\xff")
+    add_evaluation(tmp_path, "## Evaluation\nthird")
+    assert "third" in card.read_text("utf-8")
 
 
 def test_the_sum_of_a_directory_sees_names_and_bytes(tmp_path):

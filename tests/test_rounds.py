@@ -171,6 +171,41 @@ def test_a_finished_run_takes_more_rounds_and_no_other_settings(quick, monkeypat
     assert json.loads(Path(quick.output, "summary.json").read_text()) == summary
 
 
+def test_rounds_of_earlier_versions_go_on(quick, judges):
+    """What followed from the data later stood there as a number, and nobody named a judge."""
+    first, second, _ = judges
+    left_open = replace(quick.train, fit=replace(quick.train.fit, lr=None))
+    config = replace(quick, reward=first, judge=second, rounds=1, train=left_open)
+    usual = replace(left_open, fit=replace(left_open.fit, lr=1e-3))
+    rounds(replace(config, train=usual), QUIET)
+    place = Path(quick.output)
+    for record in (place / "run.json", place / "round-1/evaluation/run.json"):
+        found = json.loads(record.read_text())
+        if found["command"] == "rounds":
+            del found["config"]["judge"]
+            found["config"]["train"]["gpt"] |= {
+                "embed_dim": 256, "num_heads": 4, "num_layers": 4, "seq_len": 256,
+            }  # fmt: skip
+            found["config"]["train"]["tokenizer"]["vocab_size"] = 8000
+        else:
+            del found["config"]["card"]
+        record.write_text(json.dumps(found))
+    (place / "round-1/evaluation/summary.json").unlink()
+    card = (place / "round-1/model/README.md").read_bytes()
+    with pytest.raises(QvgptError, match=r"other settings \(beta 40.0 → 5.0, judge"):
+        rounds(replace(config, beta=5.0, resume=True), QUIET)
+    said = Console(file=io.StringIO(), width=500)
+    summary = rounds(replace(config, rounds=2, resume=True), said)
+    assert f"goes on with other settings: judge None → '{second}'" in said.file.getvalue()
+    assert [row["judge"] for row in summary["rounds"]] == [second, second]
+    assert (place / "round-1/model/README.md").read_bytes() == card  # as it was begun
+    fit = json.loads((place / "round-2/model/run.json").read_text())["config"]["fit"]
+    assert fit["lr"] == 1e-3
+    third = replace(config, rounds=2, judge="length", resume=True)
+    with pytest.raises(QvgptError, match=r"other settings \(judge"):
+        rounds(third, QUIET)
+
+
 def test_until_the_first_training_begins_its_options_may_change(quick):
     short = replace(quick, rounds=1, train=replace(quick.train, centred=True, max_length=3))
     with pytest.raises(QvgptError, match="raise max_length"):  # known when texts are there

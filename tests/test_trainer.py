@@ -755,9 +755,26 @@ def test_a_longer_text_needs_a_longer_context_up_to_a_limit(left_open, tmp_path)
     with pytest.raises(QvgptError, match=r"max_length 2048 \(the longest has 3002 .* up to 2048\)"):
         train(replace(config, data=row(3000)), QUIET)
     assert "gpt.seq_len 2048" in said_by(replace(config, data=row(3000), on_too_long="cut"))[1]
-    assert "gpt.seq_len 192" in said_by(
-        replace(config, on_too_long="cut", max_length=20)
-    )[1]  # fmt: skip
+    short = replace(config, on_too_long="cut", max_length=20, eval_data=left_open.data)
+    assert "gpt.seq_len 192" in said_by(short)[1]
+    long = row(400_000)  # of which a model of three layers would be made
+    for way in ("drop", "cut"):
+        data = [*left_open.data, *long]
+        _, said = said_by(replace(short, data=data, on_too_long=way, output=f"{tmp_path}/{way}"))
+        assert "gpt.embed_dim 64, gpt.num_heads 2, gpt.num_layers 2, gpt.seq_len 192" in said
+    assert "gpt.seq_len 3008" in said_by(replace(config, data=row(3000), max_length=3003))[1]
+    with pytest.raises(QvgptError, match="max_length: must be at least 2, not -300"):
+        train(replace(config, max_length=-300), QUIET)
+
+
+@pytest.mark.parametrize("broken", [None, [1], {"gpt": None}, {"fit": {"lr": "x"}}])
+def test_a_broken_record_is_no_traceback(left_open, broken):
+    train(left_open, QUIET)
+    (Path(left_open.output) / "run.json").write_text(
+        json.dumps({"command": "train", "config": broken})
+    )
+    with pytest.raises(QvgptError, match="holds a run with other settings"):
+        train(replace(left_open, resume=True), QUIET)
 
 
 def test_a_run_goes_on_with_what_it_was_fitted_to(left_open, tmp_path):

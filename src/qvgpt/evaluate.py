@@ -218,8 +218,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "recommended": _recommend(model, rows, config) if config.recommend else None,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if config.card:
-        add_evaluation(Path(config.model), evaluation_section(summary))
     write_json(output / "summary.json", summary)
     found = Evaluation(
         config.model, config.base, config.reward, config.samples, rows, right, partial
@@ -227,6 +225,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     parts = sections(found, model, prompts, config.texts)
     write_report(output / "report.html", f"Evaluation of {config.model}", parts)
     show(found, output)
+    if config.card:
+        add_evaluation(Path(config.model), evaluation_section(summary))
     if config.recommend:
         print(_in_words(summary["recommended"], config.model), file=sys.stderr)
     return summary

@@ -33,7 +33,8 @@ class FitOptions:
     batch then holds all texts of a few prompts."""
     lr: float | None = None
     """Peak learning rate of the trunk. None: in `train` 1e-3 at a width of 256 from scratch, and of
-    64 on from a model, in inverse proportion to it, with lora ten times as much; in `fit` 1e-3."""
+    64 on from a model, in inverse proportion to it (at most 4e-3, 1e-3), with lora ten times as
+    much (at most 1e-3); in `fit` 1e-3."""
     value_lr: float | None = None
     """Peak learning rate of the value heads; None: that of the trunk (where `train` fits it, 1e-3
     if that is more)."""

@@ -8,6 +8,7 @@ path: a training that was stopped and goes on writes the same one.
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,8 @@ from qvgpt.models.value_model import ValueModel
 
 NAME, ASIDE = "README.md", "README.qvgpt.md"
 _EVALUATION = "## Evaluation"
+_EVALUATED = ("<!-- by qvgpt evaluate -->", "<!-- until here -->")
+"""What stands between them is replaced by the next evaluation."""
 _MARK = "<!-- written by qvgpt"
 
 
@@ -51,7 +54,7 @@ def write_card(directory: Path, card: str, say: Callable[[str], None]) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    staged = file.with_name(f".{NAME}.staged")
+    staged = file.with_name(f".{NAME}.{os.getpid()}-{threading.get_ident()}.staged")
     with writing(file, "go on with --resume"):
         staged.write_text(text, "utf-8")
         os.replace(staged, file)
@@ -75,14 +78,15 @@ def add_evaluation(directory: Path, section: str) -> None:
     file = card_of(directory)
     if file is None:
         raise QvgptError(f"{directory}: holds no model card that qvgpt wrote")
-    _write(file, with_evaluation(file.read_text("utf-8"), section))
+    _write(file, with_evaluation(file.read_text("utf-8", errors="replace"), section))
 
 
 def with_evaluation(card: str, section: str) -> str:
     """The card with this section as its only evaluation, before its limits where it has some."""
-    card = re.sub(rf"\n{_EVALUATION}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+    begin, end = _EVALUATED
+    card = re.sub(rf"\n{begin}\n.*?\n{end}\n", "", card, flags=re.DOTALL)
     head, limits, rest = card.partition("\n## Limits\n")
-    return f"{head.rstrip()}\n\n{section}\n{limits}{rest}"
+    return f"{head.rstrip()}\n\n{begin}\n{section}\n{end}\n{limits}{rest}"
 
 
 def evaluation_section(summary: Mapping[str, Any]) -> str:
@@ -135,8 +139,9 @@ def _name(path: str) -> str:
 
 
 def _metric(name: str) -> str:
-    """A reward without the way to its classifier."""
-    return re.sub(r"classifier:[^#*]*/(?=[^/#])", "classifier:", name)
+    """A reward without the way to its classifier, program or schema."""
+    name = re.sub(r"\bcommand:\S*/(?=[^/\s])", "command:", name)  # arguments stay
+    return re.sub(r"\b(classifier|json):[^#*]*/(?=[^/#])", r"\1:", name)
 
 
 def files_of(paths: Sequence[str | Path]) -> list[dict[str, Any]]:

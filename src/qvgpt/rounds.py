@@ -22,12 +22,20 @@ from qvgpt.data.rows import load_trajectories
 from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate, refuse_options
+from qvgpt.model_card import card_of
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
-from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
+from qvgpt.run import (
+    alone_in,
+    changed_settings,
+    check_run,
+    open_run,
+    settings_of,
+    write_json,
+)
 from qvgpt.sampling import check_references, load_prompts
-from qvgpt.trainer import TrainConfig, check_training, train
+from qvgpt.trainer import TrainConfig, as_begun, check_training, train
 
 COLLECT, TRAIN = CollectConfig("", "", "", ""), TrainConfig([], "")
 """The options of `collect` and `train` as they are unless said otherwise."""
@@ -93,7 +101,9 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
     until the first training begins, a resumed run may change the options of `train`.
     """
     console = console or Console(stderr=True)
-    record = {k: v for k, v in vars(config).items() if k != "rounds"}
+    begun = as_begun(config.train, settings_of(Path(config.output), "rounds").get("train"))
+    record = {k: v for k, v in vars(config).items() if k != "rounds"} | {"train": begun}
+    config = replace(config, train=replace(config.train, fit=begun.fit))
     goes_on = (Path(config.output) / "run.json").exists()
     with ExitStack() as lock:
         if goes_on and config.resume:  # before what is there changes
@@ -121,12 +131,18 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
 
 
 def _training_changed(config: RoundsConfig, record: dict[str, Any]) -> list[str]:
-    """The changed options of `train`, where no others changed and no training has begun."""
+    """The changed options of `train`, where no others changed and no training has begun; or that a
+    judge is named, which older runs did not ask for."""
     output = Path(config.output)
-    if not (output / "run.json").exists() or _has_trained(config):
+    if not (output / "run.json").exists():
         return []
     changed = changed_settings(output, "rounds", record)
-    return list(changed.values()) if all(name.startswith("train.") for name in changed) else []
+    may = "judge" if _has_trained(config) else ("judge", "train.")
+    if not all(name.startswith(may) for name in changed) or settings_of(output, "rounds").get(
+        "judge"
+    ):
+        return []
+    return list(changed.values())
 
 
 def _has_trained(config: RoundsConfig) -> bool:
@@ -149,6 +165,7 @@ def _round(config: RoundsConfig, number: int, console: Console) -> dict[str, Any
         "delta": guided["delta"],
         "delta_ci95": guided["delta_ci95"],
         "kl_per_sequence": guided["kl_per_sequence"],
+        "judge": judged["metric"],
         "model": str(here / "model"),
     }
 
@@ -199,13 +216,14 @@ def _training(config: RoundsConfig, number: int) -> TrainConfig:
 
 def _judging(config: RoundsConfig, number: int) -> EvaluateConfig:
     """Base against guided, texts written as they are collected."""
-    how = config.collect
+    how, here = config.collect, _place(config, number)
+    begun = settings_of(here / "evaluation", "evaluate")
     return EvaluateConfig(
-        model=str(_place(config, number) / "model"),
+        model=str(here / "model"),
         base=config.model,
         data=config.eval_data or config.data,
         reward=_judge(config),
-        output=str(_place(config, number) / "evaluation"),
+        output=str(here / "evaluation"),
         betas=[config.beta] if config.beta else [],
         best_of=how.best_of,
         temperatures=how.temperatures[:1],
@@ -217,7 +235,7 @@ def _judging(config: RoundsConfig, number: int) -> EvaluateConfig:
         seed=how.seed,
         shaped=how.shaped, brevity=how.brevity,
         dtype=how.dtype, device_map=how.device_map,
-        card=True,
+        card=begun.get("card", False) if begun else card_of(here / "model") is not None,
         resume=True,
     )  # fmt: skip
 

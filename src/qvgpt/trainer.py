@@ -16,7 +16,7 @@ from rich.console import Console
 from qvgpt.checkpoint import newest_checkpoint
 from qvgpt.data.files import read_rows, row_texts
 from qvgpt.data.rows import LoadReport, load_trajectories
-from qvgpt.data.sizes import GPTShape, TokenizerConfig
+from qvgpt.data.sizes import CONTEXTS, GPTShape, TokenizerConfig
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -37,7 +37,14 @@ from qvgpt.refusals import (
     refuse_options,
     refuse_shared_prompts,
 )
-from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
+from qvgpt.run import (
+    alone_in,
+    changed_settings,
+    check_run,
+    open_run,
+    settings_of,
+    write_json,
+)
 from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
@@ -116,7 +123,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     Started by `accelerate launch` or `torchrun`, all processes do this together; the main one
     writes, to a directory they all see.
     """
-    state, output, config = processes(), Path(config.output), _as_begun(config)
+    state, output = processes(), Path(config.output)
+    config = as_begun(config, settings_of(output, "train"))
     console = console or Console(stderr=True, quiet=not state.is_main_process)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
@@ -219,18 +227,15 @@ def check_training(config: TrainConfig) -> None:
     refuse_options(model, objectives, config.fit, eval_data)
 
 
-def _as_begun(config: TrainConfig) -> TrainConfig:
-    """What is left open is what the run in `output`, if there is one, began with."""
-    try:
-        found = json.loads((Path(config.output) / "run.json").read_text("utf-8"))
-        begun = found["config"] if found["command"] == "train" else {}
-    except (OSError, ValueError, LookupError, TypeError):  # `check_run` says what is wrong there
-        return config
-    sections = {}
+def as_begun(config: TrainConfig, begun: Any) -> TrainConfig:
+    """What is left open is what these settings of a run, if there is one, say."""
+    sections: dict[str, Any] = {}
     for section, names in _FITTED.items():
-        own, known = getattr(config, section), begun.get(section, {})
-        left = [name for name in names if getattr(own, name) is None]
-        sections[section] = replace(own, **{name: known.get(name) for name in left})
+        own, known = getattr(config, section), begun.get(section) if begun else None
+        if isinstance(known, dict):
+            left = [name for name in names if getattr(own, name) is None]
+            numbers = {name: x for name in left if isinstance(x := known.get(name), int | float)}
+            sections[section] = replace(own, **numbers)
     return replace(config, **sections)
 
 
@@ -456,8 +461,9 @@ def _new(config: TrainConfig) -> tuple[ValueModel, TrainConfig]:
         assert given.vocab_size is not None
         tokenizer = Tokenizer.train(_texts(config), given.kind, given.vocab_size)
     if shape.is_open:
-        tokens, longest = _amount(config, tokenizer)
-        shape = shape.fitted_to(tokens, longest)
+        if config.max_length is not None and config.max_length < 2:
+            raise QvgptError(f"max_length: must be at least 2, not {config.max_length}")
+        shape = shape.fitted_to(*_amount(config, tokenizer), config.max_length)
     model = ValueModel(GPT(tokenizer.vocab_size, **asdict(shape)), None, tokenizer)
     return model, replace(config, gpt=shape, tokenizer=given)
 
@@ -468,12 +474,16 @@ def _texts(config: TrainConfig) -> Iterator[str]:
 
 
 def _amount(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens of all texts to learn from, and those that the longest of any has or may have."""
-    texts, report = load_trajectories(config.data, tokenizer)
-    longest = max(report.longest, load_trajectories(config.eval_data, tokenizer)[1].longest)
-    if config.max_length is not None:
-        longest = config.max_length
-    return sum(len(t.tokens) for t in texts), longest
+    """The tokens of all texts to learn from, and how many the longest of any has: of those that
+    are not to be dropped, and as far as they are not to be cut."""
+    limit = config.max_length or config.gpt.seq_len or CONTEXTS[1]
+    lengths = []
+    for paths in (config.data, config.eval_data):
+        found = [len(t.tokens) for t in load_trajectories(paths, tokenizer)[0]]
+        if config.on_too_long == "cut":
+            found = [min(n, limit) for n in found]
+        lengths.append([n for n in found if n <= limit or config.on_too_long != "drop"])
+    return sum(lengths[0]), max((*lengths[0], *lengths[1]), default=2)
 
 
 def _load(

@@ -21,10 +21,17 @@ CONTEXTS = (64, 2048)
 """A context is a multiple of the first and at most the second, unless said."""
 
 
-def context_for(longest: int) -> int:
-    """The context, in tokens, of a new model for texts of at most `longest`."""
+def context_for(longest: int, asked: int | None = None) -> int:
+    """The context, in tokens, of a new model for texts of at most `longest`.
+
+    There is room for texts of `asked` tokens in any case.
+    """
     step, most = CONTEXTS
-    return min(most, -(-(longest + ROOM) // step) * step)
+    return max(min(most, _up(longest + ROOM, step)), _up(asked or 0, step))
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class GPTShape:
     num_layers: int | None = None
     """Depth (none: 2, from 300,000 tokens 3, from 800,000 4)."""
     seq_len: int | None = None
-    """The context, in tokens (none: the longest text and 128 tokens more, at most 2048)."""
+    """The context, in tokens (none: the longest text and 128 tokens more, at most 2048, or
+    max_length)."""
     dropout: float = 0.1
     """Share of activations dropped while training."""
     tied: bool = True
@@ -80,8 +88,9 @@ class GPTShape:
         """Whether something is left to be fitted."""
         return None in (self.embed_dim, self.num_heads, self.num_layers, self.seq_len)
 
-    def fitted_to(self, tokens: int, longest: int) -> "GPTShape":
-        """With nothing left open, for so many tokens of text, the longest text of `longest`."""
+    def fitted_to(self, tokens: int, longest: int, asked: int | None = None) -> "GPTShape":
+        """With nothing left open, for so many tokens of text, the longest text of `longest`, and
+        room for texts of `asked`."""
         fitting = (shape for below, *shape in SHAPES if tokens < below)
         width, layers = next(fitting, LARGEST)
         if self.embed_dim is not None:
@@ -94,5 +103,5 @@ class GPTShape:
             embed_dim=width,
             num_heads=heads if self.num_heads is None else self.num_heads,
             num_layers=layers if self.num_layers is None else self.num_layers,
-            seq_len=context_for(longest) if self.seq_len is None else self.seq_len,
+            seq_len=context_for(longest, asked) if self.seq_len is None else self.seq_len,
         )

@@ -39,15 +39,21 @@ def split_rows(paths: Sequence[str | Path], shares: Sequence[float]) -> dict[str
             name = "train" if not held else "val" if place < shares[0] else "test"
             sides[name].append(row)
     if empty := [name for name, rows in sides.items() if not rows]:
+        less = "smaller shares" if empty[0] == "train" else "a larger share"
         raise QvgptError(
             f"split: {empty[0]} would have no rows: there are {len(prompts)} different prompts; "
-            "give a larger share, or more data"
+            f"give {less}, or more data"
         )
     return sides
 
 
 def write_split(sides: dict[str, list[Row]], folder: Path) -> dict[str, int]:
-    """Write `train.jsonl`, `val.jsonl` and `test.jsonl`; returns how many rows each has."""
+    """Write `train.jsonl`, `val.jsonl` and `test.jsonl`; returns how many rows each has.
+
+    Those of an earlier split go.
+    """
+    for name in SIDES:
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
     for name, rows in sides.items():
         lines = (json.dumps(row.fields, ensure_ascii=False, default=str) + "\n" for row in rows)
         file = folder / f"{name}.jsonl"
