@@ -34,7 +34,7 @@ REPRODUCTIONS = Path(__file__).parent.parent / "reproductions"
         ("random_walk", {"optimality_mean", "optimality_min", "seeds", "seconds_per_seed"}),
         ("games", GAMES),
         ("search", {"base", "best of 8", "guided, β = 64", "contrast, α = 1"}),
-        ("sentiment", {"base", "guided", "delta", "delta_ci95", "relative_decode_time", "rows"}),
+        ("sentiment", TEXTS | {"against_best_of_n", "negative"}),
         ("export", {"rows"}),
         ("dialogue", {"base", "guided", "why_not_guided", "seeds", "fqe", "rows"}),
         *(
@@ -245,6 +245,15 @@ def test_halves_share_no_sentence(sentiment, tmp_path):
     assert sum(map(len, held)) == len(sst2["read"](tmp_path / "toy" / "sst2.train.jsonl"))
     kinds = [row["kind"] for row in sst2["read"](files.prompts("test"))]
     assert kinds == ["sst"] * 3 + ["neutral"] * 3
+    learnt, chosen, reported = (
+        {row["prompt"] for row in sst2["read"](path)}
+        for path in (files.texts("A"), files.prompts("validation"), files.prompts("test"))
+    )
+    assert not learnt & (chosen | reported)
+    assert not chosen & reported
+    files.prompts("test").write_text(files.prompts("train").read_text())
+    with pytest.raises(QvgptError, match="prompts of test are learned from there"):
+        sst2["prepare"](tmp_path / "toy", tmp_path / "files", test=3)
     assert sst2["_as_sst"]('We aren\'t "out".').split() == [
         "we",
         "are",

@@ -230,6 +230,20 @@ def samples_of(
     return found
 
 
+def best_of(samples: Path) -> Path:
+    """Of all texts written to a prompt the one of the highest reward, beside `samples`."""
+    best = samples.with_name(f"best.{samples.name}")
+    if not best.exists():
+        rows = []
+        for row in read(samples):
+            if "rewards" in row:  # not the texts of half A, each of which is its prompt's only one
+                at = row["rewards"].index(max(row["rewards"]))
+                text, ids = row["completions"][at], row["completion_ids"][at]
+                rows.append({"prompt": row["prompt"], "completion": text, "completion_ids": ids})
+        write(best, rows)
+    return best
+
+
 def _turned(row: dict[str, Any]) -> dict[str, Any]:
     """The same with rewards for the other class."""
     if "reward" in row:

@@ -13,6 +13,9 @@ from qvgpt.report import Section, Series, line_chart, write_report
 
 EQUAL_KL = ", equal KL"
 """Ends the name of a rival that goes as far from the base as the headline, on the same prompts."""
+BEST_OF_N = "base, best of N"
+TUNED = ("filtered", "best of K", "distilled")
+"""What is fine-tuned from the base on the same texts, or on guided ones."""
 Cells = Sequence[Mapping[str, Any]]
 _FARTHEST = 16.0
 """Nats a text that are drawn; nobody reads what lies beyond, and the table has it."""
@@ -27,63 +30,62 @@ def summarise(
     being the mean over samples and seeds.
     """
     rows = {d: _rows(cells, d) for d in ("positive", "negative")}
-    headline = [_one(cell, "positive", cell["positive"]["headline"]) for cell in cells]
-    base = [_base(cell, "positive") for cell in cells]
-    first = _paired(headline, base, "positive")
-    cost = {}
-    for n in sorted({r["strength"] for r in rows["positive"] if r["method"] == "base, best of N"}):
-        theirs = [_one(c, "positive", "base", n, best_of=True) for c in cells]
-        cost[f"guided, once, against best of {n:g}"] = _difference(headline, theirs, "positive")
-        if all(_has(c, "positive", n) for c in cells):
-            ours = [_one(c, "positive", c["positive"]["headline"], n, best_of=True) for c in cells]
-            cost[f"guided, best of {n:g}, against best of {n:g}"] = _difference(
-                ours, theirs, "positive"
-            )
+    positive, negative = (_of(cells, d, rivals) for d in rows)
     results = {
-        "metric": "judge_success: share of texts that the judge calls positive",
-        "base": first.value - (first.delta or 0.0),
-        "guided": first.value,
-        "delta": first.delta,
-        "delta_ci95": first.delta_ci95,
-        "relative_decode_time": float(np.mean([c["positive"]["time"]["median"] for c in cells])),
-        "time": [c["positive"]["time"] for c in cells],
-        "seeds": len(cells),
-        "headline": [[c["positive"]["headline"], c["positive"]["beta"]] for c in cells],
-        "against_others": _against(cells, "positive", rivals),
-        "against_best_of_n": cost,
+        **positive,
         **facts,
         "reward_accuracy": float(np.mean([c["reward_accuracy"] for c in cells])),
-        "negative": _second(cells, rivals),
+        "negative": negative,
         "rows": [row for direction in rows.values() for row in direction],
     }
     return results, rows
+
+
+def _of(cells: Cells, direction: str, rivals: Sequence[str]) -> dict[str, Any]:
+    """The headline of a direction, and what it is held against."""
+    ours = [_one(cell, direction, cell[direction]["headline"]) for cell in cells]
+    found = _paired(ours, [_base(cell, direction) for cell in cells], direction)
+    time = [cell[direction]["time"] for cell in cells]
+    return {
+        "metric": f"judge_success: share of texts that the judge calls {direction}",
+        "base": found.value - (found.delta or 0.0),
+        "guided": found.value,
+        "delta": found.delta,
+        "delta_ci95": found.delta_ci95,
+        "relative_decode_time": float(np.mean([t["median"] for t in time])),
+        "time": time,
+        "seeds": len(cells),
+        "headline": [[c[direction]["headline"], c[direction]["beta"]] for c in cells],
+        "against_others": _against(cells, direction, rivals),
+        "against_best_of_n": _against_best_of_n(cells, direction),
+    }
 
 
 def _against(cells: Cells, direction: str, rivals: Sequence[str]) -> dict[str, Any]:
     """The headline less each rival at its KL, and less fine-tuning."""
     ours = [_one(cell, direction, cell[direction]["headline"]) for cell in cells]
     there = cells[0][direction]["test"]
-    names = [name for rival in rivals if (name := f"{rival}{EQUAL_KL}") in there]
-    names += sorted(name for name in there if name.startswith("filtered"))
+    names = [name for rival in (*rivals, BEST_OF_N) if (name := f"{rival}{EQUAL_KL}") in there]
+    names += [name for name in there if name.startswith(TUNED)]
     return {
         name: _difference(ours, [_one(cell, direction, name) for cell in cells], direction)
         for name in names
     }
 
 
-def _second(cells: Cells, rivals: Sequence[str]) -> dict[str, Any]:
-    """The headline of the second direction."""
-    ours = [_one(cell, "negative", cell["negative"]["headline"]) for cell in cells]
-    found = _paired(ours, [_base(cell, "negative") for cell in cells], "negative")
-    return {
-        "base": found.value - (found.delta or 0.0),
-        "guided": found.value,
-        "delta": found.delta,
-        "delta_ci95": found.delta_ci95,
-        "headline": [[c["negative"]["headline"], c["negative"]["beta"]] for c in cells],
-        "time": [c["negative"]["time"] for c in cells],
-        "against_others": _against(cells, "negative", rivals),
-    }
+def _against_best_of_n(cells: Cells, direction: str) -> dict[str, Any]:
+    """The headline, once and as often as the base, less the base's best of n by the reward."""
+    ours = [_one(cell, direction, cell[direction]["headline"]) for cell in cells]
+    cost = {}
+    for n in [f.strength for f in _figures(cells[0], direction, "base") if f.method == BEST_OF_N]:
+        theirs = [_one(c, direction, "base", n, best_of=True) for c in cells]
+        cost[f"guided, once, against best of {n:g}"] = _difference(ours, theirs, direction)
+        if all(_has(c, direction, n) for c in cells):
+            many = [_one(c, direction, c[direction]["headline"], n, best_of=True) for c in cells]
+            cost[f"guided, best of {n:g}, against best of {n:g}"] = _difference(
+                many, theirs, direction
+            )
+    return cost
 
 
 def _figures(cell: Mapping[str, Any], direction: str, name: str) -> list[Figures]:
@@ -192,6 +194,7 @@ def table(results: Mapping[str, Any]) -> str:
         "| reward | KL, nats a text | perplexity | distinct 1 / 2 / 3 | tokens | read per token |",
         "|" + " --- |" * 12,
     ]
+    directions = {"positive": results, "negative": results["negative"]}
     for r in results["rows"]:
         low, high = r["delta_ci95"]
         read = "" if r["read_per_token"] is None else f"{r['read_per_token']:.2f}"
@@ -201,12 +204,21 @@ def table(results: Mapping[str, Any]) -> str:
             f"{r['kl']:.2f} | {r['perplexity']:.1f} | "
             f"{' / '.join(f'{d:.2f}' for d in r['distinct'])} | {r['tokens']:.1f} | {read} |"
         )
-    toward = {
-        "positive": results["against_others"] | results["against_best_of_n"],
-        "negative": results["negative"]["against_others"],
-    }
-    for direction, others in toward.items():
-        lines += ["", f"Towards {direction}, guided (β chosen on validation) less others:", ""]
+    for direction, found in directions.items():
+        low, high = found["delta_ci95"]
+        read, written, text = (
+            np.mean([t[key] for t in found["time"]])
+            for key in ("median", "per_token_written", "per_text")
+        )
+        lines += [
+            "",
+            f"Towards {direction}, guided (β chosen on validation) less the base "
+            f"{found['delta']:+.3f} [{low:+.3f}, {high:+.3f}]; a token that is read takes "
+            f"{read:.2f} times the base's time, a token that is written {written:.2f}, a text "
+            f"{text:.2f}. Less others:",
+            "",
+        ]
+        others = found["against_others"] | found["against_best_of_n"]
         lines += ["| against | difference | KL, theirs |", "| --- | --- | --- |"]
         for name, d in others.items():
             low, high = d["delta_ci95"]

@@ -13,6 +13,8 @@ results.json, table.md and frontier.html beside itself.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import sys
 import tempfile
@@ -31,20 +33,22 @@ from methods import (
     SHARES,
     VALUES,
     Setting,
+    best_of,
     contrast,
     judge_model,
     language_model,
     samples_of,
     tuned,
 )
-from reporting import EQUAL_KL, picture, summarise, table
-from sst2 import Files, prepare, read, toy
+from reporting import BEST_OF_N, EQUAL_KL, picture, summarise, table
+from sst2 import Files, prepare, read, toy, write
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from texts.decoding import relative_seconds
 
 from qvgpt.decode.policy import Guidance
+from qvgpt.decode.rerank import choice_kl
 from qvgpt.decode.sources import ValueSource
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
@@ -59,6 +63,8 @@ CANDIDATES = ("FUDGE", "CD")
 """As many as there are candidates."""
 RIVALS = (*CANDIDATES, "contrast")
 """Compared at the headline's KL."""
+KL_APART = 0.1
+"""Nats a text, between what is compared at equal KL."""
 MAX_PERPLEXITY, MIN_DISTINCT = 1.25, 0.9
 """Of the chosen strength on validation prompts, in terms of the base's: perplexity, and different
 pairs of words."""
@@ -171,11 +177,14 @@ class _Seed:
         for name, way in ways.items():
             test[name] = self._figures("test", direction, name, way, base, judges)
         kl = next(f.kl for f in test[headline] if (f.method, f.strength) == (headline, beta))
-        for name in (n for n in RIVALS if n in ways):  # one strength more: what has the same KL
-            equal = _at_kl(test[name], kl)
-            way = replace(ways[name], guidances={equal: ways[name].at(equal)})
-            name = f"{name}{EQUAL_KL}"
-            test[name] = self._figures("test", direction, name, way, base, judges)
+        for name in (n for n in RIVALS if n in ways):
+            equal = self._at_kl(direction, name, ways[name], test[name], kl, base, judges)
+            test[f"{name}{EQUAL_KL}"] = [equal]
+        test[f"{BEST_OF_N}{EQUAL_KL}"] = self._best_of_n(
+            direction, max(2, _texts_at_kl(kl - test["base"][0].kl)), base, judges
+        )
+        way = self._distilled(direction, ways[headline], beta, base_dir, base, judges)
+        test["distilled"] = self._figures("test", direction, "distilled", way, base, judges)
         return {
             "headline": headline,
             "beta": beta,
@@ -204,10 +213,77 @@ class _Seed:
             model = tuned(place / f"filtered-{share}", base_dir, samples,
                           [{"LM": {"top_share": share}}], setting.tune_fit, self.seed)  # fmt: skip
             ways[f"filtered, best {share:.0%}"] = _Way(model, {share: PLAIN})
+        model = tuned(place / "best-of-K", base_dir, best_of(samples), ["LM"], setting.tune_fit,
+                      self.seed)  # fmt: skip
+        ways["best of K"] = _Way(model, {float(setting.samples): PLAIN})
         values = contrast(self.work, base_dir, self.files, setting, self.seed, direction)
         betas = CONTRAST_BETAS[: setting.strengths]
         ways["contrast"] = _Way(base, {b: replace(PLAIN, beta=b) for b in betas}, values)
         return ways
+
+    def _distilled(
+        self,
+        direction: str,
+        way: _Way,
+        beta: float,
+        base_dir: Path,
+        base: ValueModel,
+        judges: Judges,
+    ) -> _Way:
+        """The base fine-tuned on as many guided texts, of the same prompts, as it wrote itself."""
+        setting, place = self.setting, self.work / direction
+        texts = place / "distilled.jsonl"
+        if not texts.exists():
+            rows = read(self.files.prompts("train"))[: setting.prompts]
+            [found] = written(
+                "distilled", way.model, {beta: way.at(beta)}, rows, judges, base,
+                samples=setting.samples, seed=2, max_tokens=setting.max_tokens, timing=0,
+                values=way.values,
+            )  # fmt: skip
+            write(texts, (
+                {"prompt": row["prompt"], "completion": text, "truncated": cut}
+                for row, several, ends in zip(rows, found.texts, found.truncated, strict=True)
+                for text, cut in zip(several, ends, strict=True)
+                if text or not cut
+            ))  # fmt: skip
+        model = tuned(place / "distilled", base_dir, texts, ["LM"], setting.tune_fit, self.seed)
+        return _Way(model, {beta: PLAIN})
+
+    def _at_kl(
+        self,
+        direction: str,
+        name: str,
+        way: _Way,
+        found: Sequence[Figures],
+        kl: float,
+        base: ValueModel,
+        judges: Judges,
+    ) -> Figures:
+        """A method at the strength where its KL is `kl`, to a tenth of a nat: in four tries."""
+        tried = list(found)
+        for attempt in range(4):
+            equal = _strength_at(tried, kl)
+            if attempt and any(f.strength == equal for f in tried):
+                break
+            once = replace(way, guidances={equal: way.at(equal)})
+            tried += self._figures("test", direction, f"{name}{EQUAL_KL}", once, base, judges)
+            if abs(tried[-1].kl - kl) <= KL_APART:
+                break
+        return min(tried[len(found) :], key=lambda f: abs(f.kl - kl))
+
+    def _best_of_n(self, direction: str, n: int, base: ValueModel, judges: Judges) -> list[Figures]:
+        """The base's best of n by the reward, two of each prompt."""
+        rows, name = read(self.files.prompts("test")), f"{BEST_OF_N}{EQUAL_KL}"
+
+        def measured() -> list[Figures]:
+            [found] = written(
+                "base", base, {0.0: PLAIN}, rows, judges, base, samples=2 * n, seed=1,
+                max_tokens=self.setting.max_tokens, timing=0,
+            )  # fmt: skip
+            return [replace(found.best_of(n, direction), method=name).figures(rows, judges.reader)]
+
+        said = {"n": n, "prompts": _hash(rows), "max_tokens": self.setting.max_tokens}
+        return _kept(self.work / "figures" / f"test.{direction}.{name}.json", said, measured)
 
     def _figures(
         self, which: str, direction: str, name: str, way: _Way, base: ValueModel, judges: Judges
@@ -222,7 +298,7 @@ class _Seed:
             samples = max(1, samples // 2)
         said = {
             "guidances": {str(k): asdict(g) for k, g in way.guidances.items()},
-            "prompts": len(rows),
+            "prompts": _hash(rows),
             "samples": samples,
             "max_tokens": self.setting.max_tokens,
         }
@@ -269,6 +345,15 @@ class _Seed:
         )
 
 
+def _hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _texts_at_kl(nats: float) -> int:
+    """The least N of which the best is so far from one text."""
+    return next(n for n in itertools.count(1) if choice_kl(n) >= nats)
+
+
 def _kept(place: Path, said: Mapping[str, Any], make: Callable[[], list[Figures]]) -> list[Figures]:
     """What is on disk where it was made in this way, else made and written."""
     said = json.loads(json.dumps(said))
@@ -299,7 +384,7 @@ def _chosen(
     return name, best.strength
 
 
-def _at_kl(found: Sequence[Figures], kl: float) -> float:
+def _strength_at(found: Sequence[Figures], kl: float) -> float:
     """The strength at which a method's KL is `kl`: between those tried, linear in both logs.
 
     One of the ends where none of them goes so far.

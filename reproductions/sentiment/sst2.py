@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvgpt.errors import QvgptError
+
 VALIDATION = 0.06
 SIDES = ("A", "B", "validation")
 
@@ -37,9 +39,16 @@ class Files:
 
 
 def prepare(data: Path, folder: Path, test: int) -> Files:
-    """Write all files, unless they are there; `test` prompts of each of two kinds."""
+    """Write all files, unless they are there; `test` prompts of each of two kinds.
+
+    No prompt that is reported or chosen on is that of a row that is learned from.
+    """
     files = Files(folder)
     if (folder / "done").exists():
+        known = {row["prompt"] for row in read(files.texts("A"))}
+        for name in ("validation", "test"):
+            if known & {row["prompt"] for row in read(files.prompts(name))}:
+                raise QvgptError(f"{folder}: prompts of {name} are learned from there: remove it")
         return files
     folder.mkdir(parents=True, exist_ok=True)
     labels = {_spaced(row["text"]): row["label"] for row in read(data / "sst2.train.jsonl")}
@@ -53,12 +62,11 @@ def prepare(data: Path, folder: Path, test: int) -> Files:
         for name, wanted in {"all": (0, 1), "negative": (0,), "positive": (1,)}.items():
             write(files.texts(side, name), _cut(t for t in mine if labels[t] in wanted))
     whole = {side: [t for t in labels if owners[t] == t and sides[t] == side] for side in SIDES}
-    write(files.prompts("train"), _prompts(whole["A"], "sst"))
-    write(files.prompts("validation"), _prompts(whole["validation"], "sst"))
-    rows = _prompts(dev, "sst")[:test]
-    seen = {row["prompt"] for row in rows}
-    rows += [{"prompt": p, "kind": "neutral"} for p in _fresh(neutral, seen)][:test]
-    write(files.prompts("test"), rows)
+    write(files.prompts("train"), _prompts(_begun(whole["A"]), "sst", set()))
+    seen = {row["prompt"] for row in read(files.texts("A"))}
+    write(files.prompts("validation"), _prompts(_begun(whole["validation"]), "sst", seen))
+    rows = _prompts(_begun(dev), "sst", seen)[:test]
+    write(files.prompts("test"), rows + _prompts(neutral, "neutral", seen)[:test])
     (folder / "done").write_text("")
     return files
 
@@ -119,14 +127,16 @@ def _cut(texts: Iterable[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _prompts(sentences: Sequence[str], kind: str) -> list[dict[str, str]]:
-    """The first one to four words of sentences, each once, in an order of chance."""
-    cut = _cut(sorted(sentences, key=_hash))
-    return [{"prompt": p, "kind": kind} for p in _fresh((row["prompt"] for row in cut), set())]
+def _begun(sentences: Sequence[str]) -> list[str]:
+    """The first one to four words of sentences, in an order of chance."""
+    return [row["prompt"] for row in _cut(sorted(sentences, key=_hash))]
 
 
-def _fresh(prompts: Iterable[str], seen: set[str]) -> list[str]:
-    return [p for p in dict.fromkeys(prompts) if p and p not in seen]
+def _prompts(prompts: Iterable[str], kind: str, seen: set[str]) -> list[dict[str, str]]:
+    """Those that are not `seen` yet, each once; they are now."""
+    fresh = [p for p in dict.fromkeys(prompts) if p and p not in seen]
+    seen.update(fresh)
+    return [{"prompt": prompt, "kind": kind} for prompt in fresh]
 
 
 def toy(directory: Path) -> Path:
@@ -134,7 +144,7 @@ def toy(directory: Path) -> Path:
     directory.mkdir(parents=True)
     things = ("film", "plot", "cast", "end", "score", "joke", "scene", "story")
     rows = [
-        {"text": f"the {a} and the {b} are {word} .", "label": label}
+        {"text": f"{a} or {b} is {word} .", "label": label}
         for a in things
         for b in things
         for word, label in {"great": 1, "fine": 1, "bad": 0, "dull": 0}.items()
