@@ -280,8 +280,9 @@ def test_strengths_are_chosen_and_matched(sentiment):
     }
     assert sentiment["_chosen"](found, base, "positive") == ("b", 2.0)
     assert sentiment["_chosen"](found, base, "negative") == ("a", 1.0)
-    assert sentiment["_at_kl"](found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
-    assert sentiment["_at_kl"](found["a"], 100.0) == 4.0
+    at = sentiment["_strength_at"]
+    assert at(found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
+    assert at(found["a"], 100.0) == 4.0
 
 
 def test_best_of_n_takes_the_highest_reward(sentiment):
