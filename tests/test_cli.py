@@ -147,7 +147,8 @@ def test_a_dry_run_writes_nothing_and_dashes_are_as_good(call, tmp_path):
         code, out, err = call("train", "--config", "YAML", "--output", "OUT", option)
         assert code == 0
         assert "memory_mib.weights" in out
-        heads, plan = err.splitlines()
+        fitted, heads, plan = err.splitlines()
+        assert fitted.startswith("fitted to the data")
         assert heads == "heads: linear, for 27 tokens (heads.kind says otherwise)"
         assert plan.startswith("fits: ")
         assert not (tmp_path / "out").exists()
@@ -162,7 +163,7 @@ MISTYPED = [
     ("train --config YAML --fit.lrr 3", "--fit.lrr (did you mean '--fit.lr'?)"),
     ("train --config YAML --lr 3", "--lr (did you mean '--fit.lr'?)"),
     ("train --config YAML --batch_sise 3", "(did you mean '--fit.batch_size'?)"),
-    ("train --config YAML --fit.lr much", "fit.lr: expected a number, found much"),
+    ("train --config YAML --fit.lr much", "fit.lr: expected a number or null, found much"),
     ("train --config YAML --fit.epochs 0", "fit.epochs: must be more than 0"),
     ("train --config YAML --heads.kind mpl", "heads.kind: expected 'linear' or 'low_rank' or"),
     ("train --config YAML --heads mlp", "heads: expected keys (kind, rank, num_q"),

@@ -284,3 +284,17 @@ def test_senseless_beams_and_judges_are_refused(task, options, message):
     with pytest.raises(QvgptError, match=message):
         collect(replace(task, **options))
     assert not Path(task.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "abc", "label": 1}, "in.jsonl:1: column 'text': .* `qvgpt reward-model`"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "'messages': a whole dialogue"),
+    ],
+)
+def test_rows_without_prompts_are_told_what_to_do(task, row, message):
+    Path(task.data).write_text(json.dumps(row) + "\n")
+    with pytest.raises(QvgptError, match=message):
+        collect(task)
+    assert not Path(task.output).exists()

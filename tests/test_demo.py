@@ -1,5 +1,6 @@
 """The demonstration, cut short: every file it promises is there, and a second one replaces it."""
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -24,6 +25,20 @@ def test_demo_leaves_model_summary_and_report(tmp_path):
     assert summary["normalised_guided"] == pytest.approx(expected)
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
     assert ValueModel.from_pretrained(tmp_path / "demo").info.recommended_guidance["beta"] > 0
+    card = (tmp_path / "demo" / "README.md").read_text()
+    assert "by `qvgpt demo`" in card
+    for name, rows in (("walks.jsonl", 20), ("held_out.jsonl", 5)):
+        data = (tmp_path / "demo" / name).read_bytes()
+        assert data.count(b"\n") == rows
+        digest = hashlib.sha256(data).hexdigest()
+        assert f"| {name} | {len(data):,} | `{digest}` |" in card
+    base, guided, _ = summary["rows"]
+    assert (base["mean"], base["delta"]) == (pytest.approx(summary["base_return"]), 0)
+    assert guided["mean"] == pytest.approx(summary["guided_return"])
+    for row in summary["rows"]:
+        low, high = row["ci95"]
+        assert low <= row["mean"] <= high
+        assert f"| {row['method']} | {row['mean']:.4g} [{low:.4g}, {high:.4g}] |" in card
     for bad in ({"steps": 0}, {"walks": 0}, {"samples": 0}):
         with pytest.raises(QvgptError, match="must be at least 1"):
             demo(replace(config, **bad), Console(file=io.StringIO()))

@@ -10,7 +10,16 @@ import pytest
 import torch
 from mdp import Game, Table, mean
 from rich.console import Console
-from test_trainer import FIT, Killed, _no_sync, model, run, stopped_at, texts  # noqa: F401
+from test_trainer import (
+    FIT,
+    TOKENIZER,
+    Killed,
+    _no_sync,  # noqa: F401
+    model,
+    run,
+    stopped_at,
+    texts,
+)
 
 from qvgpt import HeadsConfig, Trajectory
 from qvgpt.bootstrap import calibration
@@ -44,6 +53,7 @@ VALUES = Values(
     v=V,
     target_q=torch.stack([Q + APART, Q - APART]),
     candidate_q_max=Q + 0.5,
+    any_q_max=Q + 0.75,
     q_spread=torch.full((4, 2), 0.2),
     logit_spread=torch.full((4, 2), 0.4),
 )
@@ -74,6 +84,7 @@ def test_figures_by_hand():
         "td/7/abs": 2.25 / 4,
         "overestimation": 0.5,
         "overestimation_return": (6.75 + 6 * 0.5 - 7) / 6,
+        "overestimation_any": 0.75,
         "v_abs": 9.25 / 8,
         "q_abs": 9.75 / 8,
         "advantage_abs": 1.5 / 8,
@@ -160,7 +171,8 @@ def test_where_returns_are_centred_nothing_is_said_of_prompts():
 def test_where_v_alone_is_learned_nothing_is_said_of_q():
     found = figures(look(Values(v=V)), PROMPTS)
     of_q = {"q_rank", "q_abs", "q_spread", "advantage_rank", "overestimation", "twin_gap",
-            "expectile_gap", "advantage_to_logits", "advantage_within"}  # fmt: skip
+            "overestimation_any", "expectile_gap", "advantage_to_logits",
+            "advantage_within"}  # fmt: skip
     assert not of_q & found.keys()
     # r + V′ − V: .5 0; −.25 −.25; 1 0; −1 2
     assert found["td_error"] == pytest.approx(2 / 8)
@@ -186,7 +198,8 @@ def test_units_are_those_of_the_rewards():
     plain = figures(look(), PROMPTS)
     for name in ("slope", "rank", "rank_within"):
         assert found[name] == pytest.approx(plain[name])
-    for name in ("intercept", "ece", "td_error", "overestimation", "twin_gap", "v_spread"):
+    of_q = ("overestimation", "overestimation_any", "twin_gap")
+    for name in ("intercept", "ece", "td_error", "v_spread", *of_q):
         assert found[name] == pytest.approx(2 * plain[name])
     assert found["advantage_to_logits"] == pytest.approx(1.0)
 
@@ -279,8 +292,10 @@ def test_the_order_in_which_batches_are_seen_changes_nothing():
 
 
 WATCHED = replace(FIT, max_steps=4, eval_every=2)
-ONE_IN_EIGHT = {"overestimation", "overestimation_return", "advantage_to_logits"}
-OF_Q = {"values/q_rank", "values/overestimation", "values/twin_gap", "values/td_error_abs"}
+ONE_IN_EIGHT = {"overestimation", "overestimation_return", "overestimation_any",
+                "advantage_to_logits"}  # fmt: skip
+OF_Q = {"values/q_rank", "values/overestimation", "values/overestimation_any", "values/twin_gap",
+        "values/td_error_abs"}  # fmt: skip
 
 
 def watched(objectives, tmp_path, heads=HeadsConfig(), options=WATCHED, **more):  # noqa: B008
@@ -320,6 +335,21 @@ def test_the_log_says_what_the_model_that_is_left_does(tmp_path):
     packed = replace(WATCHED, packed=True, micro_batch_size=4)
     _, other, _ = watched(["LM", "MonteCarlo"], tmp_path / "b", options=packed)
     assert other["values"].keys() == summary["values"].keys()
+
+
+@torch.no_grad()
+def test_a_huge_q_of_an_unlikely_token_is_seen():
+    """One that was never taken and is not among the likeliest: the figures of those miss it."""
+    m, size = model(heads=HeadsConfig("linear")), TOKENIZER.vocab_size
+    m.trunk.norm.bias.fill_(1.0)  # the sum of every state is now its width, 16
+    assert size > 20  # so that not all tokens are among the likeliest
+    unlikely = TOKENIZER.template.pad
+    m.trunk.output_weight[unlikely] = -1.0
+    for head in [*m.heads.q, *m.heads.target_q]:
+        head.weight[unlikely] = 10.0
+    found = value_diagnostics(m, texts(8))["figures"]
+    assert found["overestimation"] == pytest.approx(0.0, abs=1e-3)
+    assert found["overestimation_any"] == pytest.approx(160.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,6 +1,7 @@
 """Evaluation: bootstrap against known truths, paired comparison, diagnostics, and the command."""
 
 import copy
+import hashlib
 import json
 import math
 import random
@@ -31,6 +32,7 @@ from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, guidances_of
 from qvgpt.evaluate_report import _texts
+from qvgpt.model_card import write_card
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -431,6 +433,46 @@ def test_what_is_recommended_is_how_the_best_was_written(task, model, prompts, b
     assert (found and {name: found[name] for name in kept}) == kept
 
 
+def test_figures_go_into_the_card_where_it_is_ours(task, tmp_path):
+    model, card = Path(task.model), Path(task.model, "README.md")
+    with pytest.raises(QvgptError, match="holds no model card that qvgpt wrote"):
+        evaluate(replace(task, card=True))
+    card.write_text("# Mine\n")
+    with pytest.raises(QvgptError, match=r"no other README.md is touched"):
+        evaluate(replace(task, card=True))
+    assert not Path(task.output).exists()
+    write_card(model, "---\na: 1\n---\n# A model\n\n## Limits\n- Some.\n", print)
+    aside = model / "README.qvgpt.md"
+    with pytest.raises(QvgptError, match="card: what guides here"):
+        evaluate(replace(task, card=True, value_models=[task.model]))
+    evaluate(task)
+    assert "Evaluation" not in aside.read_text()  # nobody asked
+    sections = []
+    for number in (1, 2):
+        out = str(tmp_path / f"with-card-{number}")
+        summary = evaluate(replace(task, card=True, seed=number, output=out))
+        text = aside.read_text()
+        assert text.count("## Evaluation") == 1
+        head, _, limits = text.partition("## Limits\n")
+        assert limits == "- Some.\n"
+        sections.append(head.partition("## Evaluation\n")[2])
+    assert sections[0] != sections[1]
+    base, guided = summary["rows"][:2]
+    for row in (base, guided):
+        shown = [(row["mean"], row["ci95"]), (row["delta"], row["delta_ci95"])]
+        shown += [(m["value"], m["ci95"]) for m in row["metrics"].values()]
+        cells = [f"{x:.4g} [{low:.4g}, {high:.4g}]" for x, (low, high) in shown]
+        assert f"| {' | '.join([row['method'], *cells])} |" in sections[1]
+    digest = hashlib.sha256(Path(task.data).read_bytes()).hexdigest()
+    assert summary["data_sha256"] == digest
+    assert f"3 prompts of data.jsonl (SHA-256 `{digest}`)" in sections[1]
+    assert "chosen by these figures" not in sections[1]
+    assert str(tmp_path) not in text
+    assert card.read_text() == "# Mine\n"
+    evaluate(replace(task, card=True, recommend=True, output=str(tmp_path / "chosen")))
+    assert "chosen by these figures" in aside.read_text()
+
+
 def test_prompts_have_no_part_in_the_scale_of_colours(model):
     prompt = model.tokenizer.encode_prompt("abcd" * 6)
     options = CompareOptions(max_tokens=3, timing=0, keep_reports=1)
@@ -443,7 +485,7 @@ def test_prompts_have_no_part_in_the_scale_of_colours(model):
 def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     first = evaluate(task)
     before = (tmp_path / "out" / "summary.json").read_text()
-    with pytest.raises(QvgptError, match="another run"):
+    with pytest.raises(QvgptError, match=r"another run already; .*anew with --resume true"):
         evaluate(task)
     with pytest.raises(QvgptError, match="3 of 3 prompts"):
         evaluate(replace(task, output=str(tmp_path / "long"), max_tokens=30))

@@ -11,6 +11,8 @@ import pytest
 from nbclient import NotebookClient
 
 from qvgpt.cli import main
+from qvgpt.data.split import split_rows
+from qvgpt.envs.rewards import get_reward
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples/your_logs"
@@ -21,7 +23,9 @@ SMALL = {
     "4_values": "--fit.max_steps 5",
     "5_evaluate": "--limit 16 --betas 4",
     "6_lens": "--rows 2",
+    "reward_model": "--rates.epochs 1 --size.width 32 --size.layers 1",
 }
+VAL = "--data=runs/your_logs/split/val.jsonl", "--output=runs/your_logs/val_samples"
 EVALUATED = {
     "model": "from_dialogues",
     "data": "val_dialogues.jsonl",
@@ -34,7 +38,7 @@ SMALL |= dict.fromkeys(("rewards", "preferences", "dialogues"), SMALL["2_lm"])
 def made(tmp_path_factory):
     """A directory with the logs, few of them."""
     folder = tmp_path_factory.mktemp("examples")
-    runpy.run_path(str(EXAMPLES / "make_logs.py"))["main"](folder / "runs/your_logs", 150, 30)
+    runpy.run_path(str(EXAMPLES / "make_logs.py"))["main"](folder / "runs/your_logs", 190, 30)
     return folder
 
 
@@ -63,14 +67,29 @@ def summary(name):
     return json.loads(Path("runs/your_logs", name, "summary.json").read_text())
 
 
+def lines(name):
+    return Path("runs/your_logs", name).read_text().splitlines()
+
+
+def prompts(name):
+    return {json.dumps(json.loads(line)["prompt"]) for line in lines(name)}
+
+
 def test_from_logs_to_a_guided_model(call):
     steps = sorted(path.stem for path in EXAMPLES.glob("[0-9]_*.yaml"))
-    out = {name: call(name) for name in steps}
+    out = {}
+    for name in steps:
+        out[name] = call(name)
+        if name == "3_collect":  # once more, to see what the values of step 4 are worth
+            call(name, *VAL)
     assert [name[:2] for name in steps] == [f"{n}_" for n in range(1, 7)]
     assert re.search(r"faults +│ 0 ", out["1_check"])
+    sides = {name: prompts(f"split/{name}.jsonl") for name in ("train", "val", "test")}
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())) > 150
     assert summary("lm")["eval"]["LM/nll"] < 2.5  # 42 characters: 3.7 for one who knows nothing
     assert summary("samples")["samples"] == 60
     assert summary("values")["data"]["trajectories"] == 60
+    assert "ece" in summary("values")["values"]  # on val: the page's signs to go on
     found = summary("evaluation")
     assert (found["metric"], found["prompts"]) == ("exact_match", 16)
     assert [row["beta"] for row in found["rows"]] == [0, 4]
@@ -82,19 +101,41 @@ def test_from_logs_to_a_guided_model(call):
 
 @pytest.mark.parametrize("form", ["rewards", "preferences", "dialogues"])
 def test_logs_of_other_forms(call, form):
+    file = form.replace("rewards", "rewarded")
+    if form != "dialogues":
+        places = f"--data=runs/your_logs/{file}.jsonl", f"--output=runs/your_logs/{file}"
+        call("1_check", *places)
+        held = split_rows(["runs/your_logs/logs.jsonl"], [0.1, 0.1])["val"]  # of all forms alike
+        assert not prompts(f"{file}/train.jsonl") & {json.dumps(r.fields["prompt"]) for r in held}
     call(f"variant_{form}")
     found = summary(f"from_{form}")
     assert found["parameters"]["q"] > 0
-    assert found["data"]["trajectories"] == (300 if form == "preferences" else 150)
+    rows = lines(f"{file}.jsonl" if form == "dialogues" else f"{file}/train.jsonl")
+    assert found["data"]["trajectories"] == len(rows) * (2 if form == "preferences" else 1)
     if form == "dialogues":  # the one that is evaluated on prompts of its own
         places = [f"--{k}=runs/your_logs/{v}" for k, v in EVALUATED.items()]
         call("5_evaluate", *places, "--limit", "4", "--recommend", "false")
         assert summary("evaluation_dialogues")["prompts"] == 4
 
 
+def test_a_judge_of_what_people_rated(call):
+    call("variant_reward_model")
+    judge = get_reward("classifier:runs/your_logs/judge#right")
+    assert 0 < judge(["2024-02-03"], [{"prompt": "Feb 3, 2024"}])[0] < 1
+    assert set(summary("judge")["data"]["of_label"]) == {"wrong", "right"}
+
+
+def test_the_prompts_of_dialogues_to_evaluate_on_are_in_no_logs(made, monkeypatch):
+    monkeypatch.chdir(made)
+    asked = {row["prompt"][-1]["content"] for row in map(json.loads, lines("val_dialogues.jsonl"))}
+    assert len(asked) > 20
+    assert not asked & {json.loads(p) for p in prompts("logs.jsonl")}
+
+
 def test_every_example_is_run_and_told():
     names = {path.name for path in EXAMPLES.glob("*.yaml")}
-    assert {f"variant_{name}.yaml" for name in ("rewards", "preferences", "dialogues")} < names
+    variants = ("rewards", "preferences", "dialogues", "reward_model")
+    assert {f"variant_{name}.yaml" for name in variants} < names
     page = (ROOT / "docs/your_logs.md").read_text()
     told = set(re.findall(r"examples/your_logs/(\w+\.yaml)", page))
     assert told == names
@@ -127,4 +168,4 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert found[-2].count('class="token') > 20
     assert [bool(text) for text in found] == [bool(text) for text in kept]
     assert all("/tmp" not in text for text in kept)
-    assert "1700 (completion 1700)" in "".join(kept)  # what is shown is the whole form
+    assert "1900 (completion 1900)" in "".join(kept)  # what is shown is the whole form

@@ -37,7 +37,7 @@ def test_nothing_in_the_mask_gives_zero():
     assert masked_mean(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)) == 0.0
 
 
-def test_awac_weights_by_hand():
+def test_p14_awac_weights_by_hand():
     advantage = torch.tensor([[0.0, 1.0, -2.0, 1000.0]], requires_grad=True)
     weight = awac_weight(advantage, temperature=2.0, max_weight=20.0)
     e = torch.tensor([0.5, -1.0]).exp().tolist()

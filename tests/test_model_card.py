@@ -11,7 +11,8 @@ from rich.console import Console
 
 from qvgpt import RandomWalks, ValueModel
 from qvgpt.fit_options import FitOptions
-from qvgpt.model_card import _data, files_of, table, write_card
+from qvgpt.model_card import _data, add_evaluation, evaluation, files_of, table, write_card
+from qvgpt.models.lora import LoraConfig
 from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
 
 ROWS = RandomWalks.draw(0).logged_walks(24, 0)
@@ -131,6 +132,77 @@ def test_a_card_of_ours_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     text = (tmp_path / "README.md").read_text()
     assert re.fullmatch(r"---\na: 1\n---\n<!-- written by qvgpt.*-->\n# Two\n\n## Part\n", text)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
+def test_an_adapter_says_whose_it_is_and_how_it_is_read(tmp_path):
+    _, _, base = trained(tmp_path, objectives=["LM"])
+    base = base.parent.rename(tmp_path / "base")
+    for objective in ("LM", "MonteCarlo"):
+        folder = tmp_path / objective
+        folder.mkdir()
+        lora = {"model": str(base), "lora": LoraConfig(rank=2), "objectives": [objective]}
+        *_, card = trained(folder, gpt=GPTShape(), tokenizer=TokenizerConfig(), **lora)
+        text = (card.parent / "adapter" / "README.md").read_text()
+        assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "peft"
+        assert "| rank, alpha, dropout | 2, 32, 0 |" in text
+        assert "| base | base |" in text
+        assert str(tmp_path) not in text
+        assert ("--beta" in text) == (objective == "MonteCarlo")
+        [python] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        found: dict[str, Any] = {"path": str(card.parent / "adapter"), "base": str(base)}
+        exec(python, found)
+        own = ValueModel.from_pretrained(card.parent).eval()
+        assert own.tokenizer is not None
+        x = torch.tensor([own.tokenizer.encode_prompt(ROWS[0]["prompt"])])
+        with torch.no_grad():
+            torch.testing.assert_close(
+                found["model"](x).logits, own.trunk.hidden(x) @ own.trunk.output_weight.T
+            )
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("classifier:/a/b c/judge#plus", "classifier:judge#plus"),
+        (
+            "0.5*classifier:a/b + 0.5*classifier:../c/d:logit",
+            "0.5*classifier:b + 0.5*classifier:d:logit",
+        ),
+        ("classifier:judge/#plus", "classifier:judge/#plus"),
+        ("regex:a/b", "regex:a/b"),
+        ("command:/home/me/judge.sh --by /x/y", "command:judge.sh --by /x/y"),
+        ("json:/home/me/schema.json", "json:schema.json"),
+    ],
+)
+def test_a_card_names_no_place(given, shown):
+    row = {
+        "method": "base",
+        "mean": 1.0,
+        "ci95": [0.5, 1.5],
+        "delta": 0.0,
+        "delta_ci95": [0.0, 0.0],
+    }
+    lines = evaluation("How.", given, [row]).splitlines()
+    assert lines[:2] == ["## Evaluation", "How."]
+    assert lines[3] == f"| method | {shown} | difference |"
+    assert lines[5] == "| base | 1 [0.5, 1.5] | 0 [0, 0] |"
+
+
+def test_an_evaluation_replaces_the_one_before_and_nothing_else(tmp_path):
+    write_card(tmp_path, "---\n# Title\n\n## Evaluation\nMine.\n\n## Limits\n- some\n", print)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## Appendix\nMine too.\n")
+    add_evaluation(tmp_path, "## Evaluation\nfirst")
+    once = card.read_text()
+    add_evaluation(tmp_path, "## Evaluation\nsecond")
+    twice = card.read_text()
+    assert once.replace("first", "second") == twice
+    for kept in ("## Evaluation\nMine.", "## Appendix\nMine too.", "## Limits\n- some"):
+        assert kept in twice
+    card.write_bytes(card.read_bytes() + b"\xff")
+    add_evaluation(tmp_path, "## Evaluation\nthird")
+    assert "third" in card.read_text("utf-8")
 
 
 def test_the_sum_of_a_directory_sees_names_and_bytes(tmp_path):

@@ -17,7 +17,12 @@ from qvgpt.models.value_model import ValueModel
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes `folders` for all
 HELPER = two_processes.__file__
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-OF_ONE_BATCH = {"value.overestimation", "value.overestimation_return", "value.advantage_to_logits"}
+OF_ONE_BATCH = {
+    "value.overestimation",
+    "value.overestimation_any",
+    "value.overestimation_return",
+    "value.advantage_to_logits",
+}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -49,7 +54,7 @@ def folders(tmp_path_factory):
         ("lora-reference", 1e-3),
     ],
 )
-def test_losses_gradients_and_weights_are_those_of_one_process(folders, way, case, tolerance):
+def test_p19_losses_gradients_and_weights_are_those_of_one_process(folders, way, case, tolerance):
     one = load_file(folders[1] / f"plain-{case}.safetensors")
     two = load_file(folders[2] / f"{way}-{case}.safetensors")
     assert one.keys() == two.keys()

@@ -79,7 +79,7 @@ def test_games_are_trained_once_and_only_under_one_setting(games, tmp_path):
     assert len(digests) == 5
 
 
-def test_figures_of_the_games_by_hand(games):
+def test_p29_figures_of_the_games_by_hand(games):
     cells = [{"mean": m, "score": m, "invalid_rate": 0.0, "seconds": 1.0} for m in (0.0, 1.0)]
     found = games["summary"](cells)
     half = 12.706 * 0.5  # t of one degree of freedom, times the standard error
@@ -271,8 +271,9 @@ def test_strengths_are_chosen_and_matched(sentiment):
     }
     assert sentiment["_chosen"](found, base, "positive") == ("b", 2.0)
     assert sentiment["_chosen"](found, base, "negative") == ("a", 1.0)
-    assert sentiment["_at_kl"](found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
-    assert sentiment["_at_kl"](found["a"], 100.0) == 4.0
+    at = sentiment["_strength_at"]
+    assert at(found["a"], 2.0) == pytest.approx(2.0)  # half of the way in logs
+    assert at(found["a"], 100.0) == 4.0
 
 
 def test_best_of_n_takes_the_highest_reward(sentiment):
@@ -355,16 +356,29 @@ def test_figures_of_a_text_task_are_paired_and_of_all_seeds(qa):
     cells = [
         {
             "chosen": {"values": "v", "beta": 1.0, "greedy": []},
-            "time": {"median": 1.05},
-            "systems": {"base": system("yes", "no", "no", last), "guided": system(*["yes"] * 4)},
+            "time": {"median": 1.05, "per_token_written": 1.1, "per_text": 1.2},
+            "made_in": made_in,
+            "systems": {
+                "base": system("yes", "no", "no", last),
+                "guided": system(*["yes"] * 4),
+                "base, beam 5": system("no", "no", "yes", "yes"),
+                "guided, beam 5": system("yes", "no", "yes", "yes"),
+            },
         }
-        for last in ("no", "yes")
+        for last, made_in in (("no", 10.0), ("yes", 20.0))
     ]
     found = names.summary(cells, rows, names.Judge(("exact_match", "token_f1")))
     assert (found["base"], found["guided"], found["delta"]) == (37.5, 100.0, 62.5)
     assert found["seeds"] == 2
+    assert found["seconds_per_seed"] == 15
+    assert found["relative_time"] == {"per_token_written": pytest.approx(1.1), "per_text": 1.2}
     low, high = found["delta_ci95"]
     assert 0 <= low < 62.5 < high <= 100
+    assert found["guided_against"]["base, beam 5"]["delta"] == 25
+    table = sys.modules["texts.reporting"].table
+    assert "Target" in table({"toy": found})
+    assert "met" in table({"toy": found})
+    assert "missed" in table({"toy": {**found, "relative_decode_time": 1.2}})
 
 
 def test_dialogue_figures_by_hand(monkeypatch):

@@ -1,18 +1,23 @@
 """Reward models: they learn, go on where they stopped, and judge as `transformers` would."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from qvgpt.bootstrap import mean_ci
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.sources import Contrast
@@ -83,7 +88,35 @@ def test_it_learns_which_word_decides(judge):
     assert summary == json.loads((Path(folder) / "summary.json").read_text())
     assert not (Path(folder) / "checkpoint").exists()
     assert summary["rewards"] == [f"classifier:{folder}#minus", f"classifier:{folder}#plus"]
-    assert "accuracy: 1" in (Path(folder) / "README.md").read_text()
+
+
+def test_its_card_says_what_it_learned_and_how_it_is_read(judge):
+    folder, summary = judge
+    card = (Path(folder) / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "text-classification"
+    [data] = summary["data"]["files"]
+    assert (
+        data["sha256"]
+        == hashlib.sha256((Path(folder).parent / data["name"]).read_bytes()).hexdigest()
+    )
+    assert f"| {data['name']} | {data['bytes']:,} | `{data['sha256']}` |" in card
+    for counts in (summary["data"], summary["eval_data"]):
+        assert f"{counts['examples']:,} " in card
+        assert f"minus {counts['of_label']['minus']}, plus {counts['of_label']['plus']}" in card
+    assert "| accuracy | 1 [1, 1] |" in card
+    assert f"| loss | {summary['held_out']['loss']:.4g} |" in card
+    assert "| texts a step, learning rate, seed | 16, 0.004, 0 |" in card
+    assert f"`{summary['sha256']}`" in card
+    assert "`classifier:DIR#minus`, `classifier:DIR#plus`" in card
+    assert "not to be judged by it" in card
+    assert str(Path(folder).parent) not in card
+    [python] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {"path": folder}
+    exec(python, found)
+    with torch.no_grad():
+        logits = found["model"].eval()(**found["tokenizer"]("good tea", return_tensors="pt")).logits
+    (plus,) = get_reward(f"classifier:{folder}#plus")(["good tea"], [{}])
+    assert float(logits.softmax(-1)[0, 1]) == pytest.approx(plus, abs=1e-5)
 
 
 def test_the_reward_is_what_transformers_says(judge):
@@ -216,6 +249,10 @@ def test_scores_are_in_their_own_units(tmp_path):
     assert summary["kind"] == "scores"
     assert summary["held_out"]["rmse"] < 5 < 20 < summary["held_out"]["rmse_of_the_mean"]
     assert summary["held_out"]["spearman"] > 0.8
+    low, high = summary["held_out"]["rmse_ci95"]
+    assert low <= summary["held_out"]["rmse"] <= high
+    card = (tmp_path / "judge" / "README.md").read_text()
+    assert f"| rmse | {summary['held_out']['rmse']:.4g} [{low:.4g}, {high:.4g}] |" in card
     (spec,) = summary["rewards"]
     high, low = get_reward(spec)(["good cup", "bad cup"], [{"prompt": "p"}] * 2)
     assert high == pytest.approx(1050, abs=8)
@@ -271,6 +308,9 @@ def test_losses_and_figures_by_hand():
     assert judged("preferences", values, torch.ones(2), [])["accuracy"] == 0.5
     scores = judged("scores", values, torch.tensor([2.0, 0.0, 1.0, 1.0]), [])
     assert scores["rmse"] == pytest.approx(1.0)
+    squares = mean_ci([0.0, 0.0, 0.0, 4.0]).ci95
+    assert scores["rmse_ci95"] == pytest.approx([math.sqrt(x) for x in squares])
+    assert squares[1] > 1
 
 
 def test_faults_are_named(judge, tmp_path):
@@ -373,8 +413,31 @@ def test_who_trained_does_not_judge(judge, tmp_path, capsys):
         str(tmp_path / "values"), prompts, f"classifier:{copy}#minus", str(tmp_path / "e"),
         metrics=["length"], betas=[1.0], max_tokens=4,
     )  # fmt: skip
-    assert evaluate(how)["judges_trained_on"] == [f"classifier:{copy}#minus"]
-    assert "is no evidence; judge by another one" in capsys.readouterr().err
+    other = f"classifier:{copy}#minus"
+    for change in (
+        {},
+        {"reward": f"1*length - 0.5*{other}"},
+        {"reward": "length", "metrics": [other]},
+        {"metrics": [other], "recommend": True},  # no metric chooses
+        {"model": str(tmp_path / "lm"), "base": str(tmp_path / "plain"), "betas": []},
+    ):
+        if change.get("recommend"):
+            change["reward"] = "length"
+        with pytest.raises(QvgptError, match=r"no evidence.* --accept_training_judge true"):
+            evaluate(replace(how, **change))
+    assert not Path(how.output).exists()
+    assert capsys.readouterr().err == ""
+    for name in ("accept_training_judge", "recommend"):
+        said = replace(how, output=str(tmp_path / name), **{name: True}, card=True)
+        assert evaluate(said)["judges_trained_on"] == [other]
+        assert "is no evidence; judge by another one" in capsys.readouterr().err
+        assert "its figures are no evidence" in (tmp_path / name / "report.html").read_text()
+        card = (tmp_path / "values" / "README.md").read_text()
+        assert "classifier:copy#minus gave the rewards that the model learned from" in card
+        assert f"SHA-256 `{judge[1]['sha256']}`" in card
+        assert str(tmp_path) not in card
+    honest = evaluate(replace(how, reward="length", metrics=[], output=str(tmp_path / "honest")))
+    assert honest["judges_trained_on"] == honest["judged_by"] == []
     rewards = {"a": get_reward(spec), "b": get_reward("length")}
     lm, plain = (ValueModel.from_pretrained(tmp_path / name) for name in ("lm", "plain"))
     assert judges_trained_on(rewards, lm, None) == []

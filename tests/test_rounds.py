@@ -15,12 +15,14 @@ from qvgpt import collect as collecting
 from qvgpt import rounds as of_rounds
 from qvgpt.collect import collect
 from qvgpt.data.tokenizer import Tokenizer
+from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import Training
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
+from qvgpt.reward_model.scratch import Size, new_model, new_tokenizer
 from qvgpt.rounds import RoundsConfig, rounds
 from qvgpt.run import alone_in
 
@@ -169,6 +171,41 @@ def test_a_finished_run_takes_more_rounds_and_no_other_settings(quick, monkeypat
     assert json.loads(Path(quick.output, "summary.json").read_text()) == summary
 
 
+def test_rounds_of_earlier_versions_go_on(quick, judges):
+    """What followed from the data later stood there as a number, and nobody named a judge."""
+    first, second, _ = judges
+    left_open = replace(quick.train, fit=replace(quick.train.fit, lr=None))
+    config = replace(quick, reward=first, judge=second, rounds=1, train=left_open)
+    usual = replace(left_open, fit=replace(left_open.fit, lr=1e-3))
+    rounds(replace(config, train=usual), QUIET)
+    place = Path(quick.output)
+    for record in (place / "run.json", place / "round-1/evaluation/run.json"):
+        found = json.loads(record.read_text())
+        if found["command"] == "rounds":
+            del found["config"]["judge"]
+            found["config"]["train"]["gpt"] |= {
+                "embed_dim": 256, "num_heads": 4, "num_layers": 4, "seq_len": 256,
+            }  # fmt: skip
+            found["config"]["train"]["tokenizer"]["vocab_size"] = 8000
+        else:
+            del found["config"]["card"]
+        record.write_text(json.dumps(found))
+    (place / "round-1/evaluation/summary.json").unlink()
+    card = (place / "round-1/model/README.md").read_bytes()
+    with pytest.raises(QvgptError, match=r"other settings \(beta 40.0 → 5.0, judge"):
+        rounds(replace(config, beta=5.0, resume=True), QUIET)
+    said = Console(file=io.StringIO(), width=500)
+    summary = rounds(replace(config, rounds=2, resume=True), said)
+    assert f"goes on with other settings: judge None → '{second}'" in said.file.getvalue()
+    assert [row["judge"] for row in summary["rounds"]] == [second, second]
+    assert (place / "round-1/model/README.md").read_bytes() == card  # as it was begun
+    fit = json.loads((place / "round-2/model/run.json").read_text())["config"]["fit"]
+    assert fit["lr"] == 1e-3
+    third = replace(config, rounds=2, judge="length", resume=True)
+    with pytest.raises(QvgptError, match=r"other settings \(judge"):
+        rounds(third, QUIET)
+
+
 def test_until_the_first_training_begins_its_options_may_change(quick):
     short = replace(quick, rounds=1, train=replace(quick.train, centred=True, max_length=3))
     with pytest.raises(QvgptError, match="raise max_length"):  # known when texts are there
@@ -250,6 +287,52 @@ def test_values_of_whole_turns_choose_what_is_collected(quick):
     assert said["values"] is None
     assert summary["rounds"][1]["kl_per_sequence"] == pytest.approx(math.log(4) - 3 / 4)
     assert ValueModel.from_pretrained(summary["model"]).info.level == "turn"
+
+
+@pytest.fixture
+def judges(tmp_path):
+    """Two classifiers, and the first one's SHA-256."""
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        tokenizer = new_tokenizer(["abcd"], "bert", 30)
+        labels = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}}
+        size = Size(width=32, layers=1, vocab_size=30)
+        place = tmp_path / f"judge-{seed}"
+        new_model("bert", size, tokenizer, 64, labels).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        made.append(f"classifier:{place}#yes")
+    [sha256] = get_reward(made[0]).models
+    return *made, sha256
+
+
+def test_who_trains_does_not_judge(quick, judges, tmp_path):
+    first, second, sha256 = judges
+    logs = tmp_path / "logs.jsonl"
+    row = {"prompt": "a", "completion": "bd", "reward": 0.5, "judged_by": [sha256]}
+    logs.write_text(json.dumps(row) + "\n")
+    for change in (
+        {"reward": first},
+        {"reward": f"0.5*length:3 + 0.5*{first}"},
+        {"reward": second, "judge": f"1*{first} + 1*{second}"},
+        {"reward": "length", "judge": first, "logs": [str(logs)]},
+    ):
+        with pytest.raises(QvgptError, match=r"judge: .* Name another one"):
+            rounds(replace(quick, **change), QUIET)
+        assert not Path(quick.output).exists()
+    config = replace(quick, reward=first, judge=second, rounds=1)
+    summary = rounds(config, QUIET)
+    found = json.loads(Path(config.output, "round-1/evaluation/summary.json").read_text())
+    assert (summary["reward"], summary["judge"], found["metric"]) == (first, second, second)
+    assert found["judges_trained_on"] == []
+    card = Path(summary["model"], "README.md").read_text()
+    assert f"which are no judges of it: `{sha256}`" in card
+    row = found["rows"][1]
+    assert f"| {row['method']} | {row['mean']:.4g} [" in card
+    assert "classifier:judge-1#yes" in card
+    # what compares needs something to compare with, whoever trains
+    with pytest.raises(QvgptError, match="to compare with"):
+        rounds(replace(config, judge="bleu", output=quick.output + "-2"), QUIET)
 
 
 @pytest.mark.parametrize(

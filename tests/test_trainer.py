@@ -80,7 +80,7 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 
 
-def test_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
+def test_p01_slow_targets_move_on_every_step_and_only_by_tau(monkeypatch):
     m = model()
     found = []
     step = RunProgress.step
@@ -210,7 +210,7 @@ def stopped_at(last):
         yield
 
 
-def test_resume_is_bit_identical(tmp_path):
+def test_p02_resume_is_bit_identical(tmp_path):
     """20 steps straight == a checkpoint at 10, a kill at 13, and the rest."""
     options = replace(
         FIT, max_steps=20, save_every=5, eval_every=3, keep_best="total", patience=5, lr=0.1
@@ -710,6 +710,131 @@ def test_train_resumes_as_if_nothing_had_happened(config, tmp_path):
 
 
 @pytest.fixture
+def left_open(config):
+    """Nothing is said of sizes, epochs and rates."""
+    fit = replace(FitOptions(), batch_size=20, max_steps=4, save_every=2)
+    return replace(config, gpt=GPTShape(dropout=0.0), fit=fit, eval_data=config.data)
+
+
+FITTED = {
+    "gpt": {"embed_dim": 64, "num_heads": 2, "num_layers": 2, "seq_len": 192},
+    "tokenizer": {"vocab_size": 8000},
+    "fit": {"epochs": 20.0, "lr": 4e-3, "value_lr": 4e-3},
+}
+
+
+def settings(output):
+    return json.loads((Path(output) / "run.json").read_text())["config"]
+
+
+def told(config, wanted):
+    """What `run.json` says of the keys of `wanted`."""
+    found = settings(config.output)
+    return {section: {k: found[section][k] for k in keys} for section, keys in wanted.items()}
+
+
+def test_what_is_left_open_is_fitted_to_the_data_said_and_kept(left_open):
+    _, said = said_by(left_open)
+    assert said.startswith("fitted to the data (what you say stays): gpt.embed_dim 64, ")
+    assert "gpt.seq_len 192, tokenizer.vocab_size 8000, fit.epochs 20, fit.lr 0.004" in said
+    assert told(left_open, FITTED) == FITTED
+    made = ValueModel.from_pretrained(left_open.output)
+    assert (made.trunk.embed_dim, made.trunk.seq_len, made.trunk.num_heads) == (64, 192, 2)
+    assert "20, 0.004, 0" in (Path(left_open.output) / "README.md").read_text()
+    assert "fitted" not in said_by(replace(left_open, resume=True))[1]
+
+
+def test_a_longer_text_needs_a_longer_context_up_to_a_limit(left_open, tmp_path):
+    def row(letters):
+        path = tmp_path / f"{letters}.jsonl"
+        path.write_text(json.dumps({"text": "ab" * (letters // 2)}) + "\n")
+        return [str(path)]
+
+    config = replace(left_open, objectives=["LM"], eval_data=row(300), dry_run=True)
+    assert "gpt.seq_len 448, " in said_by(config)[1]
+    with pytest.raises(QvgptError, match=r"max_length 2048 \(the longest has 3002 .* up to 2048\)"):
+        train(replace(config, data=row(3000)), QUIET)
+    assert "gpt.seq_len 2048" in said_by(replace(config, data=row(3000), on_too_long="cut"))[1]
+    short = replace(config, on_too_long="cut", max_length=20, eval_data=left_open.data)
+    assert "gpt.seq_len 192" in said_by(short)[1]
+    long = row(400_000)  # of which a model of three layers would be made
+    for way in ("drop", "cut"):
+        data = [*left_open.data, *long]
+        _, said = said_by(replace(short, data=data, on_too_long=way, output=f"{tmp_path}/{way}"))
+        assert "gpt.embed_dim 64, gpt.num_heads 2, gpt.num_layers 2, gpt.seq_len 192" in said
+    assert "gpt.seq_len 3008" in said_by(replace(config, data=row(3000), max_length=3003))[1]
+    with pytest.raises(QvgptError, match="max_length: must be at least 2, not -300"):
+        train(replace(config, max_length=-300), QUIET)
+
+
+@pytest.mark.parametrize("broken", [None, [1], {"gpt": None}, {"fit": {"lr": "x"}}])
+def test_a_broken_record_is_no_traceback(left_open, broken):
+    train(left_open, QUIET)
+    (Path(left_open.output) / "run.json").write_text(
+        json.dumps({"command": "train", "config": broken})
+    )
+    with pytest.raises(QvgptError, match="holds a run with other settings"):
+        train(replace(left_open, resume=True), QUIET)
+
+
+def test_a_run_goes_on_with_what_it_was_fitted_to(left_open, tmp_path):
+    train(left_open, QUIET)
+    other = replace(left_open, output=str(tmp_path / "other"))
+    with stopped_at(3), pytest.raises(Killed):
+        train(other, QUIET)
+    _, said = said_by(replace(other, resume=True))
+    assert "fitted" not in said
+    for name in ("model.safetensors", "value_heads.safetensors", "README.md"):
+        there = [Path(c.output, name).read_bytes() for c in (left_open, other)]
+        assert there[0] == there[1], name
+    shape = replace(left_open.gpt, embed_dim=32)
+    with pytest.raises(QvgptError, match=r"gpt.embed_dim 64 → 32: a run cannot go on"):
+        train(replace(other, resume=True, accept_changes=True, gpt=shape), QUIET)
+
+
+@pytest.mark.parametrize("from_model", [False, True])
+def test_a_run_of_before_goes_on_with_the_constants_that_were_usual_then(
+    left_open, tmp_path, from_model
+):
+    """Their run.json has figures where nothing was said, also of a given model."""
+    usual = {
+        "gpt": {"embed_dim": 32, "num_heads": 4, "num_layers": 1, "seq_len": 64},
+        "tokenizer": {"vocab_size": 60},
+        "fit": {"epochs": 1.0, "lr": 1e-3, "value_lr": None},
+    }
+    said = left_open
+    if from_model:
+        train(replace(left_open, output=str(tmp_path / "lm"), objectives=["LM"]), QUIET)
+        said = replace(left_open, model=str(tmp_path / "lm"), tokenizer=TokenizerConfig())
+    sections = {s: replace(getattr(said, s), **keys) for s, keys in usual.items()}
+    before = replace(said, **sections)
+    if from_model:  # these were recorded and had no meaning
+        before = replace(before, gpt=said.gpt)
+    with stopped_at(2), pytest.raises(Killed):
+        train(before, QUIET)
+    file = Path(before.output) / "run.json"
+    record = json.loads(file.read_text())
+    for section, keys in usual.items():
+        record["config"][section] |= keys
+    file.write_text(json.dumps(record))
+    assert train(replace(said, resume=True), QUIET)["steps"] == 3
+    assert told(said, usual) == usual
+
+
+def test_labels_are_returns_of_0_and_1(config, tmp_path):
+    rows = [{k: row[k] for k in ("prompt", "completion")} for row in ROWS]
+    labelled = [{**row, "label": i % 2 == 0} for i, row in enumerate(rows)]
+    Path(config.data[0]).write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    plain = replace(config, objectives=["LM"], output=str(tmp_path / "lm"))
+    train(plain, QUIET)
+    two = HeadsConfig("categorical", rank=3, bins=2)
+    for objective in ("FUDGE", "ReturnDistribution", "QSFT"):
+        said = {"model": plain.output} if objective == "QSFT" else {"heads": two}
+        given = {"objectives": [objective], "output": str(tmp_path / objective), **said}
+        assert train(replace(config, **given), QUIET)["steps"] == 4
+
+
+@pytest.fixture
 def half_done(config, tmp_path):
     """The files of a run that was stopped at step 2 of 4, training on a model with heads."""
     begun = replace(config, output=str(tmp_path / "start"))
@@ -891,7 +1016,7 @@ def test_train_refuses_before_it_writes(config, tmp_path, monkeypatch):
         assert not Path(config.output).exists()
 
 
-def test_long_texts_are_cut_only_when_told_to(config):
+def test_p25_long_texts_are_cut_only_when_told_to(config):
     console = Console(record=True, quiet=True)
     summary = train(replace(config, max_length=8, on_too_long="cut"), console)
     assert summary["data"]["cut"] > 0

@@ -69,7 +69,7 @@ def test_rewards_of_several_observation_tokens_add_up():
     assert batch.nonterminal.tolist() == [[1, 0]]
 
 
-def test_truncated_within_a_turn_bootstraps():
+def test_p06_truncated_within_a_turn_bootstraps():
     episode = Trajectory([1, 10, 11], actions(0, 1, 1), [0.0] * 3, terminated=False)
     batch = collate([episode], end_ids=[END])
     assert batch.mask.tolist() == [[True, True]]
@@ -95,7 +95,7 @@ def test_truncated_after_an_observation_bootstraps_from_it():
     assert batch.state_index.tolist() == [[0, 1, 4]]
 
 
-def test_terminated_after_the_end_token_counts():
+def test_p07_terminated_after_the_end_token_counts():
     episode = Trajectory([1, 10, END], actions(0, 1, 1), [0.0, 0.0, 1.0], terminated=True)
     batch = collate([episode], end_ids=[END])
     assert batch.mask.all()

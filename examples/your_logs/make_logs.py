@@ -1,14 +1,15 @@
 """Logs to try the recipe with: clerks who write dates as YYYY-MM-DD, a third of them wrongly.
 
 `python examples/your_logs/make_logs.py` writes to runs/your_logs (or the directory named):
-logs.jsonl and val.jsonl (prompt, completion, references), and the same logs in the other forms
-that a row may have: rewarded, preferences, dialogues (.jsonl), for some of them val_….jsonl too.
+logs.jsonl (prompt, completion, references), and the same logs in the other forms that a row may
+have: rewarded, rated, preferences, dialogues (.jsonl). `qvgpt check --split` holds prompts out of
+these; of dialogues val_dialogues.jsonl has what is to be answered, none of it in dialogues.jsonl.
 """
 
 import json
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ def ways(year: int, month: int, day: int) -> tuple[str, str, list[str]]:
     )
 
 
-def rows(count: int) -> list[dict[str, Any]]:
-    """So many logged answers; `reward` says whether they are right."""
+def rows(count: int, known: Container[str] = ()) -> list[dict[str, Any]]:
+    """So many logged answers, to none of the `known` prompts; `reward` says whether right."""
     found = []
     while len(found) < count:
         year, month, day = random.randint(2020, 2029), random.randint(1, 12), random.randint(1, 28)
         if month == day:  # swapped is right there
             continue
         said, right, wrong = ways(year, month, day)
+        if said in known:
+            continue
         written = random.choice([right] * 6 + wrong)  # two thirds are right
         found.append(
             {"prompt": said, "completion": written, "references": [right], "wrong": wrong,
@@ -60,18 +63,24 @@ def write(file: Path, found: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def main(folder: Path, count: int = 1500, held_out: int = 200) -> None:
+def main(folder: Path, count: int = 1900, held_out: int = 200) -> None:
     """Write every file; the same ones whenever it is run."""
     random.seed(0)
-    every = rows(count + held_out)
-    logs, val = every[:count], every[count:]
+    logs = rows(count)
+    val = rows(held_out, {row["prompt"] for row in logs})
     folder.mkdir(parents=True, exist_ok=True)
-    plain = ("prompt", "completion", "references")
-    write(folder / "logs.jsonl", ({k: row[k] for k in plain} for row in logs))
-    write(folder / "val.jsonl", ({k: row[k] for k in plain} for row in val))
-    rewarded = ("prompt", "completion", "reward")
-    write(folder / "rewarded.jsonl", ({k: row[k] for k in rewarded} for row in logs))
-    write(folder / "val_rewarded.jsonl", ({k: row[k] for k in rewarded} for row in val))
+    for name, columns in (
+        ("logs", ("prompt", "completion", "references")),
+        ("rewarded", ("prompt", "completion", "reward")),
+    ):
+        write(folder / f"{name}.jsonl", ({k: row[k] for k in columns} for row in logs))
+    write(
+        folder / "rated.jsonl",
+        (
+            {"prompt": row["prompt"], "completion": row["completion"], "label": row["reward"] == 1}
+            for row in logs
+        ),
+    )
     write(
         folder / "preferences.jsonl",
         (

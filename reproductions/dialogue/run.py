@@ -111,8 +111,8 @@ FULL = Setting(
 QUICK = Setting(
     gpt=GPTShape(16, 2, 1, 160, 0.0),
     vocab_size=300,
-    lm_fit=FitOptions(max_steps=4, batch_size=8, keep_best="LM/nll"),
-    trunk_fit=FitOptions(max_steps=3, batch_size=8),
+    lm_fit=FitOptions(epochs=1.0, max_steps=4, batch_size=8, lr=1e-3, keep_best="LM/nll"),
+    trunk_fit=FitOptions(epochs=1.0, max_steps=3, batch_size=8, lr=1e-3),
     value_fit=FitOptions(max_steps=3, batch_size=16),
     fqe_fit=FitOptions(max_steps=2, batch_size=8, lr=3e-3),
     guidances={"the logs'": Guidance(beta=0.0), "guided, β = 1": Guidance(beta=1.0, top_k=40)},

@@ -30,9 +30,15 @@ def summarise(
     being the mean over samples and seeds.
     """
     rows = {d: _rows(cells, d) for d in ("positive", "negative")}
-    positive, negative = (_of(cells, d, rivals) | {"rows": rows[d]} for d in rows)
-    reward = float(np.mean([c["reward_accuracy"] for c in cells]))
-    return {**positive, **facts, "reward_accuracy": reward, "negative": negative}, rows
+    positive, negative = (_of(cells, d, rivals) for d in rows)
+    results = {
+        **positive,
+        **facts,
+        "reward_accuracy": float(np.mean([c["reward_accuracy"] for c in cells])),
+        "negative": negative,
+        "rows": [row for direction in rows.values() for row in direction],
+    }
+    return results, rows
 
 
 def _of(cells: Cells, direction: str, rivals: Sequence[str]) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def table(results: Mapping[str, Any]) -> str:
         "|" + " --- |" * 12,
     ]
     directions = {"positive": results, "negative": results["negative"]}
-    for r in (row for found in directions.values() for row in found["rows"]):
+    for r in results["rows"]:
         low, high = r["delta_ci95"]
         read = "" if r["read_per_token"] is None else f"{r['read_per_token']:.2f}"
         lines.append(

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from rich.text import Text as Coloured
 from qvgpt.data import check as linter
 from qvgpt.data.files import Row, row_texts, scan_rows
 from qvgpt.data.rows import load_trajectories
+from qvgpt.data.sizes import TokenizerConfig
+from qvgpt.data.split import check_shares, split_rows, write_split
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode import score as scoring
 from qvgpt.decode.engine import Request, Text, TokenEvent, row_seed, write
@@ -26,7 +29,7 @@ from qvgpt.errors import QvgptError
 from qvgpt.export import ExportOptions, export_model
 from qvgpt.guidance_options import GuidanceOptions
 from qvgpt.models.value_model import ValueModel
-from qvgpt.run import open_run, output_console, print_summary, write_json
+from qvgpt.run import check_run, open_run, output_console, print_summary, write_json
 from qvgpt.sampling import (
     TextProgress,
     check_guidance,
@@ -53,10 +56,15 @@ class CheckConfig:
     """Which to train where none is given."""
     max_length: int | None = None
     """Say how many texts have more tokens than this."""
+    split: list[float] = field(default_factory=list)
+    """Shares of the prompts to hold out: one for val.jsonl, perhaps one for test.jsonl; the other
+    rows are train.jsonl, all in output. A prompt falls on the same side in whatever file."""
     output: str | None = None
-    """Directory for summary.json; new or empty."""
+    """Directory for summary.json and the files of a split; new or empty."""
     json: bool = False
     """Print the figures as JSON."""
+    resume: bool = False
+    """Write anew what the same check left in output."""
 
 
 def check(config: CheckConfig) -> dict[str, Any]:
@@ -67,23 +75,46 @@ def check(config: CheckConfig) -> dict[str, Any]:
     for path in config.data:
         if not Path(path).exists():
             raise QvgptError(f"{path}: no such file")
-    output = _claim(config.output, "check", config)
+    if config.split and config.output is None:
+        raise QvgptError("split: say by output where the files go")
+    check_shares(config.split)
+    if config.output is not None:
+        check_run(config.output, "check", config, config.resume)
     if config.tokenizer is not None:
         tokenizer, origin = Tokenizer.load(config.tokenizer), f"from {config.tokenizer}"
     else:
-        rows = (row for path in config.data for row in scan_rows(path) if isinstance(row, Row))
-        tokenizer = Tokenizer.train((t for row in rows for t in row_texts(row)), config.kind)
+        tokenizer = _trained(config)
         origin = f"{config.kind}, trained on this data"
     report = linter.check(config.data, tokenizer, config.max_length)
     summary = {"tokenizer": origin, "vocab_size": tokenizer.vocab_size, **report.as_dict()}
+    sides = split_rows(config.data, config.split) if config.split and report.ok else {}
+    output = None
+    if config.output is not None:
+        output = open_run(config.output, "check", config, config.resume)
+        summary["split"] = write_split(sides, output)
     if config.json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
         console = output_console()
         console.print(f"tokenizer: {origin}, {tokenizer.vocab_size} tokens", highlight=False)
         linter.render(report, report.examples, tokenizer, console)
+        if config.split:
+            told = ", ".join(f"{len(rows)} {name}" for name, rows in sides.items())
+            console.print(f"\nrows by prompt: {told or 'not split, for there are faults'}")
     _finish(output, summary)
     return summary
+
+
+def _trained(config: CheckConfig) -> Tokenizer:
+    """The tokenizer that `train` would train on these data."""
+
+    def texts() -> Iterator[str]:
+        rows = (row for path in config.data for row in scan_rows(path) if isinstance(row, Row))
+        return (text for row in rows for text in row_texts(row))
+
+    size = TokenizerConfig(config.kind).fitted_to(sum(map(len, texts()))).vocab_size
+    assert size is not None
+    return Tokenizer.train(texts(), config.kind, size)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ scratch; guided by its values it finds the short ways, though nobody ever showed
 programming says how good that is.
 """
 
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qvgpt.bootstrap import spearman
-from qvgpt.data.rows import Row, row_to_trajectories
+from qvgpt.bootstrap import mean_ci, spearman
+from qvgpt.data.rows import load_trajectories
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.engine import Request, generate, write
 from qvgpt.decode.policy import Guidance, joined_q
@@ -28,6 +29,7 @@ from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
 from qvgpt.loop import fit
+from qvgpt.model_card import evaluation, files_of, training_card, with_evaluation, write_card
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
@@ -36,6 +38,7 @@ from qvgpt.report import Section, Series, TokenValue, coloured_text, line_chart,
 from qvgpt.report import table as html_table
 from qvgpt.report_page import side_by_side
 from qvgpt.run import read_log, write_json
+from qvgpt.trajectory import Trajectory
 from qvgpt.value_report import watched_section
 
 OBJECTIVES = ["LM", {"ILQL": {"gamma": 1.0, "expectile": 0.95, "cql_weight": 0.0}}]
@@ -50,7 +53,8 @@ class DemoConfig:
     """The built-in demonstration; needs no input and no network."""
 
     output: str = "runs/demo"
-    """Where the model, summary.json and report.html go; an earlier demo there is replaced."""
+    """Where the model, its card README.md, what it learned from (walks.jsonl), summary.json and
+    report.html go; an earlier demo there is replaced."""
     seed: int = 0
     """Of the graph, the logged walks and the training."""
     walks: int = 1000
@@ -67,7 +71,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     if min(config.walks, config.steps, config.samples) < 1:
         raise QvgptError("demo: walks, steps and samples must be at least 1")
-    output = _claim(Path(config.output))
+    output = _claim(config)
     walks = RandomWalks.draw(config.seed)
     rows = walks.logged_walks(config.walks, config.seed)
     first = rows[0]
@@ -75,7 +79,7 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         f"{len(rows)} random walks on {walks.num_nodes} nodes, such as "
         f"{first['prompt']}{first['completion']} with reward {first['reward']:.2f}"
     )
-    model = learn(walks, rows, config, output, console)
+    model, learned = learn(walks, rows, config, output, console)
     samples = {
         "base": sample(model, walks, Guidance(), config.samples, config.seed),
         "guided": sample(model, walks, GUIDANCE, config.samples, config.seed),
@@ -95,12 +99,14 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "optimality_base": base,
         "optimality_guided": guided,
         "optimality_greedy": fmean(samples["guided, greedy"]),
+        "rows": _rows(samples, len(walks.starts)),
         "q_spearman": q_spearman(model, walks, rows),
         "guidance": asdict(GUIDANCE),
         "seed": config.seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
     _report(output, summary, model, walks)
+    _write_card(output, config, learned, summary, model, console)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / "summary.json", summary)
     _show(summary, output, console)
@@ -113,24 +119,69 @@ def learn(
     config: DemoConfig,
     output: Path,
     console: Console,
-) -> ValueModel:
-    """Train a small GPT with Q and V on the logged walks, from scratch."""
+) -> tuple[ValueModel, dict[str, Any]]:
+    """Train a small GPT with Q and V on the logged walks, from scratch; and what its card says."""
     tokenizer = Tokenizer.train(walks.letters, "char")
     held_out = walks.logged_walks(max(1, config.walks // 4), config.seed + 1)
-    data, eval_data = (
-        [t for row in some for t in row_to_trajectories(Row("walk", row), tokenizer)]
-        for some in (rows, held_out)
-    )
+    data, counts = _logged(output / "walks.jsonl", rows, tokenizer)
+    eval_data, eval_counts = _logged(output / "held_out.jsonl", held_out, tokenizer)
     torch.manual_seed(config.seed)
     gpt = GPT(tokenizer.vocab_size, embed_dim=64, num_heads=4, num_layers=2, seq_len=16)
     model = ValueModel(gpt, HEADS, tokenizer)
     own = {"max_steps": config.steps, "seed": config.seed, "eval_every": -(-config.steps // 8)}
     options = FitOptions(**{**asdict(FIT), **own})
     objectives = parse_objectives(OBJECTIVES)
-    fit(model, data, objectives, options, eval_data=eval_data, output=output, console=console)
+    fitted = fit(
+        model, data, objectives, options, eval_data=eval_data, output=output, console=console
+    )
     model.info.recommended_guidance = asdict(GUIDANCE)
     model.save(output)
-    return model
+    return model, {"data": counts, "eval_data": eval_counts, "fit": asdict(options), **fitted}
+
+
+def _logged(
+    file: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Walks by way of a file, as a user's own logs would come; and their counts."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, report = load_trajectories(file, tokenizer)
+    return texts, {**asdict(report), "files": files_of([file])}
+
+
+def _rows(samples: Mapping[str, Sequence[float]], starts: int) -> list[dict[str, Any]]:
+    """The means over starts with their intervals, as `evaluate` has them."""
+    means = {name: np.reshape(found, (starts, -1)).mean(1) for name, found in samples.items()}
+    found = []
+    for name, each in means.items():
+        e = mean_ci(each.tolist(), means["base"].tolist())
+        row = {"method": name, "mean": e.value, "ci95": list(e.ci95), "delta": e.delta}
+        found.append(row | {"delta_ci95": list(e.delta_ci95 or ())})
+    return found
+
+
+def _write_card(
+    output: Path,
+    config: DemoConfig,
+    learned: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    model: ValueModel,
+    console: Console,
+) -> None:
+    """The card of a training, with the figures of the summary."""
+    assert model.heads is not None
+    settings = {"model": None, "lora": None, "freeze_trunk": False, "fit": learned["fit"]}
+    parts = {"trunk": model.trunk, "q": model.heads.q, "v": model.heads.v}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    found = {**learned, "vocab_size": model.trunk.vocab_size, "parameters": sizes}
+    card = training_card(settings, found, model, "demo", "demo.json")
+    said = (
+        f"{config.samples:,} walks from each start (greedy: one), guided with β {GUIDANCE.beta:g} "
+        f"and min_p {GUIDANCE.min_p:g}, seed {config.seed}; optimality is 1 for a shortest way to "
+        "the goal and 0 for none. Intervals are 95 %, bootstrapped over the starts; differences "
+        "are to the base, paired by start."
+    )
+    section = evaluation(said, "optimality", summary["rows"])
+    write_card(output, with_evaluation(card, section), console.print)
 
 
 def sample(
@@ -166,15 +217,16 @@ def q_spearman(model: ValueModel, walks: RandomWalks, rows: Sequence[dict[str, A
     return spearman(np.array(learned), np.array(true))
 
 
-def _claim(output: Path) -> Path:
+def _claim(config: DemoConfig) -> Path:
     """An empty directory for the demo; an earlier demo there is replaced, nothing else is."""
+    output = Path(config.output)
     marker = output / "demo.json"
     if marker.exists():
         shutil.rmtree(output)
     if output.exists() and any(output.iterdir()):
         raise QvgptError(f"{output}: holds something other than a demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"command": "demo"})
+    write_json(marker, {"command": "demo", "config": asdict(config)})
     return output
 
 

@@ -58,7 +58,8 @@ class Foretold:
     twin_gap: Array
     """How far the slow heads are apart."""
     candidate_q_max: Array
-    """These three: see `Values`."""
+    """These four: see `Values`."""
+    any_q_max: Array
     q_spread: Array
     logit_spread: Array
 
@@ -105,15 +106,16 @@ def foretold(
     twin_gap = missing if slow is None else slow.amax(0) - slow.amin(0)
     td_error = reward + step_gamma * values.v[:, 1:] - (v if slow is None else q)
     number = torch.tensor(texts, device=v.device)[:, None].expand_as(v)
-    among = [missing if x is None else x for x in (values.candidate_q_max, values.q_spread)]
+    asked = values.candidate_q_max, values.any_q_max, values.q_spread
+    among = [missing if x is None else x for x in asked]
     in_reward = [v, q, to_come, earned, td_error, twin_gap, *among]
-    v, q, to_come, earned, td_error, twin_gap, best, q_spread = (
+    v, q, to_come, earned, td_error, twin_gap, best, best_of_all, q_spread = (
         x / reward_scale for x in in_reward
     )
     columns = [
         number, torch.arange(v.size(1), device=v.device).expand_as(v),
         ended(batch)[:, None].expand_as(v), v, q, to_come, earned, so_far, td_error, twin_gap, best,
-        q_spread, missing if values.logit_spread is None else values.logit_spread,
+        best_of_all, q_spread, missing if values.logit_spread is None else values.logit_spread,
     ]  # fmt: skip
     # in fp32's precision, which values have, lest a return of fp64 differ from V that equals it
     return torch.stack([c.float()[batch.mask].double() for c in columns], dim=1)
@@ -215,6 +217,7 @@ def figures(f: Foretold, prompts: Sequence[Any]) -> dict[str, float]:
         "td_error_abs": _mean(np.abs(f.td_error)),
         "overestimation": _mean(f.candidate_q_max - f.q),
         "overestimation_return": _mean(known.candidate_q_max - known.to_come),
+        "overestimation_any": _mean(f.any_q_max - f.q),
         "v_abs": _mean(np.abs(f.v)),
         "v_spread": _spread(f.v),
         "q_abs": _mean(np.abs(f.q)),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from qvgpt.bootstrap import corpus_bleu_ci, corpus_chrf_ci
@@ -25,6 +26,7 @@ from qvgpt.diagnostics import value_diagnostics
 from qvgpt.envs.rewards import Metric, get_reward, references, shape
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate_report import Evaluation, sections, show
+from qvgpt.model_card import add_evaluation, card_of, evaluation_section, files_of
 from qvgpt.models.backbone import Dtype
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import write_report
@@ -57,8 +59,9 @@ class EvaluateConfig:
     data: str
     """Rows with prompts (and what the reward needs: references, completion, …)."""
     reward: str
-    """What is compared, as of `collect`: bleu, chrf, classifier:DIR#LABEL … (docs/rewards.md). Of a
-    model that learned from a classifier's rewards another classifier is the judge."""
+    """What is compared, as of `collect`: bleu, chrf, classifier:DIR#LABEL … (docs/rewards.md). A
+    classifier whose rewards the model learned from is refused, but where it only chooses
+    (recommend)."""
     output: str
     """Where summary.json and report.html go; a new directory."""
     base: str | None = None
@@ -122,6 +125,12 @@ class EvaluateConfig:
     """Write the guidance with the best mean reward into the model, for `generate` and `export` to
     use where nothing is said; not with base, which is another model. Choose it on validation data,
     never on those of the final figures."""
+    card: bool = False
+    """Write what is found into the model's card too (README.md beside its weights), in the place of
+    what an earlier evaluation wrote there."""
+    accept_training_judge: bool = False
+    """Let a classifier judge though the model learned from its rewards; its figures are no
+    evidence, and are marked so."""
     dtype: Dtype = "float32"
     """Of the language model's weights in memory; auto: as they are stored."""
     device_map: str | None = None
@@ -133,7 +142,7 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run base and guided over the same prompts; returns what summary.json holds."""
     started = time.perf_counter()
-    check_run(config.output, "evaluate", config, config.resume)
+    _refuse_another_run(config)
     refuse_options(config)
     names = [config.reward, *(n for n in config.metrics if n not in CORPUS_METRICS)]
     rewards = {name: get_reward(name) for name in names}
@@ -147,11 +156,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     searches = {name: search for name, (_, search) in searched.items()}
     strengths = [s for g in guidances.values() for s in (g.beta, g.kl_budget)]
     check_values(model, config.model, strengths, config.best_of, values, searches.values())
-    if config.recommend and values is not None:
-        raise QvgptError("recommend: what guides here are not the model's own values")
+    for name in ("recommend", "card"):
+        if getattr(config, name) and values is not None:
+            raise QvgptError(f"{name}: what guides here are not the model's own values")
     if config.recommend and model.heads is None:
         raise QvgptError(f"{config.model}: recommend: there are no value heads to be guided by")
     data, prompts = load_prompts(config.data, model, config.max_tokens, config.limit)
+    [data_file] = files_of([config.data])
     check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
     base = None
     if config.base is not None:
@@ -160,13 +171,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
     fields = [row.fields for row in data]
-    partial = judges_trained_on(rewards, model, values)
-    for name in partial:
-        print(
-            f"evaluate: {name} gave the rewards that this model learned from: what it gains by it "
-            "is no evidence; judge by another one",
-            file=sys.stderr,
-        )
+    partial = judges_trained_on(rewards, model, values, base)
+    _refuse_partial(partial, config)
     judges = {name: _judge(rewards[name], fields) for name in names[1:]}
     score = _judge(rewards[config.reward], fields)
     best_of = dict.fromkeys((n for n in guidances if n.startswith("best of")), config.best_of)
@@ -200,9 +206,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "metric": config.reward,
         "model": config.model,
         "base": config.base,
+        "judged_by": sorted(rewards[config.reward].models),
         "judges_trained_on": partial,
         "guided_by": None if judged is None else describe(judged),
         "data": config.data,
+        "data_sha256": data_file["sha256"],
         "prompts": len(prompts),
         "samples": config.samples,
         "rows": [row.as_dict() for row in rows],
@@ -211,10 +219,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
-    found = Evaluation(config.model, config.base, config.reward, config.samples, rows, right)
+    found = Evaluation(
+        config.model, config.base, config.reward, config.samples, rows, right, partial
+    )
     parts = sections(found, model, prompts, config.texts)
     write_report(output / "report.html", f"Evaluation of {config.model}", parts)
     show(found, output)
+    if config.card:
+        add_evaluation(Path(config.model), evaluation_section(summary))
     if config.recommend:
         print(_in_words(summary["recommended"], config.model), file=sys.stderr)
     return summary
@@ -240,6 +252,39 @@ def refuse_options(config: EvaluateConfig) -> None:
             "another model: leave base out to choose"
         )
     guidances_of(config)  # refuses what has no meaning
+
+
+def _refuse_another_run(config: EvaluateConfig) -> None:
+    """Raise `QvgptError` where results must not go, or the model has no card to add them to."""
+    if not config.resume and (Path(config.output) / "run.json").exists():
+        raise QvgptError(
+            f"{config.output}: holds another run already; choose another output, or make the same "
+            "run's results anew with --resume true"
+        )
+    check_run(config.output, "evaluate", config, config.resume)
+    if config.card and card_of(Path(config.model)) is None:
+        raise QvgptError(
+            f"card: {config.model} holds no model card that qvgpt wrote, and no other README.md is "
+            "touched: leave card out"
+        )
+
+
+def _refuse_partial(partial: Sequence[str], config: EvaluateConfig) -> None:
+    """Who trains does not judge; it may choose, where that is said."""
+    chooses = [config.reward] if config.recommend else []
+    refused = [name for name in partial if name not in chooses]
+    if refused and not config.accept_training_judge:
+        raise QvgptError(
+            f"evaluate: {refused[0]} gave the rewards that this model learned from: what it gains "
+            "by it is no evidence. Judge by another one, trained on other labels "
+            "(docs/rewards.md), or accept that with --accept_training_judge true"
+        )
+    for name in partial:
+        print(
+            f"evaluate: {name} gave the rewards that this model learned from: what it gains by it "
+            "is no evidence; judge by another one",
+            file=sys.stderr,
+        )
 
 
 def _recommend(model: ValueModel, rows: list[Row], config: EvaluateConfig) -> str:
@@ -314,10 +359,14 @@ def _common(config: EvaluateConfig) -> Guidance:
 
 
 def judges_trained_on(
-    rewards: Mapping[str, Metric], model: ValueModel, values: ValueSource | None
+    rewards: Mapping[str, Metric],
+    model: ValueModel,
+    values: ValueSource | None,
+    base: ValueModel | None = None,
 ) -> list[str]:
-    """Which rewards are by models whose rewards the model, or what guides it, has learned from."""
-    known = set(model.info.judged_by)
+    """Which rewards are by models whose rewards the model, its base or what guides it has learned
+    from."""
+    known = {judge for m in (model, base) if m is not None for judge in m.info.judged_by}
     for leaf in leaves(values):
         for source in (getattr(leaf, name, None) for name in ("model", "plus", "minus")):
             known.update(source.info.judged_by if source is not None else ())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Evaluation:
     rows: list[Row]
     values: dict[str, Any] | None
     """Of `value_diagnostics`, where it was asked."""
+    partial: list[str] = field(default_factory=list)
+    """Which rewards are by models whose rewards the model learned from."""
 
 
 def show(found: Evaluation, output: Path) -> None:
@@ -62,6 +64,10 @@ def sections(
 ) -> list[Section]:
     """The parts of the report; of `texts` prompts the texts are shown."""
     rows, values = found.rows, found.values
+    warning = "".join(
+        f" {name} gave the rewards that the model learned from: its figures are no evidence."
+        for name in found.partial
+    )
     parts = [
         Section(
             "What guidance brings",
@@ -72,7 +78,7 @@ def sections(
             "summed over a text, in nats (greedy: −log of the base's probability; of a best of N "
             "it is at most what is said, log N − (N − 1)/N more than the mean of log π − log π₀ "
             "of its texts, and of a search that samples so much more for each choice; of other "
-            "searches −log of the base's probability).",
+            f"searches −log of the base's probability).{warning}",
             _reward_chart(rows, found.metric) + _rows_table(rows, found.metric),
         )
     ]

@@ -28,8 +28,10 @@ from qvgpt.checkpoint import (
 from qvgpt.data.batches import Rows
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
+from qvgpt.model_card import adapter_card, write_card
 from qvgpt.models.attention import leave_packed_uncompiled
 from qvgpt.models.disk import writing
+from qvgpt.models.lora import ADAPTER
 from qvgpt.models.sharded import whole
 from qvgpt.models.value_model import ValueInfo, ValueModel
 from qvgpt.objectives import Objectives, Values, counted
@@ -65,7 +67,7 @@ class Training:
         self.rows = Rows(data, options.packed, options.share_prompts)
         self.steps_per_epoch = math.ceil(len(data) / options.batch_size)
         # less a rounding: 1.1 · 50 is 55 and a little more
-        total = math.ceil(options.epochs * self.steps_per_epoch * (1 - 1e-12))
+        total = math.ceil(options.passes * self.steps_per_epoch * (1 - 1e-12))
         self.total_steps = min(total, options.max_steps or total)
         self.pad_id, self.end_ids = 0, ()
         if model.tokenizer is not None:
@@ -423,6 +425,8 @@ def fit(
     if output is not None and plain is not None:
         with writing(output, "go on with --resume"):
             plain.save(output)
+        if plain.trunk.lora is not None:
+            write_card(output / ADAPTER, adapter_card(plain), console.print)
     return {
         "objectives": objectives.as_list(),
         "steps": state.step,

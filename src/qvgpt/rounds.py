@@ -18,13 +18,24 @@ from typing import Any, Literal
 from rich.console import Console
 
 from qvgpt.collect import CollectConfig, collect, prepare
+from qvgpt.data.rows import load_trajectories
+from qvgpt.envs.rewards import get_reward
 from qvgpt.errors import QvgptError
 from qvgpt.evaluate import EvaluateConfig, evaluate, refuse_options
+from qvgpt.model_card import card_of
+from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
-from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
+from qvgpt.run import (
+    alone_in,
+    changed_settings,
+    check_run,
+    open_run,
+    settings_of,
+    write_json,
+)
 from qvgpt.sampling import check_references, load_prompts
-from qvgpt.trainer import TrainConfig, check_training, train
+from qvgpt.trainer import TrainConfig, as_begun, check_training, train
 
 COLLECT, TRAIN = CollectConfig("", "", "", ""), TrainConfig([], "")
 """The options of `collect` and `train` as they are unless said otherwise."""
@@ -71,6 +82,9 @@ class RoundsConfig:
     """Rows with prompts to judge on; none: those of `data`, with other random numbers."""
     eval_samples: int = 1
     """Texts per prompt to judge by."""
+    judge: str | None = None
+    """The reward that base and guided models are judged by; none: `reward`, but where that is a
+    classifier, whose rewards are learned from: then another judge is to be named."""
     collect: CollectConfig = field(default_factory=lambda: COLLECT)
     """Options of `collect`: how texts are written, and judged as well. Model, data, reward, output,
     beta and resume are said here above."""
@@ -87,7 +101,9 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
     until the first training begins, a resumed run may change the options of `train`.
     """
     console = console or Console(stderr=True)
-    record = {k: v for k, v in vars(config).items() if k != "rounds"}
+    begun = as_begun(config.train, settings_of(Path(config.output), "rounds").get("train"))
+    record = {k: v for k, v in vars(config).items() if k != "rounds"} | {"train": begun}
+    config = replace(config, train=replace(config.train, fit=begun.fit))
     goes_on = (Path(config.output) / "run.json").exists()
     with ExitStack() as lock:
         if goes_on and config.resume:  # before what is there changes
@@ -104,18 +120,29 @@ def rounds(config: RoundsConfig, console: Console | None = None) -> dict[str, An
         for number in range(1, config.rounds + 1):
             console.print(f"round {number} of {config.rounds}", highlight=False)
             rows.append(_round(config, number, console))
-            summary = {"reward": config.reward, "rounds": rows, "model": rows[-1]["model"]}
+            summary = {
+                "reward": config.reward,
+                "judge": _judge(config),
+                "rounds": rows,
+                "model": rows[-1]["model"],
+            }
             write_json(output / "summary.json", summary)
     return summary
 
 
 def _training_changed(config: RoundsConfig, record: dict[str, Any]) -> list[str]:
-    """The changed options of `train`, where no others changed and no training has begun."""
+    """The changed options of `train`, where no others changed and no training has begun; or that a
+    judge is named, which older runs did not ask for."""
     output = Path(config.output)
-    if not (output / "run.json").exists() or _has_trained(config):
+    if not (output / "run.json").exists():
         return []
     changed = changed_settings(output, "rounds", record)
-    return list(changed.values()) if all(name.startswith("train.") for name in changed) else []
+    may = "judge" if _has_trained(config) else ("judge", "train.")
+    if not all(name.startswith(may) for name in changed) or settings_of(output, "rounds").get(
+        "judge"
+    ):
+        return []
+    return list(changed.values())
 
 
 def _has_trained(config: RoundsConfig) -> bool:
@@ -138,6 +165,7 @@ def _round(config: RoundsConfig, number: int, console: Console) -> dict[str, Any
         "delta": guided["delta"],
         "delta_ci95": guided["delta_ci95"],
         "kl_per_sequence": guided["kl_per_sequence"],
+        "judge": judged["metric"],
         "model": str(here / "model"),
     }
 
@@ -188,13 +216,14 @@ def _training(config: RoundsConfig, number: int) -> TrainConfig:
 
 def _judging(config: RoundsConfig, number: int) -> EvaluateConfig:
     """Base against guided, texts written as they are collected."""
-    how = config.collect
+    how, here = config.collect, _place(config, number)
+    begun = settings_of(here / "evaluation", "evaluate")
     return EvaluateConfig(
-        model=str(_place(config, number) / "model"),
+        model=str(here / "model"),
         base=config.model,
         data=config.eval_data or config.data,
-        reward=config.reward,
-        output=str(_place(config, number) / "evaluation"),
+        reward=_judge(config),
+        output=str(here / "evaluation"),
         betas=[config.beta] if config.beta else [],
         best_of=how.best_of,
         temperatures=how.temperatures[:1],
@@ -206,8 +235,13 @@ def _judging(config: RoundsConfig, number: int) -> EvaluateConfig:
         seed=how.seed,
         shaped=how.shaped, brevity=how.brevity,
         dtype=how.dtype, device_map=how.device_map,
+        card=begun.get("card", False) if begun else card_of(here / "model") is not None,
         resume=True,
     )  # fmt: skip
+
+
+def _judge(config: RoundsConfig) -> str:
+    return config.reward if config.judge is None else config.judge
 
 
 def _has_values(config: RoundsConfig) -> bool:
@@ -249,11 +283,26 @@ def _refuse_reading(config: RoundsConfig) -> None:
         raise QvgptError("collect.base_url: a server's model does not learn from round to round")
     model, _, rows, _, _ = prepare(_collecting(config, 1))
     check_references(rows, [config.reward])
+    _refuse_partial(config, model)
+    judged = rows
     if config.eval_data:
-        read, _ = load_prompts(config.eval_data, model, config.collect.max_tokens)
-        check_references(read, [config.reward])
+        judged, _ = load_prompts(config.eval_data, model, config.collect.max_tokens)
+    check_references(judged, [_judge(config)])
     if config.train.heads is not None and _has_values(config):
         raise QvgptError(f"train.heads: {config.model} has value heads already; leave heads out")
     del model
     if not _has_trained(config):
         check_training(replace(_training(config, 1), data=config.logs))
+
+
+def _refuse_partial(config: RoundsConfig, model: ValueModel) -> None:
+    """Who trains does not judge: `evaluate` would refuse it when the first round has learned."""
+    assert model.tokenizer is not None
+    _, logged = load_trajectories(config.logs, model.tokenizer)
+    trained = {*get_reward(config.reward).models, *model.info.judged_by, *logged.judged_by}
+    if get_reward(_judge(config)).models & trained:
+        raise QvgptError(
+            f"judge: {_judge(config)} gives rewards that the models learn from: what they gain by "
+            "it is no evidence. Name another one, such as a classifier trained on other labels "
+            "(docs/rewards.md)"
+        )

@@ -80,6 +80,16 @@ def check_run(
     return True
 
 
+def settings_of(path: Path, command: str) -> dict[str, Any]:
+    """The configuration that a run of `command` there was begun with; empty where none is."""
+    try:
+        found = json.loads((path / "run.json").read_text("utf-8"))
+        known = found["config"] if found["command"] == command else {}
+    except (OSError, ValueError, LookupError, TypeError):  # `check_run` says what is wrong there
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def changed_settings(path: Path, command: str, config: Any) -> dict[str, str]:
     """Which settings a run was not begun with, each as `fit.lr 0.001 → 0.01`.
 

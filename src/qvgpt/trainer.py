@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 from qvgpt.checkpoint import newest_checkpoint
 from qvgpt.data.files import read_rows, row_texts
 from qvgpt.data.rows import LoadReport, load_trajectories
+from qvgpt.data.sizes import CONTEXTS, GPTShape, TokenizerConfig
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions
@@ -36,7 +37,14 @@ from qvgpt.refusals import (
     refuse_options,
     refuse_shared_prompts,
 )
-from qvgpt.run import alone_in, changed_settings, check_run, open_run, write_json
+from qvgpt.run import (
+    alone_in,
+    changed_settings,
+    check_run,
+    open_run,
+    settings_of,
+    write_json,
+)
 from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
@@ -44,46 +52,14 @@ from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 _FIXED = ("gpt.", "heads.", "model.", "lora.", "dtype.", "freeze_trunk.", "tokenizer.kind.",
           "tokenizer.vocab_size.", "fit.keep_best.", "fit.slow_trunk.",
           "reward_scale.")  # fmt: skip
+_FITTED = {
+    "gpt": ("embed_dim", "num_heads", "num_layers", "seq_len"),
+    "tokenizer": ("vocab_size",),
+    "fit": ("epochs", "lr", "value_lr"),
+}
+"""What follows from the data where it is not said."""
 _MUCH_REPEATED = 0.3
 """The share of all tokens from which on it is said that prompts could be shared."""
-
-
-@dataclass(frozen=True)
-class GPTShape:
-    """A GPT from scratch."""
-
-    embed_dim: int = 256
-    """Width."""
-    num_heads: int = 4
-    """Attention heads a layer; embed_dim is a multiple of it."""
-    num_layers: int = 4
-    """Depth."""
-    seq_len: int = 256
-    """The context, in tokens."""
-    dropout: float = 0.1
-    """Share of activations dropped while training."""
-    tied: bool = True
-    """Let the LM head be the token embedding."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning, naming the key."""
-        for name in ("embed_dim", "num_heads", "num_layers", "seq_len"):
-            if getattr(self, name) < 1:
-                raise QvgptError(f"gpt.{name}: must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout <= 1:
-            raise QvgptError(f"gpt.dropout: must be between 0 and 1, not {self.dropout}")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer of a model from scratch."""
-
-    kind: Literal["bpe", "char"] = "bpe"
-    """What to train on the data: byte-level BPE, or characters."""
-    vocab_size: int = 8000
-    """At most so many tokens, special ones included."""
-    path: str | None = None
-    """A directory with a tokenizer to take instead."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +77,8 @@ class TrainConfig:
     """Directory of the model to start from; none: a GPT from scratch. Its value heads, if any, are
     left out of the result where the trunk is trained without teaching them (LM, AWAC, AWR)."""
     gpt: GPTShape = field(default_factory=GPTShape)
-    """Shape of a GPT from scratch."""
+    """Shape of a GPT from scratch. What is not said of it, of the vocabulary, of epochs and rates
+    follows from the data, is printed, and stands in run.json."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of a GPT from scratch; a model to start from brings its own."""
     objectives: list[str | dict[str, Any]] = field(default_factory=lambda: ["LM"])
@@ -147,6 +124,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     writes, to a directory they all see.
     """
     state, output = processes(), Path(config.output)
+    config = as_begun(config, settings_of(output, "train"))
     console = console or Console(stderr=True, quiet=not state.is_main_process)
     with ExitStack() as lock:
         goes_on = (output / "run.json").exists()
@@ -164,7 +142,7 @@ def _train(
     lock: ExitStack,
     state: PartialState,
 ) -> dict[str, Any]:
-    record, output = asdict(config), Path(config.output)
+    output, said = Path(config.output), config
     objectives = parse_objectives(config.objectives)
     check_run(output, "train", config, config.resume, config.accept_changes)
     if goes_on:
@@ -176,8 +154,10 @@ def _train(
                 _clear(output)
             return json.loads((output / "summary.json").read_text("utf-8"))
     newest = newest_checkpoint(output / "checkpoints")
-    model = _start(config, newest, console)
+    model, config = _start(config, newest, console)
     data, counts = _load(config, config.data, model, console)
+    config = replace(config, fit=_fitted(config, model, data, objectives.learns_values))
+    _say_what_fits(said, config, console)
     eval_data, eval_counts = _load(config, config.eval_data, model, console)
     if objectives.learns_values:
         refuse_no_rewards(config.data, data, counts["rows"], counts["unrewarded"], console)
@@ -224,7 +204,7 @@ def _train(
         "output": str(output),
     }
     if state.is_main_process:
-        write_card(output, training_card(record, summary, model), console.print)
+        write_card(output, training_card(asdict(config), summary, model), console.print)
         write_json(output / "summary.json", summary)  # from here on the run counts as finished
         _clear(output)
     return summary
@@ -236,7 +216,7 @@ def check_training(config: TrainConfig) -> None:
     What is there of them already is read; nothing is written.
     """
     objectives, quiet = parse_objectives(config.objectives), Console(quiet=True)
-    model = _start(config, None, quiet)
+    model, config = _start(config, None, quiet)
     eval_data, _ = _load(config, config.eval_data, model, quiet)
     _read(config, config.data, model)
     refuse_centring(config.centred, model, objectives, [])
@@ -245,6 +225,42 @@ def check_training(config: TrainConfig) -> None:
         config = replace(config, heads=replace(config.heads, low=0.0, high=1.0))
     model = _equipped(config, model, objectives, [], None, quiet)
     refuse_options(model, objectives, config.fit, eval_data)
+
+
+def as_begun(config: TrainConfig, begun: Any) -> TrainConfig:
+    """What is left open is what these settings of a run, if there is one, say."""
+    sections: dict[str, Any] = {}
+    for section, names in _FITTED.items():
+        own, known = getattr(config, section), begun.get(section) if begun else None
+        if isinstance(known, dict):
+            left = [name for name in names if getattr(own, name) is None]
+            numbers = {name: x for name in left if isinstance(x := known.get(name), int | float)}
+            sections[section] = replace(own, **numbers)
+    return replace(config, **sections)
+
+
+def _fitted(
+    config: TrainConfig, model: ValueModel, data: Sequence[Trajectory], learns_values: bool
+) -> FitOptions:
+    """How to train, with nothing left open."""
+    tokens, width = sum(len(t.tokens) for t in data), model.trunk.embed_dim
+    new, adapters = config.model is None, config.lora is not None
+    found = config.fit.fitted_to(len(data), tokens, width, from_scratch=new, adapters=adapters)
+    return found if learns_values else replace(found, value_lr=config.fit.value_lr)
+
+
+def _say_what_fits(said: TrainConfig, config: TrainConfig, console: Console) -> None:
+    """Name what was left open, with what it is now."""
+    before, now = asdict(said), asdict(config)
+    found = [
+        f"{section}.{name} {now[section][name]:g}"
+        for section, names in _FITTED.items()
+        for name in names
+        if now[section][name] != before[section][name]
+    ]
+    if found:
+        told = f"fitted to the data (what you say stays): {', '.join(found)}"
+        console.print(told, soft_wrap=True, highlight=False)
 
 
 def _say_what_sharing_saves(
@@ -290,14 +306,22 @@ def _say_what_changed(config: TrainConfig, finished: bool, console: Console) -> 
         console.print(f"goes on with other settings: {', '.join(changed.values())}", soft_wrap=True)
 
 
-def _start(config: TrainConfig, newest: Path | None, console: Console) -> ValueModel:
-    """The model to train: that of a checkpoint, a given one, or a new one; heads may lack yet."""
+def _start(
+    config: TrainConfig, newest: Path | None, console: Console
+) -> tuple[ValueModel, TrainConfig]:
+    """The model to train: that of a checkpoint, a given one, or a new one; heads may lack yet.
+
+    The configuration comes back with what was left open of a new one.
+    """
     torch.manual_seed(config.fit.seed)
     if config.lora is not None and (config.model is None or config.freeze_trunk):
         raise QvgptError("lora: adapts a given model: say which, and leave freeze_trunk off")
     # checkpoints hold adapters alone: what they adapt is the model that the run began with
     source = config.model if config.lora is not None else newest or config.model
-    model = _new(config) if source is None else _given(config, source, newest)
+    if source is None:
+        model, config = _new(config)
+    else:
+        model = _given(config, source, newest)
     if newest is not None:
         _take_tokenizer(config, model, newest, console)
     if model.heads is not None and config.heads is not None:
@@ -307,7 +331,7 @@ def _start(config: TrainConfig, newest: Path | None, console: Console) -> ValueM
             given = replace(given, low=own.low, high=own.high)
         if given != own:
             raise QvgptError(f"heads: {source} has other ones, {own}; leave heads out")
-    return model
+    return model, config
 
 
 def _equipped(
@@ -411,6 +435,8 @@ def _given(config: TrainConfig, source: str | Path, newest: Path | None) -> Valu
     )
     own, path = model.tokenizer.sha256 if model.tokenizer else None, config.tokenizer.path
     usual = asdict(GPTShape())
+    if (Path(config.output) / "run.json").exists():  # was looked at when the run began
+        usual = asdict(config.gpt)
     for name, asked in asdict(config.gpt).items():
         there = getattr(model.trunk, "shape", {}).get(name)  # that of our GPT; others have none
         if asked != usual[name] and there not in (None, asked):
@@ -420,8 +446,9 @@ def _given(config: TrainConfig, source: str | Path, newest: Path | None) -> Valu
     return model
 
 
-def _new(config: TrainConfig) -> ValueModel:
-    given = config.tokenizer
+def _new(config: TrainConfig) -> tuple[ValueModel, TrainConfig]:
+    """A GPT from scratch, and the configuration with what was left open of it."""
+    given, shape = config.tokenizer, config.gpt
     if config.freeze_trunk:
         raise QvgptError("freeze_trunk: a GPT from scratch knows nothing yet; give a model")
     if config.dtype != "float32":
@@ -429,9 +456,34 @@ def _new(config: TrainConfig) -> ValueModel:
     if given.path is not None:
         tokenizer = Tokenizer.load(given.path)
     else:
-        texts = (t for path in config.data for row in read_rows(path) for t in row_texts(row))
-        tokenizer = Tokenizer.train(texts, given.kind, given.vocab_size)
-    return ValueModel(GPT(tokenizer.vocab_size, **asdict(config.gpt)), None, tokenizer)
+        if given.vocab_size is None:
+            given = given.fitted_to(sum(map(len, _texts(config))))
+        assert given.vocab_size is not None
+        tokenizer = Tokenizer.train(_texts(config), given.kind, given.vocab_size)
+    if shape.is_open:
+        if config.max_length is not None and config.max_length < 2:
+            raise QvgptError(f"max_length: must be at least 2, not {config.max_length}")
+        shape = shape.fitted_to(*_amount(config, tokenizer), config.max_length)
+    model = ValueModel(GPT(tokenizer.vocab_size, **asdict(shape)), None, tokenizer)
+    return model, replace(config, gpt=shape, tokenizer=given)
+
+
+def _texts(config: TrainConfig) -> Iterator[str]:
+    """Every text that a tokenizer is trained on."""
+    return (text for path in config.data for row in read_rows(path) for text in row_texts(row))
+
+
+def _amount(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens of all texts to learn from, and how many the longest of any has: of those that
+    are not to be dropped, and as far as they are not to be cut."""
+    limit = config.max_length or config.gpt.seq_len or CONTEXTS[1]
+    lengths = []
+    for paths in (config.data, config.eval_data):
+        found = [len(t.tokens) for t in load_trajectories(paths, tokenizer)[0]]
+        if config.on_too_long == "cut":
+            found = [min(n, limit) for n in found]
+        lengths.append([n for n in found if n <= limit or config.on_too_long != "drop"])
+    return sum(lengths[0]), max((*lengths[0], *lengths[1]), default=2)
 
 
 def _load(

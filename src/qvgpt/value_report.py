@@ -23,6 +23,7 @@ _ROWS = {
     "td_error_abs": "mean size of the TD error",
     "overestimation": "best Q among likely tokens, over Q of the token taken",
     "overestimation_return": "best Q among likely tokens, over the return that came",
+    "overestimation_any": "best Q among all tokens, over Q of the token taken",
     "v_abs": "mean |V|",
     "v_spread": "spread of V",
     "q_abs": "mean |Q|",
@@ -41,6 +42,7 @@ _CURVES = {
     "Overestimation and gaps": (
         "overestimation",
         "overestimation_return",
+        "overestimation_any",
         "expectile_gap",
         "twin_gap",
     ),

@@ -14,7 +14,7 @@ from qvgpt.objectives import Objectives, Values
 from qvgpt.run import RunProgress
 from qvgpt.trajectory import Trajectory, TrajectoryBatch
 
-_EVERY = 8  # of how many evaluation batches one is asked what the likeliest tokens are worth
+_EVERY = 8  # of how many evaluation batches one is asked what tokens not taken are worth
 _PATIENCE = 3  # evaluations in a row with values out of reach, before they are said to diverge
 
 

@@ -29,6 +29,7 @@ def test_figures(char, write):
     assert rewards.counts == (1, 0, 0, 0, 0, 2, 0, 0, 0, 1)
     assert len(rewards.edges) == 11
     assert json.loads(json.dumps(report.as_dict()))["group_sizes"] == {"1": 2, "2": 1}
+    assert report.as_dict()["context"] == 192  # 19 tokens and 128, in steps of 64
 
 
 def test_all_faults_are_counted_and_the_first_shown(char, write, tmp_path):

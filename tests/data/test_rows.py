@@ -3,7 +3,14 @@ import types
 
 import pytest
 
-from qvgpt.data.rows import DataError, Row, load_trajectories, read_rows, row_to_trajectories
+from qvgpt.data.rows import (
+    DataError,
+    Row,
+    load_trajectories,
+    prompt_tokens,
+    read_rows,
+    row_to_trajectories,
+)
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.trajectory import Trajectory, collate
@@ -39,7 +46,11 @@ FORMS = {
     ),
     "label": (
         {"prompt": "a", "completion": "b", "label": False},
-        [make([*P, B, EOS], "00011", {4: -1.0})],
+        [make([*P, B, EOS], "00011")],
+    ),
+    "label true": (
+        {"prompt": "a", "completion": "b", "label": True},
+        [make([*P, B, EOS], "00011", {4: 1.0})],
     ),
     "ids": (
         {
@@ -169,7 +180,7 @@ FAULTS = [
     ({"text": "a", "reward": 1e39}, "'reward'", "expected a finite number, below 3.4e38, found 1e"),
     ({"prompt": "a", "completion": "b", "rewards": [1]}, "'rewards'", "belongs to 'completions'"),
     ({"prompt": "a", "completion": "b", "messages": []}, "'messages'", "does not go with"),
-    ({"prompt": "a", "completion": "b", "label": 1}, "'label'", "expected true or false"),
+    ({"prompt": "a", "completion": "b", "label": 1}, "'label'", "a number stands in `reward`"),
     ({"prompt": "a", "completion": "b", "label": True, "reward": 1}, "'label'", "remove one"),
     ({"prompt": "a", "completion": "b", "truncated": 1}, "'truncated'", "true or false"),
     ({"prompt": "a", "completion": "", "truncated": True}, "", "no action"),
@@ -228,6 +239,22 @@ def test_a_fault_is_one_line_with_file_row_and_column(char, write, row, column, 
     assert message.startswith(f"{path}:3: " + (f"column {column}: " if column else ""))
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"),
+    [
+        ({"text": "a", "label": 1}, "text", "cut its beginning off as `prompt`"),
+        ({"messages": [SAY]}, "messages", "its messages but the last answer into `prompt`"),
+        ({"chosen": [SAY], "rejected": [SAY]}, "chosen", "what both begin with into `prompt`"),
+        ({"completion": "a"}, "prompt", "expected text, found nothing"),
+    ],
+)
+def test_rows_without_a_prompt_are_told_what_to_do(char, row, column, expected):
+    with pytest.raises(DataError, match=expected) as caught:
+        prompt_tokens(Row("file.jsonl:17", row), char)
+    assert (caught.value.where, caught.value.column) == ("file.jsonl:17", column)
+    assert prompt_tokens(Row("file.jsonl:17", {**row, "prompt": "a"}), char) == P
 
 
 def test_files_that_cannot_be_read(tmp_path, write):

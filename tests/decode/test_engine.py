@@ -42,7 +42,7 @@ def alone(model, request):
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 @pytest.mark.parametrize("max_batch", [64, 2])
-def test_a_batch_writes_what_each_writes_alone(model, guidance, max_batch):
+def test_p20_a_batch_writes_what_each_writes_alone(model, guidance, max_batch):
     together = generate(model, PROMPTS, guidance, max_tokens=20, seed=5, max_batch=max_batch)
     for i, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True)):
         assert text.tokens == alone(model, Request(prompt, 20, guidance, row_seed(5, i)))

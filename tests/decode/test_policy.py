@@ -80,7 +80,7 @@ def test_equal_tokens_do_not_slip_in_past_top_k():
     ]
 
 
-def test_candidates_come_from_the_base_or_from_the_guided():
+def test_p18_candidates_come_from_the_base_or_from_the_guided():
     e = torch.tensor([0.0, 1.0, -1.0, 3.0]).exp()  # β = 1
     w = [0.4 * e[0], 0.3 * e[1], 0.2 * e[2], 0.1 * e[3]]
     assert guided(beta=1.0, top_k=2) == normalised(w[0], w[1], 0, 0)

@@ -152,10 +152,10 @@ def test_environment():
     with pytest.raises(QvgptError, match="reset"):
         env.step(LEFT)
     assert env.reset(0) == env.reset(4) == "goal c. you a."
-    for action, allowed in [(UP, True), ("fly", False)]:
+    for action, allowed, reward in [(UP, True, -1.0), ("fly", False, -4.0)]:
         assert env.allows(action) is allowed
         step = env.step(action)
-        assert (step.observation, step.reward) == (maze.observe((0, 0)), -1.0)
+        assert (step.observation, step.reward) == (maze.observe((0, 0)), reward)
     step = env.step(RIGHT)
     assert (step.observation, step.terminated) == ("goal c. you b.", False)
     step = env.step(RIGHT)
@@ -166,6 +166,9 @@ def test_environment():
         (-1.0, False, False),
         (-1.0, True, False),
     ]
+    env.reset(0)
+    ends = [env.step("move") for _ in range(4)]  # what is no move counts for the limit too
+    assert [(s.reward, s.terminated) for s in ends[2:]] == [(-4.0, False), (-4.0, True)]
     blind = corridor(full=False)
     assert blind.observe((0, 3)) == "walls up, down."
     open_cross = Maze(frozenset([(1, 1), (0, 1), (2, 1), (1, 0), (1, 2)]), (0, 1), full=False)

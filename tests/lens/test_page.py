@@ -308,7 +308,7 @@ def test_returns_are_drawn_as_the_values_count_them(folder, tmp_path, changes, r
         setattr(model.info, name, value)
     model.save(tmp_path / "model")
     rewarded = {"prompt": "a", "completion": "abc", "token_rewards": [0.0, -1.0, 1.0, 2.0]}
-    rows = [rewarded, {"prompt": "a", "completion": "no", "label": False}, {"text": "ab"}]
+    rows = [rewarded, {"prompt": "a", "completion": "no", "reward": -1}, {"text": "ab"}]
     rows.append({"text": "ab", "label": 1})  # a class, as a reward model learns it
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--beta", "0"]

@@ -176,7 +176,7 @@ def test_start_at_is_the_value_of_every_token(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_head_guides_nowhere(kind):
+def test_p28_a_fresh_head_guides_nowhere(kind):
     heads, h = make(kind, noise=0.0), torch.randn(5, EMBED)
     for head in [*heads.q, *heads.target_q]:
         assert head(h).abs().max() == 0

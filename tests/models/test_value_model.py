@@ -108,6 +108,7 @@ def test_the_best_is_never_a_row_that_only_pads_the_vocabulary(candidates):
     likely = (model.trunk.output_weight[:size] @ hidden).topk(20)
     found = model(BATCH, AMONG_CANDIDATES)
     assert found.candidate_q_max[0, 0] == pytest.approx(q[likely.indices].max().item(), abs=1e-5)
+    assert found.any_q_max[0, 0] == pytest.approx(q[5].item(), abs=1e-5)
     spread = (likely.values.softmax(0) * likely.values.square()).sum()
     spread -= (likely.values.softmax(0) * likely.values).sum().square()
     assert found.logit_spread[0, 0] == pytest.approx(spread.sqrt().item(), rel=1e-3)
@@ -115,7 +116,7 @@ def test_the_best_is_never_a_row_that_only_pads_the_vocabulary(candidates):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "bilinear", "mlp"])
-def test_values_are_read_at_the_states_of_the_decisions(kind):
+def test_p04_values_are_read_at_the_states_of_the_decisions(kind):
     model = make(kind)
     values = model(BATCH)
     for row, steps in ((0, [(2, 10), (3, 11), (4, 3)]), (1, [(0, 12), (2, 13)])):
@@ -140,6 +141,7 @@ def test_values_are_read_at_the_states_of_the_decisions(kind):
             slow = torch.stack([head(h)[0] for head in model.heads.target_q]).mean(0)
             found, pi = slow[likely.indices], likely.values.softmax(-1)
             assert values.candidate_q_max[row, k] == pytest.approx(found.max().item(), abs=1e-5)
+            assert values.any_q_max[row, k] == pytest.approx(slow.max().item(), abs=1e-5)
             for name, x in (("q_spread", found), ("logit_spread", likely.values)):
                 spread = (pi @ x.square() - (pi @ x).square()).sqrt().item()
                 assert vars(values)[name][row, k] == pytest.approx(spread, abs=1e-4)

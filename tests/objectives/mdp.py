@@ -24,6 +24,7 @@ from qvgpt.objectives import Candidates, Values
 from qvgpt.trajectory import Trajectory, TrajectoryBatch, collate
 
 END, ACTIONS, REPLIES, VOCAB, SIDES = 2, (2, 3, 4), (5, 6), 7, 2
+CUT = 2  # the depth at which texts are cut
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ class Game:
         return self.horizon * SIDES
 
     def texts(self, cut: bool = True) -> list[Trajectory]:
-        """Every text as often as it is likely; `cut`: and cut at depth 2, in three ways."""
+        """Every text as often as it is likely; `cut`: and half as often as it is at depth 2, where
+        those that go on are cut, in three ways."""
         found = [x for side in range(SIDES) for x in self._from(side, math.inf)]
         if cut:
-            found += [(t, p / 2) for side in range(SIDES) for t, p in self._from(side, 2)]
+            found += [(t, p / 2) for side in range(SIDES) for t, p in self._from(side, CUT)]
         least = min(p for _, p in found)
         return [t for t, p in found for _ in range(round(p / least))]
 
@@ -127,6 +129,11 @@ class Game:
         """All texts at once."""
         return collate(self.texts(cut), end_ids=[END])
 
+    def batch_with_noise(self) -> TrajectoryBatch:
+        """All whole texts, and cut ones: noise to what learns of texts that ended alone."""
+        cut = [t for t in self.texts() if not t.terminated]
+        return collate([*self.texts(cut=False), *cut], end_ids=[END])
+
     def walk(self, tokens) -> int:
         """The node that a text's tokens lead to; one more than all nodes where there is none."""
         node: int | None = tokens[0]
@@ -148,11 +155,12 @@ class Game:
             new -= seen | {None}
         return [(node, action) for node in sorted(seen) for action in ACTIONS]
 
-    def solve(self, backup, gamma: float = 1.0, per_turn: bool = False, within=None):
+    def solve(self, backup, gamma=1.0, per_turn=False, within=None, cut=False, held=None):
         """Q and V by dynamic programming, V(s) = backup(q, p) of the actions' values and shares.
 
         Both are dictionaries, of (node, action) and node. `within`: another backup stands for what
-        follows a token that does not end its turn.
+        follows a token that does not end its turn, but in those texts that were `cut` there.
+        `held`(q, p): what the targets of a node's actions are turned into.
         """
         q: dict[tuple[int, int], float] = {}
         v: dict[int | None, float] = {None: 0.0}
@@ -167,7 +175,12 @@ class Game:
                 )
             shares = [self.policy[node, a] for a in ACTIONS]
             known = [q[node, a] for a in ACTIONS]
+            if held is not None:
+                known = held(known, shares)
+                q |= {(node, a): x for a, x in zip(ACTIONS, known, strict=True)}
             v[node], u[node] = backup(known, shares), (within or backup)(known, shares)
+            if cut and node // SIDES == CUT:
+                u[node] += (v[node] - u[node]) / 3  # one text of three is cut here
         return q, {node: value for node, value in v.items() if node is not None}
 
     def turns(self, node: int) -> dict[tuple[int, ...], tuple[float, float, list]]:
@@ -188,26 +201,31 @@ class Game:
         say((), node, 1.0, 0.0)
         return found
 
-    def solve_turns(self, backup, gamma: float = 1.0):
-        """Q of (node, turn) and V of node where a whole turn is one decision."""
+    def solve_turns(self, backup, gamma: float = 1.0, cut: bool = False):
+        """Q of (node, turn) and V of node where a whole turn is one decision; `cut`: V is of the
+        turns that were not, of those that end early three where there are two others."""
         q: dict[tuple[int, tuple[int, ...]], float] = {}
         v: dict[int | None, float] = {None: 0.0}
         for node in reversed(range(self.nodes)):
             turns = self.turns(node)
             for said, (_, reward, then) in turns.items():
                 q[node, said] = reward + gamma * sum(p * v[n] for p, n in then)
-            v[node] = backup([q[node, said] for said in turns], [p for p, _, _ in turns.values()])
+            early = {said: cut and node // SIDES + len(said) <= CUT for said in turns}
+            seen = [p * (1.5 if early[said] else 1.0) for said, (p, _, _) in turns.items()]
+            v[node] = backup([q[node, said] for said in turns], seen)
         return q, v
 
-    def returns(self, node: int | None, action: int | None = None) -> Counter[float]:
-        """The distribution of the undiscounted return under the data policy, exactly."""
-        if node is None:
-            return Counter({0.0: 1.0})
+    def returns(self, node, action: int | None = None, known=None) -> Counter[float]:
+        """The distribution of the undiscounted return under the data policy, exactly; `known`: the
+        values of nodes not to look beyond."""
+        known = {None: 0.0, **(known or {})}
+        if action is None and node in known:
+            return Counter({known[node]: 1.0})
         found: Counter[float] = Counter()
         for a in ACTIONS if action is None else (action,):
             share = self.policy[node, a] if action is None else 1.0
             for o in self.outcomes[node, a]:
-                for value, p in self.returns(o.node).items():
+                for value, p in self.returns(o.node, known=known).items():
                     found[round(o.reward + value, 9)] += share * o.probability * p
         return found
 
@@ -240,6 +258,19 @@ def expectile(tau: float):
         return low
 
     return backup
+
+
+def conservative(weight: float):
+    """The q where Σ p (q − target)² + weight·(log Σ exp q − Σ p q) is least."""
+
+    def held(target, p):
+        wanted, shares = (torch.tensor(x, dtype=torch.double) for x in (target, p))
+        q = wanted
+        for _ in range(60):  # a contraction where weights are below twice the least p
+            q = wanted - weight / 2 * (q.softmax(-1) / shares - 1)
+        return q.tolist()
+
+    return held
 
 
 class Table(nn.Module):

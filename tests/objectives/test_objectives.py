@@ -41,7 +41,7 @@ TWO_ROWS = collate(
 )
 VALUES = Values(
     q=torch.tensor([[[1.0, 2.0], [3.0, 9.0]], [[0.0, 1.0], [1.0, 9.0]]]),
-    target_q=torch.tensor([[[1.0, 0.0], [2.0, 9.0]], [[2.0, 2.0], [3.0, 9.0]]]),
+    target_q=torch.tensor([[[1.0, 2.0], [2.0, 9.0]], [[2.0, 0.0], [3.0, 9.0]]]),
     v=torch.tensor([[1.0, 4.0, 7.0], [1.5, 4.0, 9.0]]),
     q_logsumexp=torch.tensor([[[2.0, 2.0], [4.0, 9.0]], [[1.0, 3.0], [1.0, 9.0]]]),
     q_max=torch.tensor([[2.0, 3.0, 9.0], [2.5, 5.0, 9.0]]),
@@ -391,7 +391,7 @@ def two_turns(first, second, reward):
     return Trajectory(tokens, is_action, [0.0, 0.0, 0.0, reward], True)
 
 
-def test_ilql_stitches_across_an_observation():
+def test_p05_ilql_stitches_across_an_observation():
     """No text took 1 and then 3, yet 3 is best after 1: value flows back over the reply."""
     texts = [two_turns(1, 2, 0.0), two_turns(1, 3, 1.0), two_turns(2, 2, 0.3)]
     batch = collate(texts)

@@ -1,15 +1,19 @@
 """Every objective, with a free table for values, learns what dynamic programming says it should."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from mdp import (
+    CUT,
+    SIDES,
     Game,
     Histories,
     Table,
     best,
+    conservative,
     expectile,
     learn,
     mean,
@@ -38,15 +42,20 @@ from qvgpt.objectives import (
     ReturnDistribution,
     parse_objectives,
 )
+from qvgpt.trajectory import collate
 
 FIXED, RANDOM = Game.draw(3), Game.draw(3, horizon=3, stochastic=True)
 # a reward of 0 or 1 at the end and nothing before it
-WON, LUCKY = Game.draw(3, sparse=True), Game.draw(4, 3, stochastic=True, sparse=True)
+WON, LUCKY = Game.draw(3, sparse=True), Game.draw(7, 3, stochastic=True, sparse=True)
 BERNOULLI = Support(0.0, 1.0, 2)
 GAMES = pytest.mark.parametrize("game", [FIXED, RANDOM], ids=["fixed", "random"])
+OTHER = Game.draw(11, 3, stochastic=True)
+MORE_GAMES = pytest.mark.parametrize(
+    "game", [FIXED, RANDOM, OTHER], ids=["fixed", "random", "other"]
+)
 
 
-@GAMES
+@MORE_GAMES
 def test_the_oracle_agrees_with_its_own_texts(game):
     q, v = game.solve(mean)
     found = weighted_returns(game)
@@ -71,7 +80,7 @@ def test_the_texts_are_of_every_kind():
     assert all(t.tokens[-1] == 2 and not t.terminated for t in masked)
 
 
-@GAMES
+@MORE_GAMES
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("gamma", "per_turn"), [(0.8, False), (0.5, True)])
 def test_monte_carlo_evaluates_the_data_policy(game, lambda_, gamma, per_turn):
@@ -81,7 +90,7 @@ def test_monte_carlo_evaluates_the_data_policy(game, lambda_, gamma, per_turn):
     same_v(model, v, game)
 
 
-@GAMES
+@MORE_GAMES
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.95])
 def test_ilql_learns_the_expectile_of_its_data(game, tau):
     objective = ILQL(gamma=0.9, expectile=tau, cql_weight=0.0)
@@ -96,9 +105,10 @@ def test_ilql_learns_the_expectile_of_its_data(game, tau):
 @GAMES
 @pytest.mark.parametrize("tau", [0.5, 0.9])
 def test_ilql_that_bootstraps_at_turns_follows_the_data_within_them(game, tau):
+    """And v stands for what a cut turn would have gone on with."""
     objective = ILQL(gamma=0.9, expectile=tau, cql_weight=0.0, bootstrap="turn")
-    model = learn(objective, Table(game), game.batch(cut=False))
-    q, v = game.solve(expectile(tau), 0.9, within=mean)
+    model = learn(objective, Table(game), game.batch())
+    q, v = game.solve(expectile(tau), 0.9, within=mean, cut=True)
     same_q(model, q, game)
     same_v(model, v, game)
     elsewhere = game.solve(expectile(tau), 0.9)[0]
@@ -106,11 +116,11 @@ def test_ilql_that_bootstraps_at_turns_follows_the_data_within_them(game, tau):
 
 
 @GAMES
-@pytest.mark.parametrize("tau", [0.5, 0.9])
-def test_ilql_of_whole_turns_learns_the_expectile_over_turns(game, tau):
+@pytest.mark.parametrize(("tau", "cut"), [(0.5, False), (0.9, True)])
+def test_ilql_of_whole_turns_learns_the_expectile_over_turns(game, tau, cut):
     objective = ILQL(gamma=0.8, expectile=tau, cql_weight=0.0, level="turn")
-    model = learn(objective, Histories(game), game.batch(cut=False), steps=800)
-    q, v = game.solve_turns(expectile(tau), 0.8)
+    model = learn(objective, Histories(game), game.batch(cut), steps=800)
+    q, v = game.solve_turns(expectile(tau), 0.8, cut)
     checked = set()
     for t in game.texts(cut=False):
         begins, said = 1, ()
@@ -147,7 +157,7 @@ def test_ilql_nears_the_optimum_as_its_expectile_nears_one(game):
     assert at[-1] <= v[0]
 
 
-@GAMES
+@MORE_GAMES
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
 def test_sarsa_evaluates_the_data_policy(game, lambda_):
     model = learn(SARSA(0.5, lambda_, per_turn_discount=True), Table(game), game.batch())
@@ -156,12 +166,27 @@ def test_sarsa_evaluates_the_data_policy(game, lambda_):
     same_v(model, v, game)
 
 
-@GAMES
+@MORE_GAMES
 def test_double_q_finds_the_optimum(game):
     model = learn(DoubleQ(gamma=0.9, cql_weight=0.0), Table(game), game.batch())
     q, v = game.solve(best, 0.9)
     same_q(model, q, game)
     same_v(model, v, game)
+
+
+@GAMES
+@pytest.mark.parametrize(
+    ("objective", "backup"),
+    [(ILQL(0.9, 0.8), expectile(0.8)), (ILQL(0.9, 0.8, 0.4), expectile(0.8)), (DoubleQ(0.9), best)],
+    ids=["ilql", "ilql_held_more", "double_q"],
+)
+def test_the_conservative_term_pulls_values_as_far_as_it_weighs(game, objective, backup):
+    model = learn(objective, Table(game), game.batch())
+    q, v = game.solve(backup, 0.9, held=conservative(objective.cql_weight))
+    same_q(model, q, game, atol=2e-3)
+    same_v(model, v, game, atol=2e-3)
+    free, _ = game.solve(backup, 0.9)
+    assert max(abs(q[x] - free[x]) for x in game.pairs) > objective.cql_weight / 4
 
 
 @GAMES
@@ -188,7 +213,7 @@ def test_double_q_seeks_the_best_of_what_the_base_policy_might_say(game):
         assert max(abs(q[pair] - free[pair]) for pair in game.pairs) > 0.1
 
 
-@GAMES
+@MORE_GAMES
 def test_fqe_evaluates_another_policy_than_that_of_the_data(game):
     other = replace(game, policy={(s, a): (a == 3) * 0.7 + (a == 4) * 0.3 for s, a in game.policy})
     model = Table(game)
@@ -204,9 +229,22 @@ def test_fqe_evaluates_another_policy_than_that_of_the_data(game):
     same_q(model, q, game)
 
 
-@GAMES
+@MORE_GAMES
 def test_a_language_model_clones_the_data(game):
     same_policy(learn(LM(), Table(game), game.batch()), lambda *_: 1.0, game)
+
+
+@MORE_GAMES
+@pytest.mark.parametrize(("share", "by_return"), [(0.4, False), (0.7, True)])
+def test_filtered_cloning_clones_the_texts_that_are_kept(game, share, by_return):
+    texts = sorted(game.texts(), key=lambda t: -t.total_reward)
+    least = texts[round(share * len(texts)) - 1].total_reward
+    kept = collate([t for t in texts if t.total_reward >= least - 1e-6], end_ids=[2])
+    pairs = torch.stack([Table(game).at(kept)[:, :-1], kept.action], dim=-1)[kept.mask]
+    times = Counter(map(tuple, pairs.tolist()))
+    lm = LM(min_return=least) if by_return else LM(top_share=share)
+    model = learn(parse_objectives([lm]).fitted_to(texts), Table(game), game.batch())
+    same_policy(model, lambda *pair: times[pair] / game.policy[pair], game)
 
 
 @GAMES
@@ -219,16 +257,18 @@ def test_awac_weighs_the_data_by_its_advantage(game):
         same_policy(model, lambda *pair, weight=weight: weight[pair], game)
 
 
-@GAMES
+@MORE_GAMES
 def test_awr_weighs_the_data_by_what_was_observed(game):
     """E exp((G − V)/T) of the returns, chance included: more than exp((Q − V)/T)."""
-    model = learn(
-        parse_objectives([MonteCarlo(), AWR(0.7, 1e6)]), Table(game), game.batch(cut=False)
-    )
+    model = learn(parse_objectives([MonteCarlo(), AWR(0.7, 1e6)]), Table(game), game.batch())
     _, v = game.solve(mean)
+    where_cut = {node: v[node] for node in v if node // SIDES == CUT}
 
     def weight(s, a):
-        return sum(p * math.exp((g - v[s]) / 0.7) for g, p in game.returns(s, a).items())
+        whole, cut = game.returns(s, a), game.returns(s, a, where_cut)
+        if s // SIDES < CUT:  # one text of three; V stands for what it would have earned
+            whole = {g: (2 * whole[g] + cut[g]) / 3 for g in whole | cut}
+        return sum(p * math.exp((g - v[s]) / 0.7) for g, p in whole.items())
 
     same_policy(model, weight, game)
 
@@ -291,7 +331,7 @@ def true(game, functional):
 @GAMES
 @pytest.mark.parametrize("support", [Support(-6.0, 6.0, 33), Support(-6.0, 6.0, 33, sigma=0.75)])
 def test_the_mean_of_a_learned_distribution_is_what_regression_learns(game, support):
-    model = learn(ReturnDistribution(gamma=0.9), Table(game, 1, support), game.batch(cut=False))
+    model = learn(ReturnDistribution(gamma=0.9), Table(game, 1, support), game.batch_with_noise())
     expected_q, expected_v = game.solve(mean, 0.9)
     q, v = read(model)
     same_q(model, expected_q, game, q=q)
@@ -300,7 +340,7 @@ def test_the_mean_of_a_learned_distribution_is_what_regression_learns(game, supp
 
 @pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
 def test_functionals_are_those_of_the_true_returns(game):
-    model = learn(ReturnDistribution(), Table(game, 1, BERNOULLI), game.batch(cut=False))
+    model = learn(ReturnDistribution(), Table(game, 1, BERNOULLI), game.batch_with_noise())
 
     def tilted(returns):
         return 0.3 * math.log(sum(p * math.exp(g / 0.3) for g, p in returns.items()))
@@ -317,20 +357,35 @@ def test_functionals_are_those_of_the_true_returns(game):
         same_v(model, expected_v, game, v=v)
 
 
-def test_q_sharp_is_the_soft_optimum_where_replies_are_fixed_and_too_hopeful_where_not():
-    for game, exact in ((WON, True), (LUCKY, False)):
-        model = learn(ReturnDistribution(), Table(game, 1, BERNOULLI), game.batch(cut=False))
-        (q,), _ = read(model, functional="soft", eta=0.3)
-        expected, _ = game.solve(soft(0.3))
-        excess = torch.tensor([q[pair] - expected[pair] for pair in game.pairs])
-        assert excess.min() > -1e-2
-        assert (excess.max() < 1e-2) == exact
+def test_q_sharp_is_the_soft_optimum_on_four_conditions():
+    """Replies are fixed, γ = 1, β = 1/η and π₀ wrote the data: else it errs, and this way."""
+    support = Support(0.0, 1.0, 9)  # has the returns that γ = ½ makes of 1
+
+    def soft_q(game, gamma=1.0):
+        table = Table(game, 1, support)
+        model = learn(ReturnDistribution(gamma), table, game.batch_with_noise())
+        return read(model, functional="soft", eta=0.3)[0][0]
+
+    fixed, lucky, discounted = soft_q(WON), soft_q(LUCKY), soft_q(WON, 0.5)
+    other = replace(WON, policy={(s, a): (a == 3) * 0.7 + (a == 4) * 0.3 for s, a in WON.policy})
+    for q, base, gamma, eta, too_low, too_high in (
+        (fixed, WON, 1.0, 0.3, False, False),
+        (lucky, LUCKY, 1.0, 0.3, False, True),
+        (discounted, WON, 0.5, 0.3, True, False),
+        (fixed, WON, 1.0, 0.6, False, True),
+        (fixed, WON, 1.0, 0.15, True, False),
+        (fixed, other, 1.0, 0.3, True, True),
+    ):
+        expected, _ = base.solve(soft(eta), gamma)
+        excess = torch.tensor([q[pair] - expected[pair] for pair in base.pairs])
+        assert -excess.min() > 0.05 if too_low else -excess.min() < 1e-2
+        assert excess.max() > 0.05 if too_high else excess.max() < 1e-2
 
 
 @pytest.mark.parametrize("game", [WON, LUCKY], ids=["fixed", "random"])
 def test_prefix_scorers_know_how_likely_a_text_ends_well(game):
     _, expected = game.solve(mean)
-    model = learn(FUDGE(), Table(game, 1, BERNOULLI), game.batch(cut=False))
+    model = learn(FUDGE(), Table(game, 1, BERNOULLI), game.batch_with_noise())
     same_v(model, expected, game, v=model.v_returns.detach().softmax(-1)[:, 1])
     log_odds = model.v_returns.detach().diff(dim=-1)[:, 0]
     same_v(model, expected, game, v=log_odds.sigmoid())

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qvgpt.data.files import DataError, path_list, scan_rows
 from qvgpt.data.rows import is_rewarded, row_form, row_to_trajectories
+from qvgpt.data.sizes import context_for
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.trajectory import Trajectory
@@ -83,8 +84,9 @@ class CheckReport:
         return self.faults == 0 and self.trajectories > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON; without the examples."""
+        """The figures, and the context a new model needs, ready for JSON; without the examples."""
         content = {k: v for k, v in asdict(self).items() if k != "examples"}
+        content["context"] = context_for(self.lengths.max)
         content["group_sizes"] = {str(k): v for k, v in self.group_sizes.items()}
         return content
 
@@ -219,6 +221,14 @@ def picture(trajectory: Trajectory, tokenizer: Tokenizer) -> Text:
     return text
 
 
+def _context(longest: int) -> str:
+    """What a new model's context is fitted to."""
+    context = context_for(longest)
+    if context < longest:
+        return f"{context} of a new model, unless more is said: the longest text does not fit"
+    return f"{context} of a new model: room for the longest text, and {context - longest} tokens"
+
+
 def _table(report: CheckReport) -> Table:
     table = Table(show_header=False)
     lengths, rewards = report.lengths, report.rewards
@@ -233,6 +243,7 @@ def _table(report: CheckReport) -> Table:
         "texts": f"{report.trajectories}, {report.terminated_share:.0%} of them terminated",
         "tokens a text": f"min {lengths.min}, median {lengths.median}, 95 % at most {lengths.p95}, "
         f"max {lengths.max}{long}",
+        "context": _context(lengths.max),
         "actions": f"{report.action_share:.1%} of all tokens",
         "return a text": f"min {rewards.min:.4g}, mean {rewards.mean:.4g}, max {rewards.max:.4g}; "
         f"{rewards.nonzero:.0%} are not 0",

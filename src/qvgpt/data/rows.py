@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvgpt.data.files import FORMS, KNOWN, DataError, Row, kind_of, path_list, read_rows
+from qvgpt.data.sizes import CONTEXTS
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.trajectory import Trajectory
 
+_PROMPTLESS = {
+    "messages": "a whole dialogue, where a prompt to go on from is wanted: put its messages but "
+    "the last answer into `prompt`, and that answer, or right ones, into `references`",
+    "text": "a whole text, where a prompt to go on from is wanted: cut its beginning off as "
+    "`prompt`, the rest is `completion` (of texts with a class `qvgpt reward-model` makes a judge)",
+    "chosen": "a pair without a prompt to go on from: put what both begin with into `prompt`",
+}
+"""Columns of rows that need no prompt, and what to do where one is needed."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -69,8 +78,8 @@ def load_trajectories(
     if too_long and on_too_long == "error":
         raise QvgptError(
             f"{too_long} of {len(every)} texts are longer than max_length {max_length} (the longest"
-            f" has {longest} tokens): raise max_length (by default the context, gpt.seq_len of a"
-            " new model), or set on_too_long to 'drop' or 'cut'"
+            f" has {longest} tokens): raise max_length (by default the context; of a new model"
+            f" gpt.seq_len, fitted up to {CONTEXTS[1]}), or set on_too_long to 'drop' or 'cut'"
         )
     cut = 0
     if too_long and on_too_long == "cut":
@@ -161,10 +170,11 @@ def _completion(row: Row, tokenizer: Tokenizer) -> Trajectory:
     fields = row.fields
     if "label" in fields:
         if not isinstance(fields["label"], bool):
-            raise row.fault("label", f"expected true or false, found {fields['label']!r}")
+            problem = f"expected true or false, found {fields['label']!r}"
+            raise row.fault("label", f"{problem}: a number stands in `reward`")
         if "reward" in fields or "token_rewards" in fields:
             raise row.fault("label", "a row with a reward needs no label: remove one of them")
-        row = Row(row.where, {**fields, "reward": 1.0 if fields["label"] else -1.0})
+        row = Row(row.where, {**fields, "reward": float(fields["label"])})
     if isinstance(fields.get("completion"), list) and "completion_ids" not in fields:
         return _conversation(row, tokenizer)
     prompt = prompt_tokens(row, tokenizer)
@@ -333,7 +343,10 @@ def _steps(row: Row, tokenizer: Tokenizer) -> Trajectory:
 
 
 def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
-    """The tokens before the completion."""
+    """The tokens before the completion. Raises `DataError` where a row has no prompt."""
+    for column, problem in _PROMPTLESS.items():
+        if column in row.fields and not {"prompt", "prompt_ids"} & row.fields.keys():
+            raise row.fault(column, problem)
     if "prompt_ids" in row.fields:
         return _ids(row, "prompt_ids", tokenizer)
     if isinstance(row.fields.get("prompt"), list):

@@ -1,9 +1,10 @@
 """A text maze: find the goal, one move a turn, with or without being told where one is.
 
-The shape is that of LMRL-Gym's maze (Abdulhai et al., 2023): 25 cells of corridors, one goal, four
-moves, −1 for each move but the one that arrives, 100 moves at most. The mazes are our own, drawn
-by seed, and so are the words. A move into a wall, and any text that is no move, leaves all as it
-was and costs 1.
+The shape and the rewards are those of LMRL-Gym's maze (Abdulhai et al., 2023): 25 cells of
+corridors, one goal, four moves, 0 for the move that arrives, −1 for any other, into a wall too,
+which leaves all as it was, and −4 for a text that is no move, 100 moves at most. The mazes are our
+own, drawn by seed, and so are the words. The tables of reproductions/games play 30 moves at most;
+they were made when what is no move cost 1.
 
     full      "goal k. you d."        the observation is the state: cells are named by letters
     partial   "walls left, up."       the state must be made out from all that was seen
@@ -32,6 +33,8 @@ Belief = frozenset[Cell]
 DIRECTIONS: dict[str, Cell] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 MOVES = {f"move {name}": step for name, step in DIRECTIONS.items()}
 """The actions, as text."""
+NO_MOVE = -4.0
+"""The reward of a text that is none of them; the limit counts it as a move."""
 NOISES = (1.0, 0.7, 0.3)
 """Players that write the logs: each moves at random so often, else as is best."""
 _DRAWS = 1000
@@ -269,14 +272,15 @@ class MazeEnv:
         return action in MOVES
 
     def step(self, action: str) -> Step:
-        """Move, if it is a move: 0 for arriving, else −1."""
+        """Move, if it is a move: 0 for arriving, −1 for another move, −4 for what is none."""
         if self.cell is None:
             raise QvgptError("a maze needs reset(seed) before its first step")
         self.cell, self.moves = self.maze.move(self.cell, action), self.moves + 1
         arrived = self.cell == self.maze.goal
         over = arrived or self.moves >= self.maze.max_moves
         seen = None if over else self.maze.observe(self.cell)
-        return Step(seen, 0.0 if arrived else -1.0, terminated=over, truncated=False)
+        reward = 0.0 if arrived else -1.0 if self.allows(action) else NO_MOVE
+        return Step(seen, reward, terminated=over, truncated=False)
 
 
 def _player(env: MazeEnv, players: Maze, rng: random.Random, noise: float) -> Callable[[str], str]:

@@ -30,7 +30,7 @@ from qvgpt.models.heads import ValueHeads, exact
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference, SlowTrunk
-from qvgpt.models.vocab import chunk_rows, entropy, log_prob, logits, lookup_tied, wide
+from qvgpt.models.vocab import best, chunk_rows, entropy, log_prob, logits, lookup_tied, wide
 from qvgpt.objectives import NEEDS, Candidates, Values
 from qvgpt.trajectory import TrajectoryBatch
 
@@ -39,9 +39,10 @@ OF_THE_TRUNK = frozenset(
     {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
 )
 """The `Values` that no value heads are asked for."""
-AMONG_CANDIDATES = frozenset({"candidate_q_max", "q_spread", "logit_spread"})
-"""The `Values` that the likeliest tokens are asked for."""
+AMONG_CANDIDATES = frozenset({"candidate_q_max", "any_q_max", "q_spread", "logit_spread"})
+"""The `Values` that the likeliest tokens are asked for, and one of all tokens beside them."""
 _CANDIDATES = 20
+_DECISIONS = 128  # of a batch, at which all tokens are looked at
 
 
 @dataclass
@@ -288,7 +289,8 @@ class ValueModel(nn.Module):
     def _among_candidates(
         self, taken: Float[Tensor, "rows embed"], mask: Bool[Tensor, "batch steps"], needs: Set[str]
     ) -> dict[str, Tensor]:
-        """What guidance finds where a token is chosen: the best Q, and how far Q and log π vary."""
+        """What guidance finds where a token is chosen: the best Q, of likely tokens and of all, and
+        how far Q and log π vary."""
         assert self.heads is not None
         slow: Any = self.heads.target_q
         size, embed = self.trunk.vocab_size, taken.size(-1)
@@ -303,10 +305,19 @@ class ValueModel(nn.Module):
             mean = (pi * both).sum(-1, keepdim=True)
             spread = (pi * (both - mean).square()).sum(-1).sqrt()
             found.append(torch.cat([q.amax(-1)[None], spread]))
-        columns = zip(
-            ("candidate_q_max", "q_spread", "logit_spread"), torch.cat(found, dim=1), strict=True
-        )
-        return {name: scatter(flat, mask) for name, flat in columns if name in needs}
+        names = ("candidate_q_max", "q_spread", "logit_spread")
+        columns: dict[str, Tensor] = dict(zip(names, torch.cat(found, dim=1), strict=True))
+        if "any_q_max" in needs:
+
+            def of_all(h: Tensor) -> Tensor:
+                return torch.stack([head(h) for head in slow]).mean(0)[:, :known]
+
+            step = max(1, math.ceil(len(taken) / _DECISIONS))
+            columns["any_q_max"] = torch.full_like(columns["q_spread"], math.nan)
+            with exact(taken):
+                of_some, _ = best(of_all, wide(taken[::step]), size, tensors=len(slow) + 1)
+            columns["any_q_max"][::step] = of_some
+        return {name: scatter(flat, mask) for name, flat in columns.items() if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
         """Write the artefact described at the head of this file.

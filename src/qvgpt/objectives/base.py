@@ -41,9 +41,11 @@ class Values:
     """Σₐ π(a|s) Q(s, a) by the slow copy, π the policy that is judged, without gradient."""
     candidate_q_max: Float[Tensor, "batch steps"] | None = None
     """The greatest mean Q of the slow copies among the tokens that π is likeliest to say, without
-    gradient; so are the next two."""
+    gradient; so are the next three."""
+    any_q_max: Float[Tensor, "batch steps"] | None = None
+    """The same among all tokens, likely or not; NaN but at some 100 decisions of a batch."""
     q_spread: Float[Tensor, "batch steps"] | None = None
-    """Standard deviation of that Q among them, under π."""
+    """Standard deviation of that Q among the likeliest, under π."""
     logit_spread: Float[Tensor, "batch steps"] | None = None
     """Standard deviation of log π among them, under π."""
     logprob: Float[Tensor, "batch steps"] | None = None

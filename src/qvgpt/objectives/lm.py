@@ -16,7 +16,10 @@ from qvgpt.trajectory import TrajectoryBatch
 
 @dataclass(frozen=True)
 class LM:
-    """Next-token prediction: −log π, on what the model wrote or on everything."""
+    """Next-token prediction, on what the model wrote or on everything: L = −log π(a|s).
+
+    Of the best texts alone (`min_return`, `top_share`) filtered cloning, %BC (Chen et al., 2021).
+    """
 
     on: Literal["completions", "all"] = "completions"
     """completions: the actions only (fine-tuning). all: every token (pre-training)."""
@@ -72,9 +75,10 @@ class LM:
 
 @dataclass(frozen=True)
 class AWAC:
-    """Advantage-weighted cloning: −exp(A / temperature)·log π, A = min Q̄ − V  (Nair et al., 2020).
+    """Advantage-weighted cloning  (AWAC; Nair et al., 2020).
 
-    Needs a value objective beside it to learn Q and V.
+    L = −min(exp(A / temperature), max_weight)·log π(a|s),  A = minᵢ Q̄ᵢ(s, a) − V(s). Needs a value
+    objective beside it to learn Q and V.
     """
 
     temperature: float = 1.0
@@ -105,10 +109,11 @@ class AWAC:
 
 @dataclass(frozen=True)
 class AWR:
-    """Advantage-weighted regression: −exp(A / temperature)·log π  (Peng et al., 2019).
+    """Advantage-weighted regression  (AWR; Peng et al., 2019).
 
-    A = G(λ) − V: the return that was observed, where AWAC asks what Q expected. Needs a value
-    objective beside it to learn V, discounted as G is here.
+    L = −min(exp(A / temperature), max_weight)·log π(a|s),  A = G(λ) − V(s): the return that was
+    observed, where AWAC asks what Q expected. Needs a value objective beside it to learn V,
+    discounted as G is here.
     """
 
     temperature: float = 1.0

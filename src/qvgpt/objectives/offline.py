@@ -102,8 +102,8 @@ class ILQL:
 class MonteCarlo:
     """Values of the policy that wrote the data: Q and V regress on the λ-return.
 
-    λ = 1 is the observed return itself; below 1 the value of what follows is trusted too
-    (TD(λ), Sutton & Barto, ch. 12).
+    L = Σᵢ (G − Qᵢ)² + (G − v)²,  G = r + γ·[(1 − λ) v′ + λ G′]  (TD(λ), Sutton & Barto, ch. 12).
+    λ = 1 is the observed return itself; below 1 the value of what follows is trusted too.
     """
 
     gamma: float = 1.0
@@ -137,9 +137,9 @@ class MonteCarlo:
 class SARSA:
     """Values of the policy that wrote the data, from the action it took next  (TD(λ) on Q).
 
-    Q regresses on r + γ·[(1 − λ) Q̄(s′, a′) + λ G′], Q̄ the mean of the slow heads; v on Q̄(s, a)
-    (Rummery & Niranjan, 1994; Sutton & Barto, ch. 12). λ = 1 is the observed return. Where a text
-    was cut the next action is not known: v of its last state stands for it.
+    L = Σᵢ (G − Qᵢ)² + (v − Q̄(s, a))²,  G = r + γ·[(1 − λ) Q̄(s′, a′) + λ G′],  Q̄ the mean of the
+    slow heads (Rummery & Niranjan, 1994; Sutton & Barto, ch. 12). λ = 1 is the observed return.
+    Where a text was cut the next action is not known: v of its last state stands for it.
     """
 
     gamma: float = 1.0
@@ -244,8 +244,8 @@ class DoubleQ:
 class FQE:
     """Fitted Q evaluation: what another policy would earn, from logs  (Le et al., 2019).
 
-    Q regresses on r + γ Σₐ π(a|s′) Q̄(s′, a), each head on its own slow copy, and v on the mean of
-    Σₐ π(a|s) Q̄(s, a), for the policy π that the model was told to judge (`ValueModel.judged`;
+    L = Σᵢ (r + γ Σₐ π(a|s′) Q̄ᵢ(s′, a) − Qᵢ)² + (meanᵢ Σₐ π(a|s) Q̄ᵢ(s, a) − v)²,  Q̄ᵢ the head's own
+    slow copy, π the policy that the model was told to judge (`ValueModel.judged`;
     `fqe.evaluate_offline` does all of it). Tokens that π likes and the data never took are
     judged by what the head makes of them: trust it near the data alone.
     """

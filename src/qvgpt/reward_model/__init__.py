@@ -6,7 +6,7 @@ The output is a plain `transformers` directory, and `classifier:DIR#label` a rew
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +158,15 @@ def _written(
         "data": learned.counts(),
         "eval_data": held.counts(),
         "cut": training.cut,
+        "max_length": training.max_length,
+        "lr": training.lr,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocab_size": len(training.tokenizer),
         **found,
         "sha256": Classifier.load(output).sha256,
         "rewards": specs,
     }
-    write_card(output, model_card(config.model, config.reads, summary), console.print)
+    write_card(output, model_card(asdict(config), summary), console.print)
     write_json(output / "summary.json", summary)
     shutil.rmtree(output / "checkpoint", ignore_errors=True)
     return summary

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from qvgpt.data.files import Row, kind_of, read_rows
 from qvgpt.envs.rewards.classifier import Reads, read_text
 from qvgpt.errors import QvgptError
+from qvgpt.model_card import files_of
 
 Kind = Literal["classes", "scores", "preferences"]
 Text = tuple[str, str | None]
@@ -38,6 +39,8 @@ class Examples:
     """Names of the classes, in the order of their indices."""
     values: list[str] = field(default_factory=list)
     """What the data call them."""
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """What they were read from, as `model_card.files_of` has it."""
 
     @property
     def texts(self) -> list[str]:
@@ -46,7 +49,7 @@ class Examples:
 
     def counts(self) -> dict[str, Any]:
         """For the summary."""
-        found: dict[str, Any] = {"examples": len(self.items)}
+        found: dict[str, Any] = {"examples": len(self.items), "files": self.files}
         if self.kind == "classes":
             by_class = Counter(int(e.target) for e in self.items)
             found["of_label"] = {name: by_class[i] for i, name in enumerate(self.labels)}
@@ -79,12 +82,14 @@ def load_examples(
     if not found:
         raise QvgptError("data: there is no row to learn from")
     assert column is not None
+    files = files_of(paths)
     if column == "chosen":
-        return Examples("preferences", [Example(t, 1.0, _group(t, row)) for t, _, row in found])
+        items = [Example(t, 1.0, _group(t, row)) for t, _, row in found]
+        return Examples("preferences", items, files=files)
     scores = column in ("score", "reward", "rewards")
     if scores or (column != "label" and _are_scores([v for _, v, _ in found])):
         items = [Example(t, _number(row, column, v), _group(t, row)) for t, v, row in found]
-        return Examples("scores", items)
+        return Examples("scores", items, files=files)
     values = [_label(row, column, value) for _, value, row in found]
     order = list(known) if known else _ordered(values)
     index = {value: i for i, value in enumerate(order)}
@@ -99,7 +104,7 @@ def load_examples(
         Example(t, float(index[v]), _group(t, row))
         for (t, _, row), v in zip(found, values, strict=True)
     ]
-    return Examples("classes", items, list(names) or order, order)
+    return Examples("classes", items, list(names) or order, order, files)
 
 
 def split(examples: Examples, share: float) -> tuple[Examples, Examples]:

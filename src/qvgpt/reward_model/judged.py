@@ -1,5 +1,6 @@
 """How good is a reward model on texts that it did not learn from."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +48,10 @@ def judged(
         confidence = torch.sigmoid(margin.abs()).numpy().astype(float)
         return found | _accuracy(right) | _calibration(confidence, right)
     values, wanted = logits.squeeze(1).numpy().astype(float), targets.numpy().astype(float)
+    low, high = mean_ci(each.tolist()).ci95
     return found | {
         "rmse": float(np.sqrt(each.mean())),
+        "rmse_ci95": [math.sqrt(low), math.sqrt(high)],
         "rmse_of_the_mean": float(wanted.std()),
         "pearson": pearson(values, wanted),
         "spearman": spearman(values, wanted),
