@@ -207,7 +207,8 @@ def test_rounds_of_earlier_versions_go_on(quick, judges):
 
 
 def test_until_the_first_training_begins_its_options_may_change(quick):
-    short = replace(quick, rounds=1, train=replace(quick.train, centred=True, max_length=3))
+    train = replace(quick.train, centred=True, max_length=3)
+    short = replace(quick, rounds=1, judge="length", train=train)
     with pytest.raises(QvgptError, match="raise max_length"):  # known when texts are there
         rounds(short, QUIET)
     collected = Path(quick.output, "round-1/samples/data.jsonl")

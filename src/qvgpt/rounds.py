@@ -26,14 +26,7 @@ from qvgpt.model_card import card_of
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
-from qvgpt.run import (
-    alone_in,
-    changed_settings,
-    check_run,
-    open_run,
-    settings_of,
-    write_json,
-)
+from qvgpt.run import alone_in, changed_settings, check_run, open_run, settings_of, write_json
 from qvgpt.sampling import check_references, load_prompts
 from qvgpt.trainer import TrainConfig, as_begun, check_training, train
 
@@ -137,12 +130,10 @@ def _training_changed(config: RoundsConfig, record: dict[str, Any]) -> list[str]
     if not (output / "run.json").exists():
         return []
     changed = changed_settings(output, "rounds", record)
-    may = "judge" if _has_trained(config) else ("judge", "train.")
-    if not all(name.startswith(may) for name in changed) or settings_of(output, "rounds").get(
-        "judge"
-    ):
-        return []
-    return list(changed.values())
+    may = () if _has_trained(config) else ("train.",)
+    if settings_of(output, "rounds").get("judge") is None:
+        may = ("judge", *may)
+    return list(changed.values()) if all(name.startswith(may) for name in changed) else []
 
 
 def _has_trained(config: RoundsConfig) -> bool:

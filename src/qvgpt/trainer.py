@@ -37,14 +37,7 @@ from qvgpt.refusals import (
     refuse_options,
     refuse_shared_prompts,
 )
-from qvgpt.run import (
-    alone_in,
-    changed_settings,
-    check_run,
-    open_run,
-    settings_of,
-    write_json,
-)
+from qvgpt.run import alone_in, changed_settings, check_run, open_run, settings_of, write_json
 from qvgpt.trajectory import Trajectory, centred, repeated_share, scaled
 
 # settings that a run keeps, whatever it accepts: the weights it began with, their shape, what of
