@@ -25,7 +25,8 @@ from qvgpt.collect import CollectConfig, collect
 from qvgpt.decode.policy import Guidance
 from qvgpt.models.value_model import ValueModel
 from qvgpt.run import write_json
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))

@@ -25,6 +25,7 @@ from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
+from qvgpt.written import Sample, WrittenTexts
 
 Score = Callable[[list[str], list[int]], list[float]]
 """Completions and the index of the prompt each belongs to → one score each."""
@@ -45,16 +46,6 @@ class CompareOptions:
     keep_reports: int = 0
     """Of this many prompts the first sample keeps its token reports."""
     resamples: int = 2000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One text that a method wrote."""
-
-    prompt: int
-    """Index of the prompt."""
-    written: Text
-    score: float
 
 
 @dataclass(frozen=True)
@@ -124,6 +115,7 @@ def compare(
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
     searches: Mapping[str, Search] | None = None,
+    kept: WrittenTexts | None = None,
 ) -> list[Row]:
     """Write texts by every guidance from the same prompts and seeds, and compare their scores.
 
@@ -133,7 +125,7 @@ def compare(
     which methods each text is the one of so many that `model` gives the highest Q; their KL is a
     bound (`decode.rerank.choice_kl`). `searches` says which methods search, with their KL as
     `searches.write_searched` has it. `values` guide and rank instead of the model's own; KL is then
-    to the model itself.
+    to the model itself. A method whose texts are `kept` does not write them again.
     """
     options = options or CompareOptions()
     if not prompts or not guidances:
@@ -147,7 +139,12 @@ def compare(
     if base is not None:
         plain = {n: replace(w, model=base) for n, w in writers.items() if n not in valued}
         writers |= plain
-    written = {n: _write(w, prompts, score, options, on_step) for n, w in writers.items()}
+    written: dict[str, list[Sample]] = {}
+    for name, writer in writers.items():
+        known = kept.find(name) if kept is not None else None
+        written[name] = known or _write(writer, prompts, score, options, on_step)
+        if kept is not None and known is None:
+            kept.keep(name, written[name])
     for name in valued:
         if base is not None:
             _measure_kl(writers[name], base, prompts, written[name])

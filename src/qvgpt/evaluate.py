@@ -41,6 +41,7 @@ from qvgpt.sampling import (
     load_values,
 )
 from qvgpt.trajectory import Trajectory, by_prompt
+from qvgpt.written import WrittenTexts
 
 CORPUS_METRICS = {
     "corpus_bleu": corpus_bleu_ci,
@@ -136,7 +137,8 @@ class EvaluateConfig:
     device_map: str | None = None
     """Where the model lies, as accelerate reads it: auto, cuda, cpu …; none: the CPU."""
     resume: bool = False
-    """Make the results anew in a directory that holds the same run."""
+    """Go on with the same run: methods whose texts are there write no others. Of a finished one
+    the results are made anew."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -146,10 +148,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     refuse_options(config)
     names = [config.reward, *(n for n in config.metrics if n not in CORPUS_METRICS)]
     rewards = {name: get_reward(name) for name in names}
-    kept: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
-    model = ValueModel.from_pretrained(config.model, **kept)
+    placed: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device_map}
+    model = ValueModel.from_pretrained(config.model, **placed)
     values = load_values(
-        model, config.model, config.value_models, config.contrast, config.weights, **kept
+        model, config.model, config.value_models, config.contrast, config.weights, **placed
     )
     guidances, searched = guidances_of(config), searches_of(config)
     guidances |= {name: guidance for name, (guidance, _) in searched.items()}
@@ -166,7 +168,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_guidance(model, guidances.values(), prompts, config.max_tokens, values)
     base = None
     if config.base is not None:
-        base = ValueModel.from_pretrained(config.base, **kept)
+        base = ValueModel.from_pretrained(config.base, **placed)
         refuse_other_tokens(model, base)
         check_room(prompts, base, config.max_tokens)
     check_references(data, [config.reward, *config.metrics])
@@ -184,14 +186,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         keep_reports=config.texts,
     )
     output = open_run(config.output, "evaluate", config, config.resume)
+    kept = WrittenTexts(output / "texts", _sources(config, rewards))
     each = (config.samples if g.temperature and is_sampled(searches.get(name)) else 1
             for name, g in guidances.items())  # fmt: skip
-    total = sum(n * best_of.get(name, 1) for n, name in zip(each, guidances, strict=True))
+    known = {name for name in guidances if kept.find(name) is not None}
+    if known:
+        print(f"evaluate: {len(known)} of {len(guidances)} methods have written", file=sys.stderr)
+    total = sum(
+        n * best_of.get(name, 1)
+        for n, name in zip(each, guidances, strict=True)
+        if name not in known
+    )
     with TextProgress("evaluate", total * len(prompts)) as progress:
         rows = compare(
             model, prompts, score, guidances, options,
             base=base, metrics=judges, best_of=best_of, on_step=progress.step, values=values,
-            searches=searches,
+            searches=searches, kept=kept,
         )  # fmt: skip
     rows = _add_corpus_metrics(rows, fields, config)
     judged, right = values or own_values(model), None
@@ -224,6 +234,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     parts = sections(found, model, prompts, config.texts)
     write_report(output / "report.html", f"Evaluation of {config.model}", parts)
+    kept.drop()
     show(found, output)
     if config.card:
         add_evaluation(Path(config.model), evaluation_section(summary))
@@ -254,12 +265,19 @@ def refuse_options(config: EvaluateConfig) -> None:
     guidances_of(config)  # refuses what has no meaning
 
 
+def _sources(config: EvaluateConfig, rewards: Mapping[str, Metric]) -> list[Path]:
+    """What writes, guides and judges, and the data."""
+    judges = [judge for reward in rewards.values() for judge in reward.models]
+    named = [config.model, config.base, *config.value_models, *config.contrast, *judges]
+    return [Path(name) for name in (*named, config.data) if name is not None]
+
+
 def _refuse_another_run(config: EvaluateConfig) -> None:
     """Raise `QvgptError` where results must not go, or the model has no card to add them to."""
     if not config.resume and (Path(config.output) / "run.json").exists():
         raise QvgptError(
-            f"{config.output}: holds another run already; choose another output, or make the same "
-            "run's results anew with --resume true"
+            f"{config.output}: holds another run already; choose another output, or go on with the "
+            "same one (finished, it is made anew) with --resume true"
         )
     check_run(config.output, "evaluate", config, config.resume)
     if config.card and card_of(Path(config.model)) is None:
