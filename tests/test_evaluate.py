@@ -27,14 +27,14 @@ from qvgpt.bootstrap import (
     ranks,
     spearman,
 )
-from qvgpt.compare import CompareOptions, compare
+from qvgpt.compare import CompareOptions, Method, compare
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.blocks import BlockSearch
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
-from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, guidances_of
+from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, methods_of
 from qvgpt.evaluate_report import _texts
 from qvgpt.model_card import write_card
 from qvgpt.models.gpt import GPT
@@ -375,12 +375,14 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    searches = {"tree": TreeSearch(4, max_tokens=6), "block": BlockSearch(1, 3, 2, max_tokens=6)}
-    guidances = {"base": Guidance(), "tree": Guidance(temperature=0.0), "block": Guidance()}
+    blocks = BlockSearch(1, 3, 2, max_tokens=6)
+    methods = {
+        "base": Guidance(),
+        "tree": Method(Guidance(temperature=0.0), search=TreeSearch(4, max_tokens=6)),
+        "block": Method(Guidance(), search=blocks),
+    }
     options = CompareOptions(samples=2, max_tokens=6, timing=3)
-    _, tree, block = compare(
-        model, prompts, share_of_a, guidances, options, base=other, searches=searches
-    )
+    _, tree, block = compare(model, prompts, share_of_a, methods, options, base=other)
     assert (len(tree.samples), len(block.samples)) == (5, 10)
     for sample in (*tree.samples, *block.samples):
         prompt, text = prompts[sample.prompt], sample.written.tokens
@@ -392,7 +394,7 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
             exact = -float(logprob[1][range(len(text)), text].sum())
         else:
             exact = float((logprob[0] - logprob[1])[range(len(text)), text].sum())
-            exact += searches["block"].choice_kl(len(text))
+            exact += blocks.choice_kl(len(text))
         assert sample.written.kl == pytest.approx(exact, abs=1e-4)
     assert tree.forward_tokens_per_token is not None
     assert tree.as_dict()["search"] == "tree search (simulations 4)"
@@ -430,7 +432,7 @@ def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model, ca
 )
 def test_what_is_recommended_is_how_the_best_was_written(task, model, prompts, best, kept):
     config, options = replace(task, betas=[2.0, -2.0]), CompareOptions(max_tokens=2, timing=0)
-    rows = compare(model, prompts[:1], share_of_a, guidances_of(config), options)
+    rows = compare(model, prompts[:1], share_of_a, methods_of(config), options)
     scored = [replace(r, score=Estimate(float(r.method == best), (0.0, 1.0))) for r in rows]
     assert _recommend(ValueModel.from_pretrained(task.model), scored, config) == best
     found = ValueModel.from_pretrained(task.model).info.recommended_guidance
@@ -522,7 +524,7 @@ def test_an_evaluation_that_was_stopped_goes_on_with_what_was_written(
     def write_until(last, writer, *rest):
         if len(written) == last:
             raise Stopped
-        written.append(repr(writer.guidance))
+        written.append(repr(writer.how))
         return write(writer, *rest)
 
     monkeypatch.setattr(qvgpt.compare, "_write", partial(write_until, 2))
