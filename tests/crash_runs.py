@@ -21,8 +21,10 @@ from rich.console import Console
 
 from qvgpt import RandomWalks
 from qvgpt.cli import main
+from qvgpt.data.sizes import GPTShape, TokenizerConfig
 from qvgpt.fit_options import FitOptions
-from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 KILLS = 50
 FILES = ("model.safetensors", "value_heads.safetensors", "README.md")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -473,6 +474,21 @@ def test_ctrl_c_is_130_and_sigterm_143(kind, expected, call, monkeypatch):
     assert (code, out) == (expected, "")
     said = err.splitlines()[-1]
     assert said == "qvgpt: interrupted; step 2 is in run/checkpoints: go on with --resume"
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_ctrl_c_says_how_to_go_on(has_begun, call, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        if has_begun:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/run.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("qvgpt.evaluate"), "_read", interrupted)
+    words = f"evaluate --model m --data d --reward bleu --output {tmp_path}/out"
+    code, _, err = call(*words.split())
+    ways = f"; what is done is in {tmp_path}/out: go on with --resume" if has_begun else ""
+    assert (code, err) == (130, f"qvgpt: interrupted{ways}\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

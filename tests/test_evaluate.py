@@ -4,9 +4,12 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import sacrebleu
 import torch
 
+import qvgpt.compare
 from qvgpt.bootstrap import (
     Estimate,
     calibration,
@@ -23,14 +27,14 @@ from qvgpt.bootstrap import (
     ranks,
     spearman,
 )
-from qvgpt.compare import CompareOptions, compare
+from qvgpt.compare import CompareOptions, Method, compare
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.decode.blocks import BlockSearch
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.tree import TreeSearch
 from qvgpt.diagnostics import value_diagnostics
 from qvgpt.errors import QvgptError
-from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, guidances_of
+from qvgpt.evaluate import CORPUS_METRICS, EvaluateConfig, _recommend, evaluate, methods_of
 from qvgpt.evaluate_report import _texts
 from qvgpt.model_card import write_card
 from qvgpt.models.gpt import GPT
@@ -371,12 +375,14 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    searches = {"tree": TreeSearch(4, max_tokens=6), "block": BlockSearch(1, 3, 2, max_tokens=6)}
-    guidances = {"base": Guidance(), "tree": Guidance(temperature=0.0), "block": Guidance()}
+    blocks = BlockSearch(1, 3, 2, max_tokens=6)
+    methods = {
+        "base": Guidance(),
+        "tree": Method(Guidance(temperature=0.0), search=TreeSearch(4, max_tokens=6)),
+        "block": Method(Guidance(), search=blocks),
+    }
     options = CompareOptions(samples=2, max_tokens=6, timing=3)
-    _, tree, block = compare(
-        model, prompts, share_of_a, guidances, options, base=other, searches=searches
-    )
+    _, tree, block = compare(model, prompts, share_of_a, methods, options, base=other)
     assert (len(tree.samples), len(block.samples)) == (5, 10)
     for sample in (*tree.samples, *block.samples):
         prompt, text = prompts[sample.prompt], sample.written.tokens
@@ -388,7 +394,7 @@ def test_kl_of_searches_is_to_the_base_that_is_named(model, prompts):
             exact = -float(logprob[1][range(len(text)), text].sum())
         else:
             exact = float((logprob[0] - logprob[1])[range(len(text)), text].sum())
-            exact += searches["block"].choice_kl(len(text))
+            exact += blocks.choice_kl(len(text))
         assert sample.written.kl == pytest.approx(exact, abs=1e-4)
     assert tree.forward_tokens_per_token is not None
     assert tree.as_dict()["search"] == "tree search (simulations 4)"
@@ -426,7 +432,7 @@ def test_the_best_guidance_is_recommended_to_the_model(task, tmp_path, model, ca
 )
 def test_what_is_recommended_is_how_the_best_was_written(task, model, prompts, best, kept):
     config, options = replace(task, betas=[2.0, -2.0]), CompareOptions(max_tokens=2, timing=0)
-    rows = compare(model, prompts[:1], share_of_a, guidances_of(config), options)
+    rows = compare(model, prompts[:1], share_of_a, methods_of(config), options)
     scored = [replace(r, score=Estimate(float(r.method == best), (0.0, 1.0))) for r in rows]
     assert _recommend(ValueModel.from_pretrained(task.model), scored, config) == best
     found = ValueModel.from_pretrained(task.model).info.recommended_guidance
@@ -485,7 +491,7 @@ def test_prompts_have_no_part_in_the_scale_of_colours(model):
 def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     first = evaluate(task)
     before = (tmp_path / "out" / "summary.json").read_text()
-    with pytest.raises(QvgptError, match=r"another run already; .*anew with --resume true"):
+    with pytest.raises(QvgptError, match=r"another run already; .*made anew\) with --resume true"):
         evaluate(task)
     with pytest.raises(QvgptError, match="3 of 3 prompts"):
         evaluate(replace(task, output=str(tmp_path / "long"), max_tokens=30))
@@ -503,6 +509,63 @@ def test_command_is_repeatable_and_refuses_what_it_cannot_do(task, tmp_path):
     again = evaluate(replace(task, resume=True))
     for one, two in zip(first["rows"], again["rows"], strict=True):
         assert {**one, "s_per_token": 0} == {**two, "s_per_token": 0}
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_evaluation_that_was_stopped_goes_on_with_what_was_written(
+    task, tmp_path, monkeypatch, capsys
+):
+    whole = evaluate(replace(task, output=str(tmp_path / "whole")))
+    written, write = list[str](), qvgpt.compare._write
+
+    def write_until(last, writer, *rest):
+        if len(written) == last:
+            raise Stopped
+        written.append(repr(writer.how))
+        return write(writer, *rest)
+
+    monkeypatch.setattr(qvgpt.compare, "_write", partial(write_until, 2))
+    with pytest.raises(Stopped):
+        evaluate(task)
+    output = tmp_path / "out"
+    [broken, _] = sorted((output / "texts").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    shutil.copytree(output, tmp_path / "torn")
+    (tmp_path / "torn" / "texts" / broken.name).write_text(broken.read_text()[:-9])
+    (tmp_path / "torn" / "run.json").write_text(
+        (output / "run.json").read_text().replace(task.output, str(tmp_path / "torn"))
+    )
+    capsys.readouterr()
+    for where, again in ((output, 2), (tmp_path / "torn", 3)):
+        written.clear()
+        monkeypatch.setattr(qvgpt.compare, "_write", partial(write_until, None))
+        found = evaluate(replace(task, resume=True, output=str(where)))
+        assert len(written) == again
+        assert f"{4 - again} of 4 methods have written" in capsys.readouterr().err
+        for one, two in zip(whole["rows"], found["rows"], strict=True):
+            assert {**one, "s_per_token": 0} == {**two, "s_per_token": 0}
+        assert shown_texts(where) == shown_texts(tmp_path / "whole")
+        assert not (where / "texts").exists()
+    # another model of the same name
+    written.clear()
+    monkeypatch.setattr(qvgpt.compare, "_write", partial(write_until, 1))
+    task = replace(task, output=str(tmp_path / "other"))
+    with pytest.raises(Stopped):
+        evaluate(task)
+    os.utime(Path(task.model) / "model.safetensors", ns=(1, 1))
+    monkeypatch.setattr(qvgpt.compare, "_write", partial(write_until, None))
+    written.clear()
+    evaluate(replace(task, resume=True))
+    assert len(written) == 4
+
+
+def shown_texts(output: Path) -> list[str]:
+    """Tokens of the report, with what is shown of each."""
+    found = re.findall(r"<span [^>]*title=.*?</span>", (output / "report.html").read_text())
+    assert found
+    return found
 
 
 def test_another_base_writes_the_unguided_texts_and_kl_is_to_it(task, tmp_path, model):

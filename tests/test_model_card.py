@@ -10,10 +10,12 @@ import yaml
 from rich.console import Console
 
 from qvgpt import RandomWalks, ValueModel
+from qvgpt.data.sizes import GPTShape, TokenizerConfig
 from qvgpt.fit_options import FitOptions
 from qvgpt.model_card import _data, add_evaluation, evaluation, files_of, table, write_card
 from qvgpt.models.lora import LoraConfig
-from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 ROWS = RandomWalks.draw(0).logged_walks(24, 0)
 

@@ -34,7 +34,8 @@ from qvgpt.reward_model.examples import load_examples, split
 from qvgpt.reward_model.judged import judged, loss
 from qvgpt.reward_model.scratch import Size, new_tokenizer
 from qvgpt.reward_model.training import Rates
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 judges = import_module("qvgpt.envs.rewards.classifier")
 SMALL = Size(width=32, layers=1, vocab_size=400, dropout=0.0)

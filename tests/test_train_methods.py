@@ -28,6 +28,7 @@ from test_trainer import (  # noqa: F401  fixtures among them
 
 from qvgpt import Guidance, HeadsConfig, QvgptError, ValueModel, generate
 from qvgpt.bootstrap import spearman
+from qvgpt.data.sizes import TokenizerConfig
 from qvgpt.decode.policy import next_token
 from qvgpt.decode.score import score
 from qvgpt.decode.sources import (
@@ -44,7 +45,7 @@ from qvgpt.fqe import evaluate_offline
 from qvgpt.models.gpt import GPT
 from qvgpt.models.lora import LoraConfig
 from qvgpt.objectives import ILQL, METHODS, Candidates
-from qvgpt.trainer import TokenizerConfig, train
+from qvgpt.trainer import train
 from qvgpt.trajectory import Trajectory, collate, mean_return
 
 

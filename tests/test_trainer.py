@@ -17,13 +17,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qvgpt import GPT, HeadsConfig, QvgptError, RandomWalks, Tokenizer, Trajectory, ValueModel
 from qvgpt.data.batches import Rows, batches
+from qvgpt.data.sizes import GPTShape, TokenizerConfig
 from qvgpt.decode.policy import Guidance, next_token
 from qvgpt.fit_options import FitOptions, step_seed
 from qvgpt.loop import Training, fit
 from qvgpt.models.causal_lm import CausalLM
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import RunProgress, alone_in, open_run, read_log
-from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 from qvgpt.trajectory import centred, collate, mean_return
 
 QUIET = Console(quiet=True)

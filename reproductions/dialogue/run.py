@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from turns import Rivals, Turns, foretold, means, shaped
 
 from qvgpt.data.rows import load_trajectories
+from qvgpt.data.sizes import GPTShape, TokenizerConfig
 from qvgpt.decode.policy import Guidance
 from qvgpt.fit_options import FitOptions
 from qvgpt.fqe import evaluate_offline
@@ -39,7 +40,8 @@ from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
 from qvgpt.run import write_json
-from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 from qvgpt.trajectory import Trajectory, scaled
 
 HERE = Path(__file__).parent

@@ -291,19 +291,29 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
 
 
 def quick_settings() -> dict[str, Setting]:
-    """The same games, as small as they can be played."""
+    """The same games, as small as they can be played; two of them long enough for their methods'
+    order to show."""
     games = settings(Wordle(WORDS))
     del games["star_graph_5_5"], games["wordle_adversarial"]
-    graphs = StarGraphs(degree=2, length=2, num_labels=6)
-    star = {"task": lambda seed, episodes: star_graph(seed, episodes, graphs)}
+    steps, rates = {"random_walk": 100, "star_graph": 200}, {"star_graph": 5e-3}
+    long = StarGraphs(degree=2, length=2, num_labels=6)
+    short = replace(long, num_labels=3)  # both arms' ends are told apart in seconds
     small: dict[str, dict[str, Any]] = {
         "random_walk": {
             "episodes": 400,
             "evaluations": 100,
-            "methods": ("BC", "MonteCarlo", "ILQL"),  # longer than others, for their order is asked
+            "methods": ("BC", "MonteCarlo", "ILQL"),
         },
-        "star_graph": star,
-        "star_graph_2_5": star,
+        "star_graph": {
+            "task": lambda seed, episodes: star_graph(seed, episodes, short),
+            "episodes": 500,
+            "evaluations": 50,
+            "trunk": "gpt",
+            "embed_dim": 64,
+            "num_layers": 1,
+            "methods": ("BC", "MonteCarlo", "MC_categorical", "Qsharp", "SARSA", "ILQL", "CQL"),
+        },
+        "star_graph_2_5": {"task": lambda seed, episodes: star_graph(seed, episodes, long)},
     }
     for name, full in (("maze_full", True), ("maze_partial", False)):
         size = {"num_cells": 5, "side": 3, "max_moves": 6}
@@ -314,9 +324,9 @@ def quick_settings() -> dict[str, Setting]:
             **{"episodes": 100, "evaluations": 10, "embed_dim": 32} | small.get(name, {}),
             fit=replace(
                 setting.fit,
-                max_steps=100 if name == "random_walk" else 4,
+                max_steps=steps.get(name, 4),
                 batch_size=min(32, setting.fit.batch_size),
-                lr=3e-3,
+                lr=rates.get(name, 3e-3),
             ),
             heads_fit=setting.heads_fit and replace(setting.heads_fit, max_steps=4),
         )

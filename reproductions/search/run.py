@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvgpt.compare import CompareOptions, Row, Score, compare
+from qvgpt.compare import CompareOptions, Method, Row, Score, compare
 from qvgpt.data.rows import Row as DataRow
 from qvgpt.data.rows import row_to_trajectories
 from qvgpt.decode.beam import BeamSearch
@@ -233,23 +233,21 @@ def spent(
 ) -> dict[str, dict[str, Any]]:
     """What every way makes of a model's prompts, and what it costs."""
     greedy = replace(ways.base, temperature=0.0)
-    guidances = {
+    methods: dict[str, Guidance | Method] = {
         "base": ways.base,
         "base, greedy": greedy,
-        f"best of {BEST_OF}": ways.base,
+        f"best of {BEST_OF}": Method(ways.base, BEST_OF),
         **{f"guided, β = {beta:g}": replace(ways.base, beta=beta) for beta in ways.betas},
         f"guided, β = {ways.betas[-1]:g}, greedy": replace(greedy, beta=ways.betas[-1]),
-        **{search_name(search): ways.base for search in ways.sampled},
-        **{search_name(search): greedy for search in ways.greedy},
+        **{search_name(search): Method(ways.base, search=search) for search in ways.sampled},
+        **{search_name(search): Method(greedy, search=search) for search in ways.greedy},
     }
-    searches = {search_name(search): search for search in (*ways.sampled, *ways.greedy)}
     options = CompareOptions(samples, ways.max_tokens, max_batch=256, seed=1, timing=timing)
 
-    def run(model: ValueModel, guidances: Mapping[str, Guidance], **how: Any) -> list[Row]:
-        return compare(model, asked.prompts, asked.score, guidances, options, **how)
+    def run(model: ValueModel, methods: Mapping[str, Guidance | Method], **how: Any) -> list[Row]:
+        return compare(model, asked.prompts, asked.score, methods, options, **how)
 
-    best_of = {f"best of {BEST_OF}": BEST_OF}
-    rows = run(asked.model, guidances, best_of=best_of, searches=searches, base=asked.base)
+    rows = run(asked.model, methods, base=asked.base)
     strengths = {f"contrast, α = {a:g}": replace(ways.base, beta=a) for a in ways.contrasts}
     rows += run(asked.base or asked.model, strengths, values=asked.contrast)
     return {

@@ -11,6 +11,7 @@ from rich.console import Console
 from sst2 import Files, read, write
 
 from qvgpt.collect import CollectConfig, collect
+from qvgpt.data.sizes import GPTShape, TokenizerConfig
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.sources import Contrast, ValueSource
 from qvgpt.envs.rewards import get_reward
@@ -20,7 +21,8 @@ from qvgpt.models.value_model import ValueModel
 from qvgpt.reward_model import RewardModelConfig, train_reward_model
 from qvgpt.reward_model.scratch import Size
 from qvgpt.reward_model.training import Rates
-from qvgpt.trainer import GPTShape, TokenizerConfig, TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 QUIET = Console(file=io.StringIO())
 

@@ -30,7 +30,8 @@ from rich.console import Console
 
 from qvgpt.collect import CollectConfig, collect
 from qvgpt.run import check_run, write_json
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 
 Row = dict[str, Any]
 QUIET = Console(file=io.StringIO())

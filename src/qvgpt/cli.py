@@ -135,12 +135,23 @@ def _run(name: str, argv: list[str]) -> int:
     config = _parse(name, command, config_class, argv)
     if config is None:
         return 0
-    summary = function(config)
+    try:
+        summary = function(config)
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(str(interrupt) or _how_to_go_on(config)) from None
     first = os.environ.get("RANK", "0") == "0"  # of several processes: what one says all know
     if command.prints_summary and first:
         run: Any = import_module("qvgpt.run")
         run.print_summary(summary, run.output_console())
     return 2 if summary.get("faults") else 0
+
+
+def _how_to_go_on(config: Any) -> str:
+    """Of an interrupted run, where one has begun."""
+    output = getattr(config, "output", None)
+    if hasattr(config, "resume") and output and (Path(output) / "run.json").exists():
+        return f"; what is done is in {output}: go on with --resume"
+    return ""
 
 
 def _overview() -> str:

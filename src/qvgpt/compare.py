@@ -25,6 +25,7 @@ from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
+from qvgpt.written import Sample, WrittenTexts
 
 Score = Callable[[list[str], list[int]], list[float]]
 """Completions and the index of the prompt each belongs to → one score each."""
@@ -48,13 +49,24 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One text that a method wrote."""
+class Method:
+    """How texts are written."""
 
-    prompt: int
-    """Index of the prompt."""
-    written: Text
-    score: float
+    guidance: Guidance
+    best_of: int = 1
+    """Of so many texts the one whose last token's Q is highest."""
+    search: Search | None = None
+    """What finds the texts, where they are not sampled one by one."""
+
+    @property
+    def valued(self) -> bool:
+        """Whether values change its texts."""
+        searched = self.search is not None and by_values(self.search)
+        return self.guidance.guides or self.best_of > 1 or searched
+
+    def samples(self, asked: int) -> int:
+        """Texts of each prompt: one where it leaves nothing to chance, as greedy text does."""
+        return asked if self.guidance.temperature > 0 and is_sampled(self.search) else 1
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,7 @@ class Row:
     method: str
     baseline: str
     """The method its differences are to."""
-    guidance: Guidance
-    best_of: int
-    """Texts of which each was chosen by its Q."""
-    search: Search | None
-    """What found the texts, where they were not sampled one by one."""
+    how: Method
     score: Estimate
     metrics: dict[str, Estimate]
     kl_per_sequence: float
@@ -87,6 +95,11 @@ class Row:
     seed: int
     samples: list[Sample]
 
+    @property
+    def guidance(self) -> Guidance:
+        """That of the method."""
+        return self.how.guidance
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, without the samples."""
         names = ("kl_per_sequence", "s_per_token", "forward_tokens_per_token", "tokens_mean",
@@ -96,8 +109,8 @@ class Row:
             "beta": self.guidance.beta,
             "kl_budget": self.guidance.kl_budget,
             "temperature": self.guidance.temperature,
-            "best_of": self.best_of,
-            "search": None if self.search is None else search_name(self.search),
+            "best_of": self.how.best_of,
+            "search": None if self.how.search is None else search_name(self.how.search),
             **_estimate_dict(self.score, "mean"),
             **{name: getattr(self, name) for name in names},
             "metrics": {name: _estimate_dict(e, "value") for name, e in self.metrics.items()},
@@ -115,44 +128,45 @@ def compare(
     model: ValueModel,
     prompts: Sequence[Sequence[int]],
     score: Score,
-    guidances: Mapping[str, Guidance],
+    methods: Mapping[str, Method | Guidance],
     options: CompareOptions | None = None,
     *,
     base: ValueModel | None = None,
     metrics: Mapping[str, Score] | None = None,
-    best_of: Mapping[str, int] | None = None,
     on_step: OnStep | None = None,
     values: ValueSource | None = None,
-    searches: Mapping[str, Search] | None = None,
+    kept: WrittenTexts | None = None,
 ) -> list[Row]:
-    """Write texts by every guidance from the same prompts and seeds, and compare their scores.
+    """Write texts by every method from the same prompts and seeds, and compare their scores.
 
-    A row's difference is to the first guidance with β = 0 at its temperature, else to the first
+    A row's difference is to the first method with β = 0 at its temperature, else to the first
     of all. `metrics` are further scores of the same texts. With `base`, a model of the same
-    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. `best_of` says of
-    which methods each text is the one of so many that `model` gives the highest Q; their KL is a
-    bound (`decode.rerank.choice_kl`). `searches` says which methods search, with their KL as
-    `searches.write_searched` has it. `values` guide and rank instead of the model's own; KL is then
-    to the model itself.
+    tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. Of texts chosen
+    among several KL is a bound (`decode.rerank.choice_kl`), of searches what
+    `searches.write_searched` has. `values` guide and rank instead of the model's own; KL is then
+    to the model itself. A method whose texts are `kept` does not write them again.
     """
     options = options or CompareOptions()
-    if not prompts or not guidances:
-        raise QvgptError("a comparison needs prompts and guidances")
+    if not prompts or not methods:
+        raise QvgptError("a comparison needs prompts and methods")
     if base is not None:
         refuse_other_tokens(model, base)
-    of = dict.fromkeys(guidances, 1) | dict(best_of or {})
-    found = dict(searches or {})
-    writers = {n: _Writer(model, g, of[n], found.get(n), values) for n, g in guidances.items()}
-    valued = {name for name, writer in writers.items() if writer.valued}
-    if base is not None:
-        plain = {n: replace(w, model=base) for n, w in writers.items() if n not in valued}
-        writers |= plain
-    written = {n: _write(w, prompts, score, options, on_step) for n, w in writers.items()}
-    for name in valued:
-        if base is not None:
+    ways = {n: Method(m) if isinstance(m, Guidance) else m for n, m in methods.items()}
+    writers = {
+        name: _Writer(model if how.valued or base is None else base, how, values)
+        for name, how in ways.items()
+    }
+    written: dict[str, list[Sample]] = {}
+    for name, writer in writers.items():
+        known = kept.find(name) if kept is not None else None
+        written[name] = known or _write(writer, prompts, score, options, on_step)
+        if kept is not None and known is None:
+            kept.keep(name, written[name])
+    for name, how in ways.items():
+        if how.valued and base is not None:
             _measure_kl(writers[name], base, prompts, written[name])
         for sample in written[name]:
-            sample.written.kl += choice_kl(of[name])
+            sample.written.kl += choice_kl(how.best_of)
     judges = {"": None, **(metrics or {})}  # "" is the score itself, known already
     means = {
         name: {key: _prompt_means(samples, judge, len(prompts)) for key, judge in judges.items()}
@@ -161,7 +175,7 @@ def compare(
     costs = _time(writers, prompts, options)
     rows: list[Row] = []
     for name, samples in written.items():
-        baseline = _baseline(name, guidances)
+        baseline = _baseline(name, ways)
         estimates = {
             key: mean_ci(ours, means[baseline][key], options.resamples, options.seed)
             for key, ours in means[name].items()
@@ -169,9 +183,7 @@ def compare(
         row = Row(
             method=name,
             baseline=baseline,
-            guidance=guidances[name],
-            best_of=of[name],
-            search=found.get(name),
+            how=ways[name],
             score=estimates.pop(""),
             metrics=estimates,
             kl_per_sequence=float(np.mean([s.written.kl for s in samples])),
@@ -211,12 +223,12 @@ def _measure_kl(
         )
         for s in samples
     ]
-    if writer.search is not None or writer.best_of > 1:
+    if writer.how.search is not None or writer.how.best_of > 1:
         both = zip(score_texts(writer.model, texts), score_texts(base, texts), strict=True)
         plain = (own.base_logprob - theirs.base_logprob for own, theirs in both)
         found = [s.written.kl + more for s, more in zip(samples, plain, strict=True)]
     else:
-        found = sequence_kl(writer.model, writer.guidance, base, texts, values=writer.values)
+        found = sequence_kl(writer.model, writer.how.guidance, base, texts, values=writer.values)
     for sample, kl in zip(samples, found, strict=True):
         sample.written.kl = kl
 
@@ -226,36 +238,23 @@ class _Writer:
     """What writes a method's texts."""
 
     model: ValueModel
-    guidance: Guidance
-    best_of: int
-    search: Search | None
+    how: Method
     values: ValueSource | None
 
-    @property
-    def valued(self) -> bool:
-        """Whether values change its texts."""
-        searched = self.search is not None and by_values(self.search)
-        return self.guidance.guides or self.best_of > 1 or searched
-
-    def write(self, requests: Sequence[Request], max_batch: int, **how: Any) -> list[Text]:
-        if self.search is not None:
-            return write_searched(self.search, self.model, requests, values=self.values, **how)
-        how |= {"max_batch": max_batch, "values": self.values}
-        return write_best(self.model, requests, self.best_of, **how)
+    def write(self, requests: Sequence[Request], max_batch: int, **options: Any) -> list[Text]:
+        options |= {"values": self.values}
+        if self.how.search is not None:
+            return write_searched(self.how.search, self.model, requests, **options)
+        return write_best(self.model, requests, self.how.best_of, max_batch=max_batch, **options)
 
     def requests(
         self, prompts: Sequence[Sequence[int]], options: CompareOptions
     ) -> tuple[list[int], list[Request]]:
-        """Each text's prompt and request; sample k of a prompt has the same seed everywhere.
-
-        Greedy writes one text a prompt, and so does a search that leaves nothing to chance.
-        """
-        sampled = self.guidance.temperature > 0 and is_sampled(self.search)
-        copies = options.samples if sampled else 1
+        """Each text's prompt and request; sample k of a prompt has the same seed everywhere."""
+        copies, seed, each = self.how.samples(options.samples), options.seed, options.samples
         owners = [i for i in range(len(prompts)) for _ in range(copies)]
-        seed, each = options.seed, options.samples
         return owners, [
-            Request(prompt, options.max_tokens, self.guidance, row_seed(seed, i * each + k))
+            Request(prompt, options.max_tokens, self.how.guidance, row_seed(seed, i * each + k))
             for i, prompt in enumerate(prompts)
             for k in range(copies)
         ]
@@ -294,7 +293,7 @@ def _time(
     best: dict[str, _Cost] = {}
     for _ in range(_TIMING_ROUNDS if options.timing else 0):
         for name, writer in writers.items():
-            if not writer.valued:  # the base pays for no other model
+            if not writer.how.valued:  # the base pays for no other model
                 writer = replace(writer, values=None)
             requests = writer.requests(prompts, options)[1][: options.timing]
             started, spent = time.perf_counter(), list[int]()
@@ -305,10 +304,14 @@ def _time(
     return best
 
 
-def _baseline(name: str, guidances: Mapping[str, Guidance]) -> str:
-    temperature = guidances[name].temperature
-    plain = (n for n, g in guidances.items() if not g.guides and g.temperature == temperature)
-    return next(plain, next(iter(guidances)))
+def _baseline(name: str, ways: Mapping[str, Method]) -> str:
+    temperature = ways[name].guidance.temperature
+    plain = (
+        n
+        for n, how in ways.items()
+        if not how.guidance.guides and how.guidance.temperature == temperature
+    )
+    return next(plain, next(iter(ways)))
 
 
 def _prompt_means(samples: list[Sample], judge: Score | None, prompts: int) -> list[float]:

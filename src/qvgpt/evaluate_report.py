@@ -118,10 +118,10 @@ def _reward_chart(rows: list[Row], metric: str) -> str:
 
 
 def _strength(row: Row) -> str:
-    if row.search is not None:
-        return search_name(row.search)
-    if row.best_of > 1:
-        return f"best of {row.best_of}"
+    if row.how.search is not None:
+        return search_name(row.how.search)
+    if row.how.best_of > 1:
+        return f"best of {row.how.best_of}"
     budget = row.guidance.kl_budget
     return f"β = {row.guidance.beta:g}" if budget is None else f"KL ≤ {budget:g} a token"
 

@@ -28,7 +28,8 @@ from qvgpt.objectives import parse_objectives
 from qvgpt.processes import processes
 from qvgpt.run import alone_in, changed_settings, check_run, open_run, settings_of, write_json
 from qvgpt.sampling import check_references, load_prompts
-from qvgpt.trainer import TrainConfig, as_begun, check_training, train
+from qvgpt.train_config import TrainConfig, as_begun
+from qvgpt.trainer import check_training, train
 
 COLLECT, TRAIN = CollectConfig("", "", "", ""), TrainConfig([], "")
 """The options of `collect` and `train` as they are unless said otherwise."""

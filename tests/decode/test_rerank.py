@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from qvgpt.compare import CompareOptions, compare
+from qvgpt.compare import CompareOptions, Method, compare
 from qvgpt.decode.engine import Request, row_seed, write
 from qvgpt.decode.policy import Guidance
 from qvgpt.decode.rerank import candidate_seed, choice_kl, last_q, write_best
@@ -66,15 +66,14 @@ def test_a_policy_for_games_may_choose_its_turns(model):
 
 def test_the_best_of_n_is_compared_with_one(model, plain):
     prompts = [list(request.tokens) for request in requests(model)]
-    guidances = {"base": Guidance(), "chosen": Guidance()}
+    methods = {"base": Guidance(), "chosen": Method(Guidance(), best_of=4)}
 
     def length(texts, _):
         return [float(len(text)) for text in texts]
 
     options = CompareOptions(samples=2, max_tokens=8, timing=2)
-    of = {"chosen": 4}
-    base, chosen = compare(model, prompts, length, guidances, options, best_of=of)
-    assert (base.best_of, chosen.best_of) == (1, 4)
+    base, chosen = compare(model, prompts, length, methods, options)
+    assert (base.how.best_of, chosen.how.best_of) == (1, 4)
     found = [row.kl_per_sequence for row in (base, chosen)]
     assert found == pytest.approx([0, choice_kl(4)], abs=1e-6)
     assert choice_kl(4) == pytest.approx(math.log(4) - 0.75)
@@ -82,10 +81,10 @@ def test_the_best_of_n_is_compared_with_one(model, plain):
     assert [s.written.tokens for s in chosen.samples] != [s.written.tokens for s in base.samples]
     assert chosen.as_dict()["best_of"] == 4
     # the base writes its own texts, and the model those that its values choose among
-    _, apart = compare(model, prompts, length, guidances, options, base=plain, best_of=of)
+    _, apart = compare(model, prompts, length, methods, options, base=plain)
     assert [s.written.tokens for s in apart.samples] == [s.written.tokens for s in chosen.samples]
     with pytest.raises(QvgptError, match="no value heads to rank texts by"):
-        compare(plain, prompts, length, guidances, options, best_of=of)
+        compare(plain, prompts, length, methods, options)
 
 
 def test_values_of_whole_turns_guide_no_token(make_model, tmp_path):

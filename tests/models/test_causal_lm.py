@@ -24,7 +24,8 @@ from qvgpt.models.causal_lm import _ATTENTION, CausalLM
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import parse_objectives
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 from qvgpt.trajectory import Trajectory, collate
 
 PACKING = {"llama", "qwen3", "gemma"}

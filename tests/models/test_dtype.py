@@ -20,7 +20,8 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.lora import LoraConfig
 from qvgpt.models.value_model import ValueModel
-from qvgpt.trainer import TrainConfig, train
+from qvgpt.train_config import TrainConfig
+from qvgpt.trainer import train
 from qvgpt.trajectory import Trajectory, collate
 
 QUIET = Console(quiet=True)

@@ -369,7 +369,7 @@ class Histories(Table):
 
 def learn(objective, model, batch, steps: int = 450, rate: float = 0.1):
     """Full-batch descent with a rate that falls to 0."""
-    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98), fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
