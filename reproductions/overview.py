@@ -74,7 +74,6 @@ def _texts() -> Iterator[str]:
             for row in results["rows"]
             if row["direction"] == way and row["method"] == "filtered, best 10%"
         )
-        found = {"relative_decode_time": found["time"][0]["median"], **found}
         yield _row(
             f"Sentiment, {way}, SST-2", "sentiment", "judged so, %", found, rival, 1, results, 100
         )

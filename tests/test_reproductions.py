@@ -21,7 +21,10 @@ from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory, collate
 
-GAMES = {"random_walk", "star_graph", "star_graph_2_5", "maze_full", "maze_partial", "wordle"}
+GAMES = {
+    "random_walk", "star_graph", "star_graph_2_5", "star_graph_5_5", "maze_full", "maze_partial",
+    "wordle",
+}  # fmt: skip
 TEXTS = {
     "metric", "base", "guided", "delta", "delta_ci95", "relative_decode_time", "seeds", "rows",
 }  # fmt: skip

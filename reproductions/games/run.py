@@ -14,10 +14,11 @@ MonteCarlo learns trunk and values together, from scratch. Where a game says so 
 then and its states are kept, and the other methods learn values on those alone; those named
 `joint` learn all from scratch again, as every method does where a game freezes nothing. (A trunk
 that learned to clone alone will not do: amid a move it need not know what the move is worth.)
-Where a method searches, V chooses among the ways that a beam search ends with: it sees at an arm's
-end what it may not see at its beginning. Filtered cloning and soft Q-learning go on with the trunk
-of BC; what the latter learned, log π/π₀, guides BC, so that its tokens are candidates of the logs
-like those of all others.
+Where a game begins as an easier one, its trunk is that which MonteCarlo taught there. Where a
+method searches, V chooses among the ways that a beam search ends with: it sees at an arm's end what
+it may not see at its beginning. Filtered cloning and soft Q-learning go on with the trunk of BC;
+what the latter learned, log π/π₀, guides BC, so that its tokens are candidates of the logs like
+those of all others.
 
 Seconds are those of training, by the clock, one core, with other work beside it, and so no measure
 of one method against another. They include what a row is built on; of the seeds the median, for
@@ -219,7 +220,10 @@ def described(setting: Setting, method: str) -> dict[str, Any]:
 
     What is off is left out: an option that came later, and is off here, changes no cell.
     """
-    said = {**asdict(replace(setting, task=None)), "objectives": objectives_of(setting, method, [])}
+    said = asdict(replace(setting, task=None, begins_as=None))
+    said |= {"objectives": objectives_of(setting, method, [])}
+    if setting.begins_as is not None:
+        said["begins_as"] = setting.begins_as[0]
     said["guidance"] = asdict(guided(setting, method))
     own = asdict(EVERY[method])
     if own := _on({name: own[name] for name in ("heads", "joint", "on", "goes_on")}):

@@ -55,6 +55,10 @@ def train(
         freeze(trunk, known_states(setting, on, seed, work))
     else:
         trunk = new_trunk(task, setting, seed)
+        if setting.begins_as is not None:
+            easier, its_setting = setting.begins_as
+            before, spent = trunk_of("MonteCarlo", its_setting, seed, work.parent / easier)
+            as_module(trunk).load_state_dict(as_module(before).state_dict())
     torch.manual_seed(seed)
     heads = None if how.is_text else heads_of(setting, method, texts)
     model = ValueModel(trunk, heads, tokenizer)

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvgpt.errors import QvgptError
+from qvgpt.models.artefact import load_trunk
 from qvgpt.models.backbone import as_module
 from qvgpt.models.disk import load_tensors, read_json, sha256, writing
 from qvgpt.models.gpt import GPT
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import SlowTrunk
 from qvgpt.models.sharded import sharded_like, whole
-from qvgpt.models.value_model import ValueModel, load_trunk
+from qvgpt.models.value_model import ValueModel
 
 MANIFEST = "manifest.json"
 _SLOW = "slow_trunk.safetensors"

@@ -29,11 +29,12 @@ from qvgpt.data.batches import Rows
 from qvgpt.errors import QvgptError
 from qvgpt.fit_options import FitOptions, learning_rate_factor, parameter_groups, step_seed
 from qvgpt.model_card import adapter_card, write_card
+from qvgpt.models.artefact import ValueInfo
 from qvgpt.models.attention import leave_packed_uncompiled
 from qvgpt.models.disk import writing
 from qvgpt.models.lora import ADAPTER
 from qvgpt.models.sharded import whole
-from qvgpt.models.value_model import ValueInfo, ValueModel
+from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives, Values, counted
 from qvgpt.processes import accelerator, gathered_rows, others_there, sums
 from qvgpt.refusals import refuse

@@ -14,9 +14,10 @@ from qvgpt.data.sizes import CONTEXTS, GPTShape
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
 from qvgpt.model_card import files_of
+from qvgpt.models.artefact import load_trunk, stored_heads
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
-from qvgpt.models.value_model import ValueModel, load_trunk, stored_heads
+from qvgpt.models.value_model import ValueModel
 from qvgpt.objectives import Objectives
 from qvgpt.train_config import TrainConfig
 from qvgpt.trajectory import Trajectory

@@ -22,9 +22,10 @@ from qvgpt.decode.budget import MOST_UNDER_BUDGET, solve_beta
 from qvgpt.decode.next_token import NextToken
 from qvgpt.errors import QvgptError, nearest
 from qvgpt.models import vocab
+from qvgpt.models.artefact import ValueInfo
 from qvgpt.models.blocked import Blocked
 from qvgpt.models.heads import ValueHeads
-from qvgpt.models.value_model import ValueInfo, ValueModel
+from qvgpt.models.value_model import ValueModel
 
 NEG_INF = float("-inf")
 _MOST_BETA = 1e20  # with it and the lowest temperature values of 1e12 do not overflow

@@ -204,10 +204,14 @@ def _dots(
     plus: Float[Tensor, "rows"] | None = None,
 ) -> Float[Tensor, "rows candidates"]:
     """features[i] · (weight[tokens[i, j]] − mean) + plus[i], of the last two both or neither."""
-    few = tokens.numel() < len(weight)  # else fewer rows in all than would be gathered
     given = [t for t in (features, weight, mean, plus) if t is not None]
-    compiled = native.of(torch.float32) if few and native.reads(*given) else None
-    if compiled is not None and native.Native.fits(weight):
+    compiled = native.of(torch.float32) if native.reads(*given) else None
+    if compiled is not None and not native.Native.fits(weight):
+        compiled = None
+    # a product apart takes the time of so many in a matrix product, or longer
+    apart = 4 if compiled is not None else 12
+    few = apart * tokens.size(1) < len(weight)
+    if few and compiled is not None:
         return compiled.gathered(features, weight, tokens, mean, plus)
     found = _gathered(features, weight, tokens) if few else (features @ weight.T).gather(1, tokens)
     return found if mean is None or plus is None else found + (plus - features @ mean)[:, None]

@@ -1,40 +1,31 @@
-"""A trunk with value heads: what objectives read, and the artefact on disk.
-
-The directory is the trunk in its own Hugging Face format, so that
-`AutoModelForCausalLM.from_pretrained(dir)` gives the plain language model, and beside it
-`value_config.json` and `value_heads.safetensors`.
-"""
+"""A trunk with value heads: what objectives read."""
 
 import copy
-import json
 import math
-import os
 from collections.abc import Callable, Set
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvgpt.data.tokenizer import Tokenizer
 from qvgpt.errors import QvgptError
+from qvgpt.models import artefact
+from qvgpt.models.artefact import Artefact, ValueInfo
 from qvgpt.models.backbone import Backbone, Dtype, as_module
 from qvgpt.models.decision_time import decides, rows_of, scatter, states_of, used_states
-from qvgpt.models.disk import add_to_json, load_tensors, one_line, read_config, read_json, writing
+from qvgpt.models.disk import one_line
 from qvgpt.models.gpt import GPT
 from qvgpt.models.heads import ValueHeads, exact
 from qvgpt.models.heads_config import HeadsConfig
-from qvgpt.models.lora import ADAPTER
 from qvgpt.models.reference import Reference, SlowTrunk
 from qvgpt.models.vocab import best, chunk_rows, entropy, log_prob, logits, lookup_tied, wide
 from qvgpt.objectives import NEEDS, Candidates, Values
 from qvgpt.trajectory import TrajectoryBatch
 
-FORMAT_VERSION = 1
 OF_THE_TRUNK = frozenset(
     {"logprob", "entropy", "token_logprob", "ref_logprob", "max_ratio", "dummy_logprob"}
 )
@@ -43,29 +34,6 @@ AMONG_CANDIDATES = frozenset({"candidate_q_max", "any_q_max", "q_spread", "logit
 """The `Values` that the likeliest tokens are asked for, and one of all tokens beside them."""
 _CANDIDATES = 20
 _DECISIONS = 128  # of a batch, at which all tokens are looked at
-
-
-@dataclass
-class ValueInfo:
-    """What an artefact says about its values, beside the heads' shape."""
-
-    objectives: list[dict[str, Any]] = field(default_factory=list)
-    """What it was trained with, as `parse_objectives` reads it."""
-    gamma: float = 1.0
-    """Discount the values were learned with."""
-    per_turn_discount: bool = False
-    """Whether γ applied at the ends of turns only."""
-    level: str = "token"
-    """What a decision was: a token, or a whole turn, whose Q guides no token but ranks texts."""
-    centred: bool = False
-    """Whether returns were counted from the mean of each prompt's texts."""
-    dialogues: bool = False
-    """Whether it was trained on dialogues, so that it knows what `eot` is for."""
-    judged_by: list[str] = field(default_factory=list)
-    """SHA-256 of the reward models whose rewards it learned from: no judges of what it gained."""
-    recommended_guidance: Any = None
-    """Chosen on validation data; what `generate` uses when nothing is said: a dictionary of
-    `Guidance`, or None. Checked where it is used, by `decode.policy.recommended`."""
 
 
 class ValueModel(nn.Module):
@@ -320,64 +288,16 @@ class ValueModel(nn.Module):
         return {name: scatter(flat, mask) for name, flat in columns.items() if name in needs}
 
     def save(self, path: str | Path, merged: bool = True) -> None:
-        """Write the artefact described at the head of this file.
+        """Write the directory that `models.artefact` describes.
 
         Without `merged`, adapters of the trunk are all that is written of it.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        extra: dict[str, Any] = {}
-        if self.tokenizer is not None:
-            template = self.tokenizer.template
-            extra = {
-                "bos_token_id": template.bos,
-                "eos_token_id": template.eos,
-                "pad_token_id": template.pad,
-            }
-            self.tokenizer.save(path)
-            said: dict[str, Any] = {
-                "tokenizer_sha256": self.tokenizer.sha256,
-                "dialogues": self.info.dialogues,
-            }
-            if self.info.judged_by:
-                said["judged_by"] = self.info.judged_by
-            extra["qvgpt"] = said
-        if merged or self.trunk.lora is None:
-            self.trunk.save(path, **extra)
-        else:
-            self.trunk.save_adapter(path / ADAPTER)
-        if self.tokenizer is not None:
-            # here and not before, for a trunk of transformers writes a file of its own
-            ends = {"eos_token_id": sorted(self.tokenizer.template.end_ids)}
-            generation = {k: v for k, v in extra.items() if k != "qvgpt"} | ends
-            add_to_json(path / "generation_config.json", generation)
-        if self.heads is None:
-            for stale in ("value_config.json", "value_heads.safetensors"):
-                (path / stale).unlink(missing_ok=True)
-            return
-        state = {k: v.contiguous() for k, v in self.heads.state_dict().items()}
-        save_file(state, path / "value_heads.safetensors")
-        self.save_config(path)
+        artefact.save(Path(path), self.trunk, self.heads, self.tokenizer, self.info, merged)
 
     def save_config(self, path: str | Path) -> None:
         """Write `value_config.json` alone, in one piece: the tensors stay."""
         assert self.heads is not None
-        config: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "heads": asdict(self.heads.config),
-            "trunk": "shared",
-            **asdict(self.info),
-            "reward_scale": self.heads.reward_scale,
-        }
-        if self.tokenizer is not None:
-            config["template"] = asdict(self.tokenizer.template)
-            config["end_ids"] = sorted(self.tokenizer.template.end_ids)
-            config["tokenizer_sha256"] = self.tokenizer.sha256
-        file = Path(path) / "value_config.json"
-        staged = file.with_name(f".{file.name}.staged")
-        with writing(file):
-            staged.write_text(json.dumps(config, indent=2) + "\n")
-            os.replace(staged, file)
+        artefact.save_config(Path(path), self.heads, self.tokenizer, self.info)
 
     @classmethod
     def from_pretrained(
@@ -388,101 +308,22 @@ class ValueModel(nn.Module):
         dtype: Dtype = "float32",
         device_map: str | dict[str, Any] | None = None,
     ) -> "ValueModel":
-        """Read an artefact, or a plain Hugging Face directory (then without heads).
+        """Read such a directory, or a plain Hugging Face one (then without heads).
 
-        The other arguments are those of `load_trunk`. Heads are in fp32, and lie where the LM
-        head does.
+        The other arguments are those of `artefact.load_trunk`. Heads are in fp32, and lie where the
+        LM head does.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise QvgptError(f"{path}: no such directory; a model directory was expected")
-        trunk = load_trunk(path, as_causal_lm, dtype, device_map)
-        tokenizer = Tokenizer.load(path)
-        if not (path / "value_config.json").exists():
-            ours = read_json(path / "config.json").get("qvgpt") or {}
-            if ours.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+        found = Artefact.read(Path(path), as_causal_lm, dtype, device_map)
+        model = cls(found.trunk, found.heads, found.tokenizer, freeze_trunk)
+        model.info = found.info
+        if model.heads is not None:
+            try:
+                as_module(model.heads).load_state_dict(found.tensors)
+            except RuntimeError as error:
                 raise QvgptError(
-                    f"{path}: tokenizer.json is not the one the model was saved with; restore it, "
-                    "or delete the key `qvgpt` of config.json if they belong together"
-                )
-            plain = cls(trunk, None, tokenizer, freeze_trunk)
-            plain.info.dialogues = ours.get("dialogues") is True
-            plain.info.judged_by = [str(sha256) for sha256 in ours.get("judged_by") or ()]
-            return plain
-        config = read_json(path / "value_config.json")
-        if config.get("format_version") != FORMAT_VERSION:
-            found = config.get("format_version")
-            raise QvgptError(f"{path}: value format {found!r}; this qvgpt reads {FORMAT_VERSION}")
-        if config.get("tokenizer_sha256") not in (None, tokenizer.sha256):
-            raise QvgptError(
-                f"{path}: tokenizer.json is not the one the values were learned with; "
-                "restore it, or train the values again"
-            )
-        heads = stored_heads(path)
-        tensors = _head_tensors(path, heads)
-        model = cls(trunk, heads, tokenizer, freeze_trunk)
-        known = ValueInfo.__dataclass_fields__
-        model.info = ValueInfo(**{k: v for k, v in config.items() if k in known})
-        try:
-            as_module(model.heads).load_state_dict(tensors)
-        except RuntimeError as error:
-            raise QvgptError(
-                f"{path}/value_heads.safetensors: does not fit value_config.json: {one_line(error)}"
-            ) from None
-        as_module(model.heads).to(model.device)
-        assert model.heads is not None
-        model.heads.reward_scale = _reward_scale(path, config)
+                    f"{path}/value_heads.safetensors: does not fit value_config.json: "
+                    f"{one_line(error)}"
+                ) from None
+            as_module(model.heads).to(model.device)
+            model.heads.reward_scale = found.reward_scale
         return model
-
-
-def stored_heads(path: Path) -> HeadsConfig:
-    """What the value heads of an artefact look like."""
-    try:
-        return HeadsConfig(**read_json(path / "value_config.json")["heads"])
-    except (KeyError, TypeError, QvgptError) as error:
-        raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
-
-
-def load_trunk(
-    path: Path,
-    as_causal_lm: bool = False,
-    dtype: Dtype = "float32",
-    device_map: str | dict[str, Any] | None = None,
-) -> Backbone:
-    """The language model of a directory: our GPT where it is a GPT-2, else transformers' own.
-
-    `as_causal_lm`: transformers' own GPT-2 too, which can be adapted; a `device_map`
-    (accelerate's; for reading alone) asks for it as well.
-    """
-    ours = read_config(path).get("model_type") == "gpt2"
-    if ours and not as_causal_lm and device_map is None:
-        return GPT.load(path, dtype)
-    from qvgpt.models.causal_lm import CausalLM  # transformers takes seconds to import
-
-    return CausalLM.load(path, dtype, device_map)
-
-
-def _reward_scale(path: Path, config: dict[str, Any]) -> float:
-    found = config.get("reward_scale", 1.0)
-    if type(found) not in (int, float) or not 0 < found < math.inf:
-        raise QvgptError(
-            f"{path}/value_config.json: reward_scale: a number above 0 was expected, not {found!r}"
-        )
-    return float(found)
-
-
-def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
-    """The heads' weights; refused before any head is made, lest sizes fill the memory."""
-    tensors = load_tensors(path / "value_heads.safetensors")
-    own = "project.weight" if heads.kind == "bilinear" else "weight"  # whose rows all heads share
-    last = tensors.get(f"q.{heads.num_q - 1}.{own}")
-    ranked = heads.kind in ("low_rank", "categorical")
-    fits = last is not None and (not ranked or last.shape[-1:] == (heads.rank,))
-    if heads.support is not None:
-        project = tensors.get(f"q.{heads.num_q - 1}.project.weight")
-        fits = fits and project is not None and len(project) == heads.rank * heads.bins
-    if not fits:
-        raise QvgptError(
-            f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
-        )
-    return tensors
