@@ -255,13 +255,13 @@ def settings(words: Wordle | None) -> dict[str, Setting]:
             num_layers=3,
         ),
     }
-    for name, degree, steps in (("star_graph_2_5", 2, 4000), ("star_graph_5_5", 5, 4000)):
+    for name, degree, beams in (("star_graph_2_5", 2, 2), ("star_graph_5_5", 5, 10)):
         long = StarGraphs(degree=degree, length=5, num_labels=26)
         games[name] = replace(
             games["star_graph"],
             task=lambda seed, episodes, long=long: star_graph(seed, episodes, long),
-            fit=replace(games["star_graph"].fit, max_steps=steps),
-            beams=degree,
+            fit=replace(games["star_graph"].fit, max_steps=4000),
+            beams=beams,
             methods=("MonteCarlo", "MonteCarlo_search"),
         )
     # of 20 edges it does not learn to copy the right one, of 8 it does, and goes on from there
