@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qvgpt.cli import COMMANDS, main
+from qvgpt.commands import CheckConfig
 from qvgpt.envs.random_walk import RandomWalks
 from qvgpt.errors import Terminated
 
@@ -489,6 +490,16 @@ def test_ctrl_c_says_how_to_go_on(has_begun, call, monkeypatch, tmp_path):
     code, _, err = call(*words.split())
     ways = f"; what is done is in {tmp_path}/out: go on with --resume" if has_begun else ""
     assert (code, err) == (130, f"qvgpt: interrupted{ways}\n")
+
+
+def test_check_keeps_nothing_to_go_on_with(call, monkeypatch, tmp_path):
+    def interrupted(_: CheckConfig):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/run.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("qvgpt.commands"), "check", interrupted)
+    assert call("check", "d", "--output", f"{tmp_path}/out") == (130, "", "qvgpt: interrupted\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

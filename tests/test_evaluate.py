@@ -41,6 +41,7 @@ from qvgpt.models.gpt import GPT
 from qvgpt.models.heads_config import HeadsConfig
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
+from qvgpt.written import WrittenTexts
 
 WORDS = ["a", "man", "stands", "on", "the", "street", "and", "one", "woman", "laughs", ".", "dog"]
 
@@ -559,6 +560,34 @@ def test_an_evaluation_that_was_stopped_goes_on_with_what_was_written(
     written.clear()
     evaluate(replace(task, resume=True))
     assert len(written) == 4
+
+
+def test_kept_texts_are_judged_anew_and_those_of_others_are_not_read(
+    task, tmp_path, model, prompts
+):
+    writes = Path(task.model)
+    kept = WrittenTexts(writes / "evaluation" / "texts", [writes, Path(task.data)])
+    (writes / "evaluation").mkdir()
+    options = CompareOptions(samples=2, max_tokens=4, timing=0, keep_reports=1)
+    methods = {"guided": Guidance(beta=1.0)}
+    [first] = compare(model, prompts, share_of_a, methods, options, kept=kept)
+    (writes / "README.md").write_text("a card, meanwhile")
+    again = WrittenTexts(kept.folder, [writes, Path(task.data)])
+    assert again.find("guided") == [sample.written for sample in first.samples]
+    assert again.find("other") is None
+    [other] = compare(model, prompts, lambda texts, _: [7.0] * len(texts), methods, options,
+                      kept=again)  # fmt: skip
+    assert other.score.value == 7
+    assert [s.written for s in other.samples] == [s.written for s in first.samples]
+    [file] = kept.folder.iterdir()
+    for change in ({"texts": [{"tokens": [1]}]}, {"written_by": ["0.0.1"]}, {"texts": None}):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | change))
+        assert again.find("guided") is None
+        file.write_text(json.dumps(content))
+    assert again.find("guided")
+    Path(task.data).write_text("{}\n")
+    assert WrittenTexts(kept.folder, [writes, Path(task.data)]).find("guided") is None
 
 
 def shown_texts(output: Path) -> list[str]:

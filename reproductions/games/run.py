@@ -223,7 +223,8 @@ def described(setting: Setting, method: str) -> dict[str, Any]:
     said = asdict(replace(setting, task=None, begins_as=None))
     said |= {"objectives": objectives_of(setting, method, [])}
     if setting.begins_as is not None:
-        said["begins_as"] = setting.begins_as[0]
+        easier, its_setting = setting.begins_as
+        said["begins_as"] = [easier, described(its_setting, "MonteCarlo")]
     said["guidance"] = asdict(guided(setting, method))
     own = asdict(EVERY[method])
     if own := _on({name: own[name] for name in ("heads", "joint", "on", "goes_on")}):

@@ -138,7 +138,7 @@ def _run(name: str, argv: list[str]) -> int:
     try:
         summary = function(config)
     except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(str(interrupt) or _how_to_go_on(config)) from None
+        raise type(interrupt)(str(interrupt) or _how_to_go_on(name, config)) from None
     first = os.environ.get("RANK", "0") == "0"  # of several processes: what one says all know
     if command.prints_summary and first:
         run: Any = import_module("qvgpt.run")
@@ -146,9 +146,9 @@ def _run(name: str, argv: list[str]) -> int:
     return 2 if summary.get("faults") else 0
 
 
-def _how_to_go_on(config: Any) -> str:
-    """Of an interrupted run, where one has begun."""
-    output = getattr(config, "output", None)
+def _how_to_go_on(name: str, config: Any) -> str:
+    """Of an interrupted run, where one has begun; `check` keeps nothing of it."""
+    output = getattr(config, "output", None) if name != "check" else None
     if hasattr(config, "resume") and output and (Path(output) / "run.json").exists():
         return f"; what is done is in {output}: go on with --resume"
     return ""

@@ -25,7 +25,7 @@ from qvgpt.decode.sources import ValueSource
 from qvgpt.errors import QvgptError
 from qvgpt.models.value_model import ValueModel
 from qvgpt.trajectory import Trajectory
-from qvgpt.written import Sample, WrittenTexts
+from qvgpt.written import WrittenTexts
 
 Score = Callable[[list[str], list[int]], list[float]]
 """Completions and the index of the prompt each belongs to → one score each."""
@@ -67,6 +67,16 @@ class Method:
     def samples(self, asked: int) -> int:
         """Texts of each prompt: one where it leaves nothing to chance, as greedy text does."""
         return asked if self.guidance.temperature > 0 and is_sampled(self.search) else 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text that a method wrote."""
+
+    prompt: int
+    """Index of the prompt."""
+    written: Text
+    score: float
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,8 @@ def compare(
     tokenizer, it writes the texts of β = 0 in place of `model`, and KL is to it. Of texts chosen
     among several KL is a bound (`decode.rerank.choice_kl`), of searches what
     `searches.write_searched` has. `values` guide and rank instead of the model's own; KL is then
-    to the model itself. A method whose texts are `kept` does not write them again.
+    to the model itself. A method whose texts are `kept` does not write them again; they are judged
+    anew.
     """
     options = options or CompareOptions()
     if not prompts or not methods:
@@ -158,10 +169,15 @@ def compare(
     }
     written: dict[str, list[Sample]] = {}
     for name, writer in writers.items():
-        known = kept.find(name) if kept is not None else None
-        written[name] = known or _write(writer, prompts, score, options, on_step)
-        if kept is not None and known is None:
-            kept.keep(name, written[name])
+        texts = None if kept is None else kept.find(name)
+        if texts is None:
+            texts = _write(writer, prompts, options, on_step)
+            if kept is not None:
+                kept.keep(name, texts)
+        owners, _ = writer.requests(prompts, options)
+        scores = score([text.text for text in texts], owners)
+        scored = zip(owners, texts, scores, strict=True)
+        written[name] = [Sample(i, text, float(s)) for i, text, s in scored]
     for name, how in ways.items():
         if how.valued and base is not None:
             _measure_kl(writers[name], base, prompts, written[name])
@@ -263,18 +279,15 @@ class _Writer:
 def _write(
     writer: _Writer,
     prompts: Sequence[Sequence[int]],
-    score: Score,
     options: CompareOptions,
     on_step: OnStep | None,
-) -> list[Sample]:
-    """Every prompt's samples, measured and scored."""
+) -> list[Text]:
+    """Every prompt's samples, with what was thought of them."""
     owners, requests = writer.requests(prompts, options)
     shown = {owners.index(i) for i in range(min(options.keep_reports, len(prompts)))}
-    texts = writer.write(
+    return writer.write(
         requests, options.max_batch, report=True, keep_reports=shown, on_step=on_step
     )
-    scores = score([text.text for text in texts], owners)
-    return [Sample(i, t, float(s)) for i, t, s in zip(owners, texts, scores, strict=True)]
 
 
 @dataclass(frozen=True)

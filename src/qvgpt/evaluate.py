@@ -27,7 +27,7 @@ from qvgpt.evaluate_report import Evaluation, sections, show
 from qvgpt.model_card import add_evaluation, card_of, evaluation_section, files_of
 from qvgpt.models.value_model import ValueModel
 from qvgpt.report import write_report
-from qvgpt.run import check_run, open_run, write_json
+from qvgpt.run import alone_in, check_run, open_run, write_json
 from qvgpt.sampling import (
     TextProgress,
     check_guidance,
@@ -87,12 +87,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _refuse_another_run(config)
     refuse_options(config)
     asked = _read(config)
-    [data_file] = files_of([config.data])
     output = open_run(config.output, "evaluate", config, config.resume)
-    kept = WrittenTexts(output / "texts", _sources(config, asked.rewards))
+    with alone_in(output):
+        return _evaluated(asked, config, output, started)
+
+
+def _evaluated(
+    asked: _Asked, config: EvaluateConfig, output: Path, started: float
+) -> dict[str, Any]:
+    [data_file] = files_of([config.data])
+    kept = WrittenTexts(output / "texts", _sources(config))
     rows = _add_corpus_metrics(_compared(asked, config, kept), asked.fields, config)
     judged = asked.values or own_values(asked.model)
     right = _diagnosed(judged, asked, rows, config)
+    found = Evaluation(
+        config.model, config.base, config.reward, config.samples, rows, right, asked.partial
+    )
+    parts = sections(found, asked.model, asked.prompts, config.texts)
+    write_report(output / "report.html", f"Evaluation of {config.model}", parts)
     summary = {
         "metric": config.reward,
         "model": config.model,
@@ -110,11 +122,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(output / "summary.json", summary)
-    found = Evaluation(
-        config.model, config.base, config.reward, config.samples, rows, right, asked.partial
-    )
-    parts = sections(found, asked.model, asked.prompts, config.texts)
-    write_report(output / "report.html", f"Evaluation of {config.model}", parts)
     kept.drop()
     show(found, output)
     if config.card:
@@ -193,11 +200,10 @@ def _diagnosed(
     return value_diagnostics(judged.model, logged)
 
 
-def _sources(config: EvaluateConfig, rewards: Mapping[str, Metric]) -> list[Path]:
-    """What writes, guides and judges, and the data."""
-    judges = [judge for reward in rewards.values() for judge in reward.models]
-    named = [config.model, config.base, *config.value_models, *config.contrast, *judges]
-    return [Path(name) for name in (*named, config.data) if name is not None]
+def _sources(config: EvaluateConfig) -> list[Path]:
+    """What writes and guides, and the prompts."""
+    named = [config.model, config.base, *config.value_models, *config.contrast, config.data]
+    return [Path(name) for name in named if name is not None]
 
 
 def _refuse_another_run(config: EvaluateConfig) -> None:

@@ -167,9 +167,9 @@ def save_config(
 def stored_heads(path: Path) -> HeadsConfig:
     """What the value heads of an artefact look like."""
     try:
-        return HeadsConfig(**read_json(path / "value_config.json")["heads"])
+        return HeadsConfig(**read_json(path / _CONFIG)["heads"])
     except (KeyError, TypeError, QvgptError) as error:
-        raise QvgptError(f"{path}/value_config.json: bad heads: {one_line(error)}") from None
+        raise QvgptError(f"{path}/{_CONFIG}: bad heads: {one_line(error)}") from None
 
 
 def load_trunk(
@@ -195,14 +195,14 @@ def _reward_scale(path: Path, config: dict[str, Any]) -> float:
     found = config.get("reward_scale", 1.0)
     if type(found) not in (int, float) or not 0 < found < math.inf:
         raise QvgptError(
-            f"{path}/value_config.json: reward_scale: a number above 0 was expected, not {found!r}"
+            f"{path}/{_CONFIG}: reward_scale: a number above 0 was expected, not {found!r}"
         )
     return float(found)
 
 
 def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
     """The heads' weights; refused before any head is made, lest sizes fill the memory."""
-    tensors = load_tensors(path / "value_heads.safetensors")
+    tensors = load_tensors(path / _HEADS)
     own = "project.weight" if heads.kind == "bilinear" else "weight"  # whose rows all heads share
     last = tensors.get(f"q.{heads.num_q - 1}.{own}")
     ranked = heads.kind in ("low_rank", "categorical")
@@ -211,7 +211,5 @@ def _head_tensors(path: Path, heads: HeadsConfig) -> dict[str, Tensor]:
         project = tensors.get(f"q.{heads.num_q - 1}.project.weight")
         fits = fits and project is not None and len(project) == heads.rank * heads.bins
     if not fits:
-        raise QvgptError(
-            f"{path}/value_heads.safetensors: does not fit value_config.json, which says {heads}"
-        )
+        raise QvgptError(f"{path}/{_HEADS}: does not fit {_CONFIG}, which says {heads}")
     return tensors
